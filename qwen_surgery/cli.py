@@ -1,0 +1,97 @@
+"""The command line: one table of commands, each loaded only when it is called.
+
+A command lives in ``qwen_surgery/commands/<name>.py`` as a click command called ``command``; this file
+must stay free of heavy imports so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from qwen_surgery import __version__
+from qwen_surgery.errors import SurgeryError, ToolFailed
+
+# name -> (module under qwen_surgery.commands, one-line help). The order is the order of the road.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "build": ("build", "Walk the whole road: patch, export, clean, compile, verify."),
+    "patch": ("patch", "Apply the source and config edits to a checkout (--diff previews)."),
+    "restore": ("restore", "Bring back the original bytes of a patched checkout."),
+    "explain": ("explain", "Say what a codemod does, why, and when it declines."),
+    "survey": ("survey", "Try every codemod on every revision of a repository or folder."),
+    "export": ("export", "Export every net of a checkout to ONNX."),
+    "clean": ("clean", "Run the graph passes over exported nets."),
+    "compile": ("compile", "Compile cleaned nets to one bmodel with TPU-MLIR."),
+    "verify": ("verify", "Prove each stage against the unpatched model."),
+    "refit": ("refit", "Put another fine-tune's weights into an existing bmodel."),
+    "inspect": ("inspect", "Show what is inside a bmodel."),
+    "chat": ("chat", "Talk to an exported or compiled model."),
+    "tokenizer": ("tokenizer", "Collect and check the tokenizer files a demo needs."),
+    "toolchain": ("toolchain", "Install, list and check TPU-MLIR toolchains."),
+    "golden": ("golden", "Record and check reference values and known revisions."),
+    "demo-checkout": ("demo_checkout", "Make a small Qwen v1 checkout with random weights."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command's module only when that command runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"qwen_surgery.commands.{COMMANDS[cmd_name][0]}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click would import every command to read its help line; the table already has it.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qwen-surgery")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.pass_context
+def root(ctx: click.Context, debug: bool) -> None:
+    """From an upstream Qwen v1 checkout to a verified bmodel for Sophgo TPUs."""
+    ctx.obj = {"debug": debug}
+
+
+def _report(error: BaseException) -> None:
+    hint = getattr(error, "hint", "")
+    click.echo(f"error: {error}" + (f"  ({hint})" if hint else ""), err=True)
+    tail = getattr(error, "log_tail", "")
+    if tail:
+        click.echo(tail, err=True)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line; never returns (exits with the codes of :mod:`qwen_surgery.errors`)."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        sys.exit(root.main(args=args, standalone_mode=False) or 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-written is left behind", err=True)
+        sys.exit(130)
+    except SurgeryError as error:
+        if "--debug" in args:
+            raise
+        _report(error)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if "--debug" in args:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _report(ToolFailed(f"{where}{error.strerror or error}"))
+        sys.exit(ToolFailed.exit_code)
