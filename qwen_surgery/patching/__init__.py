@@ -1,0 +1,1 @@
+"""Patching a checkout: plan the edits, write them atomically, undo them, survey many revisions."""

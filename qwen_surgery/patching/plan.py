@@ -1,0 +1,201 @@
+"""What a patch would do to a checkout: from the files on disk and the receipt to new bytes and outcomes.
+
+Every run starts from the unpatched text, so a patch does not depend on what an earlier patch left behind.
+Which text is the unpatched one is decided per file, from the receipt's hashes:
+
+- no receipt, or the file is the original the receipt knows: the file on disk;
+- the file is what the patch wrote: the original in the receipt;
+- the file is neither, and the receipt's recipe would change it: somebody pulled a new upstream text; the file
+  on disk (that is how re-running after an upstream pull re-applies);
+- the file is neither, and the receipt's recipe finds nothing to do in it: the patched file was edited by
+  hand; its edits are kept, and the original stays the one in the receipt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from codemods.base import Outcome
+from qwen_surgery.atomic import digest
+from qwen_surgery.errors import Refused
+from qwen_surgery.patching import edits
+from qwen_surgery.patching.receipt import FileRecord, Receipt
+
+if TYPE_CHECKING:
+    from qwen_surgery.checkout import Checkout
+
+
+class Origin(str, Enum):
+    """Where a file on disk stands towards the receipt."""
+
+    FRESH = "fresh"  #: no receipt speaks of it
+    ORIGINAL = "original"  #: the original the receipt knows (somebody put it back)
+    PATCHED = "patched"  #: exactly what the patch wrote
+    PULLED = "pulled"  #: a new upstream text that came after the patch
+    EDITED = "edited"  #: the patched text with edits by hand
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A patch not yet written. ``current``, ``reference``, ``result`` hold all Python files and config.json.
+
+    ``current`` is on disk now, ``reference`` the unpatched text, ``result`` the text after the patch.
+    """
+
+    checkout: Checkout
+    recipe: str
+    seq_length: int
+    skip: tuple[str, ...]
+    receipt: Receipt | None
+    origins: dict[str, Origin]
+    current: dict[str, bytes]
+    reference: dict[str, bytes]
+    result: dict[str, bytes]
+    outcomes: dict[str, tuple[Outcome, ...]]
+    blocking: tuple[tuple[str, Outcome], ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the files whose bytes on disk would change."""
+        return tuple(name for name, data in self.result.items() if data != self.current[name])
+
+    @property
+    def edited_files(self) -> tuple[str, ...]:
+        """Names of the files that differ from the unpatched text after the patch."""
+        return tuple(name for name, data in self.result.items() if data != self.reference[name])
+
+
+def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Plan:
+    """Plan the patch of *checkout*; writes nothing. Refused when an edit by hand would be lost."""
+    receipt = Receipt.load(checkout.path)
+    modeling = checkout.modeling_file.name
+    current = checkout.read_files()
+    origins = _origins(current, receipt, modeling)
+    reference = dict(current)
+    start = dict(current)
+    for name, origin in origins.items():
+        if receipt is not None and origin in (Origin.PATCHED, Origin.EDITED):
+            reference[name] = receipt.original(checkout.path, name)
+            start[name] = reference[name] if origin is Origin.PATCHED else current[name]
+    _keep_hand_edits(checkout, origins, receipt, recipe, seq_length, skip)
+    done = edits.apply(modeling, start, recipe, seq_length, skip)
+    return Plan(
+        checkout=checkout,
+        recipe=recipe,
+        seq_length=seq_length,
+        skip=tuple(skip),
+        receipt=receipt,
+        origins=origins,
+        current=current,
+        reference=reference,
+        result={**current, **done.files},
+        outcomes=done.outcomes,
+        blocking=done.blocking(),
+    )
+
+
+def _origins(current: dict[str, bytes], receipt: Receipt | None, modeling: str) -> dict[str, Origin]:
+    names = (modeling, edits.CONFIG)
+    found = dict.fromkeys(names, Origin.FRESH)
+    if receipt is None:
+        return found
+    unknown = []
+    for name in names:
+        record = receipt.files.get(name)
+        if record is None:
+            continue
+        now = digest(current[name])
+        if now == record.after:
+            found[name] = Origin.PATCHED
+        elif now == record.before:
+            found[name] = Origin.ORIGINAL
+        else:
+            unknown.append(name)
+    if unknown:
+        again = edits.apply(modeling, current, receipt.recipe, receipt.seq_length, receipt.skip)
+        for name in unknown:
+            found[name] = Origin.EDITED if again.files[name] == current[name] else Origin.PULLED
+    return found
+
+
+def _keep_hand_edits(
+    checkout: Checkout,
+    origins: dict[str, Origin],
+    receipt: Receipt | None,
+    recipe: str,
+    seq_length: int,
+    skip: Sequence[str],
+) -> None:
+    """Another recipe or length starts from the originals, which would drop edits made by hand: refuse."""
+    if receipt is None or (recipe, seq_length, tuple(skip)) == (
+        receipt.recipe,
+        receipt.seq_length,
+        receipt.skip,
+    ):
+        return
+    for name, origin in origins.items():
+        if origin is Origin.EDITED:
+            raise Refused(
+                f"{checkout.path / name} was edited by hand after it was patched with recipe"
+                f" {receipt.recipe}, length {receipt.seq_length}; other options would lose those edits",
+                hint="take your edits out, restore, then patch again",
+            )
+
+
+def refuse_declined(plan: Plan) -> None:
+    """Raise Refused when a required edit was declined or failed, naming the first and the count."""
+    if not plan.blocking:
+        return
+    name, outcome = plan.blocking[0]
+    more = f" (and {len(plan.blocking) - 1} more)" if len(plan.blocking) > 1 else ""
+    where = f"{plan.checkout.path / name}" + (f":{outcome.line}" if outcome.line else "")
+    raise Refused(
+        f"{where}: {outcome.codemod} {outcome.status.value}: {outcome.reason}{more}",
+        hint=f"qwen-surgery explain {outcome.codemod}",
+    )
+
+
+def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str) -> Receipt:
+    """The receipt of *plan* once it is written. Modes of files already patched stay as first recorded."""
+    files = {}
+    for name in plan.edited_files:
+        old = plan.receipt.files.get(name) if plan.receipt else None
+        known = old is not None and plan.origins.get(name) in (Origin.PATCHED, Origin.EDITED)
+        mode = old.mode if old and known else stat.S_IMODE((plan.checkout.path / name).stat().st_mode)
+        files[name] = FileRecord(digest(plan.reference[name]), digest(plan.result[name]), mode)
+    return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
+
+
+def same_state(plan: Plan, receipt: Receipt) -> bool:
+    """Whether the receipt on disk already says what *receipt* would say (times and versions aside)."""
+    if plan.receipt is None:
+        return not receipt.files
+    return (
+        dataclasses.replace(
+            receipt, time=plan.receipt.time, versions=plan.receipt.versions, outcomes=plan.receipt.outcomes
+        )
+        == plan.receipt
+    )
+
+
+def diff(old: bytes, new: bytes, name: str) -> bytes:
+    """A unified diff of one file that ``git apply`` takes: bytes kept, CR and BOM as they are."""
+    if old == new:
+        return b""
+    a, b = b"a/" + name.encode(), b"b/" + name.encode()
+    body = difflib.diff_bytes(difflib.unified_diff, _lines(old), _lines(new), a, b, lineterm=b"\n")
+    return b"".join(
+        line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in body
+    )
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Split at LF only, as git does: a lone CR or a form feed ends no line."""
+    parts = data.split(b"\n")
+    return [part + b"\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
