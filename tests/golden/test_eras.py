@@ -1,4 +1,4 @@
-"""The own-written eras are real models: they run, decode through their cache, and agree where the maths does."""
+"""The own-written eras are real models: they run, decode through their cache, and agree with each other."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_later_token_never_changes_an_earlier_row(era: str, tmp_path: Path) ->
 
 
 def test_all_eras_agree_within_the_trained_length(tmp_path: Path) -> None:
-    """Same weights, no position past the trained length: LogN and NTK are idle, so every era is one function."""
+    """Same weights, within the trained length: LogN and NTK are idle, so every era is one function."""
     logits = {era: run(load_model(make_checkout(tmp_path / era, era=era)), PROMPT, split=5) for era in ERAS}
     for era in ERAS:
         torch.testing.assert_close(logits[era], logits["sdpa"], atol=2e-5, rtol=0, msg=f"{era} differs")
@@ -174,7 +174,7 @@ def test_the_tokenizer_reads_back_what_it_wrote(tmp_path: Path) -> None:
     sys.modules[name].__path__ = [str(checkout)]  # type: ignore[attr-defined]
     tokenization = importlib.import_module(f"{name}.tokenization_qwen")
     tokenizer = tokenization.QWenTokenizer(checkout / "qwen.tiktoken")
-    text = "the cat, 42 – naïve 你好\n<|im_end|>"
+    text = "the cat, 42: naïve 你好\n<|im_end|>"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids[-1] == tokenizer.im_end_id < 768
@@ -189,7 +189,7 @@ def test_each_era_holds_the_construct_it_is_named_for() -> None:
         "cache_quantised": ("quantize_cache_v",),
         "sdpa": ("SUPPORT_TORCH2", "_upcast_and_reordered_attn"),
         "no_upcast": ("torch.tril(",),
-        "tril": ("if causal_mask is not None:", "(size_temp ** 0.5)"),
+        "tril": ("if causal_mask is not None:", "(size_temp ** 0.5)", "torch.tril("),
     }
     assert set(held) == set(ERAS)
     for era, texts in held.items():
