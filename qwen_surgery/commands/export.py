@@ -1,0 +1,92 @@
+"""``qwen-surgery export CHECKOUT --onnx-path DIR``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen_surgery import console
+
+
+@click.command(help="Export every net of CHECKOUT to ONNX (opset 15), one trace per kind of net.")
+@click.argument("checkout", type=click.Path(path_type=Path))
+@click.option(
+    "--onnx-path", required=True, type=click.Path(path_type=Path), help="Folder to write; replaced whole."
+)
+@click.option("--seq-length", type=click.IntRange(min=2), default=None, help="Export length S (default 512).")
+@click.option(
+    "--recipe", default="static", show_default=True, help="Source edits that the nets are traced with."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy", "inline"]),
+    default=None,
+    help="link: hard links of the shards, nothing copied (default where the disk allows it); copy: one copy "
+    "shared by all nets; inline: each file holds its own.",
+)
+@click.option(
+    "--nets", "wanted", default="", help="Only these nets or kinds, comma-separated (block,lm_head,block_3)."
+)
+@click.option("--multi-device", is_flag=True, help="The lm_head with the top-1 inside, and no heads.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
+def command(
+    checkout: Path,
+    onnx_path: Path,
+    seq_length: int | None,
+    recipe: str,
+    weights: str | None,
+    wanted: str,
+    multi_device: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.exporting.export import export
+    from qwen_surgery.exporting.placement import WeightMode
+    from qwen_surgery.exporting.remote_code import require_trust
+    from qwen_surgery.weights import WeightIndex
+
+    require_trust(trust_remote_code, "export")
+    opened = Checkout.open(checkout)
+    sources = opened.sources(recipe=recipe, seq_length=seq_length or 512)
+    index = WeightIndex.open(checkout)
+    with _Progress() as progress:
+        manifest = export(
+            sources,
+            index,
+            opened.geometry(sources.seq_length),
+            onnx_path,
+            trust_remote_code=trust_remote_code,
+            mode=WeightMode(weights) if weights else None,
+            multi_device=multi_device,
+            wanted=[name.strip() for name in wanted.split(",") if name.strip()],
+            announce=console.err().print,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(manifest.to_json())
+    else:
+        console.out().print(f"{len(manifest.nets)} nets in {onnx_path} (weights: {manifest.weights['mode']})")
+
+
+class _Progress:
+    """One rich bar per phase on stderr."""
+
+    def __enter__(self) -> _Progress:
+        from rich.progress import Progress
+
+        self._bars = Progress(console=console.err(), transient=True)
+        self._tasks: dict[str, Any] = {}
+        self._bars.start()
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

@@ -1,0 +1,224 @@
+"""``manifest.json`` of an exported folder: what it was made from, and a hash of every part.
+
+``compile`` and ``verify`` load it through :meth:`Manifest.load` and refuse folders whose parts do not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.weights import TensorRef
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class NetEntry:
+    """One net: ``file`` relative to the folder, its SHA-256, and slot -> place of its checkpoint tensor."""
+
+    name: str
+    kind: NetKind
+    layer: int | None
+    file: str
+    sha256: str
+    weights: dict[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an exported folder holds.
+
+    ``sources`` are SHA-256 of the unpatched (``reference``) and patched files; ``weights`` says the mode and,
+    per shard, its size and a fingerprint (names, dtypes, shapes and a sample of each tensor's bytes);
+    ``passes`` are the graph passes that ran, in order (empty for a plain export).
+    """
+
+    checkout: str
+    recipe: str
+    trained_length: int
+    geometry: Geometry
+    sources: dict[str, dict[str, str]]
+    weights: dict[str, Any]
+    templates: dict[str, dict[str, str]]
+    nets: tuple[NetEntry, ...]
+    tools: dict[str, str]
+    constants: dict[str, str] = field(default_factory=dict)
+    passes: tuple[str, ...] = ()
+
+    @property
+    def seq_length(self) -> int:
+        return self.geometry.seq_length
+
+    def net(self, name: str) -> NetEntry:
+        """The entry of net *name*; raises Refused when it was not exported."""
+        for entry in self.nets:
+            if entry.name == name:
+                return entry
+        raise Refused(f"net {name} is not in this export")
+
+    def template_file(self, kind: NetKind) -> str:
+        """Path of the template of *kind*, relative to the folder."""
+        return self.templates[kind.value]["file"]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read *folder*/manifest.json; raises Refused when it is missing, damaged or of another format."""
+        path = Path(folder) / FILE_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Refused(
+                f"{folder}: not an exported folder (no {FILE_NAME})", hint="make one with qwen-surgery export"
+            ) from None
+        except ValueError as error:
+            raise Refused(f"{path}: damaged ({error})") from error
+        if data.get("format") != FORMAT:
+            raise Refused(f"{path}: format {data.get('format')} is not the format {FORMAT} of this version")
+        try:
+            return cls._from_json(data, Path(folder))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{path}: damaged ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any], folder: Path) -> Manifest:
+        nets = tuple(
+            NetEntry(
+                name=net["name"],
+                kind=NetKind(net["kind"]),
+                layer=net["layer"],
+                file=net["file"],
+                sha256=net["sha256"],
+                weights={slot: _ref_from_json(ref) for slot, ref in net["weights"].items()},
+            )
+            for net in data["nets"]
+        )
+        return cls(
+            checkout=data["checkout"],
+            recipe=data["recipe"],
+            trained_length=data["trained_length"],
+            geometry=Geometry(**data["geometry"]),
+            sources=data["sources"],
+            weights=data["weights"],
+            templates=data["templates"],
+            nets=nets,
+            tools=data["tools"],
+            constants=data["constants"],
+            passes=tuple(data["passes"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {
+            "format": FORMAT,
+            "checkout": self.checkout,
+            "recipe": self.recipe,
+            "seq_length": self.seq_length,
+            "trained_length": self.trained_length,
+            "geometry": asdict(self.geometry),
+            "sources": self.sources,
+            "weights": self.weights,
+            "templates": self.templates,
+            "constants": self.constants,
+            "passes": list(self.passes),
+            "tools": self.tools,
+            "nets": [
+                {
+                    "name": net.name,
+                    "kind": net.kind.value,
+                    "layer": net.layer,
+                    "file": net.file,
+                    "sha256": net.sha256,
+                    "weights": {slot: _ref_to_json(ref) for slot, ref in net.weights.items()},
+                }
+                for net in self.nets
+            ],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write it into *folder*."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    def check(self, folder: str | Path) -> None:
+        """Raise Refused, naming the file, when a net, template, table or shard is not what the manifest says.
+
+        Nets, templates and tables are hashed; of a shard the size and the fingerprint are compared.
+        """
+        folder = Path(folder)
+        parts = {net.file: net.sha256 for net in self.nets}
+        parts |= {entry["file"]: entry["sha256"] for entry in self.templates.values()}
+        parts |= self.constants
+        for name, expected in parts.items():
+            _refuse_unless(folder / name, sha256_file, expected)
+        shards: dict[Path, list[TensorRef]] = {}
+        for net in self.nets:
+            for ref in net.weights.values():
+                shards.setdefault(ref.file, []).append(ref)
+        for file, refs in shards.items():
+            path = self.shard_path(folder, file)
+            expected = self.weights["files"][file.name]["fingerprint"]
+            _refuse_unless(path, lambda p, refs=refs: fingerprint(p, refs), expected)
+
+    def shard_path(self, folder: str | Path, file: Path) -> Path:
+        """Where the bytes of checkpoint file *file* are: in the folder, or in the checkout when inline."""
+        inside = Path(folder) / "weights" / file.name
+        return inside if inside.exists() else file
+
+
+def _refuse_unless(path: Path, digest: Any, expected: str) -> None:
+    if not path.is_file():
+        raise Refused(f"{path} is missing", hint="export again")
+    if digest(path) != expected:
+        raise Refused(f"{path} is not the file that manifest.json describes", hint="export again")
+
+
+def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
+    return {
+        "tensor": ref.name,
+        "file": str(ref.file),
+        "offset": ref.offset,
+        "nbytes": ref.nbytes,
+        "dtype": ref.dtype,
+        "shape": list(ref.shape),
+    }
+
+
+def _ref_from_json(data: dict[str, Any]) -> TensorRef:
+    return TensorRef(
+        data["tensor"],
+        Path(data["file"]),
+        data["offset"],
+        data["nbytes"],
+        data["dtype"],
+        tuple(data["shape"]),
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(file: Path, refs: list[TensorRef]) -> str:
+    """A hash of what *file* holds for *refs*: names, dtypes, shapes, places, and up to 4096 bytes of each.
+
+    Cheap at any size (a 72B checkpoint: a few hundred small reads), and different for another fine-tune.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for ref in sorted(set(refs), key=lambda r: (r.offset, r.name)):
+            digest.update(repr((ref.name, ref.dtype, ref.shape, ref.offset, ref.nbytes)).encode())
+            stream.seek(ref.offset + max(0, ref.nbytes // 2 - 2048))
+            digest.update(stream.read(min(4096, ref.nbytes)))
+    return digest.hexdigest()

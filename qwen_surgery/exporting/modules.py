@@ -1,0 +1,283 @@
+"""torch modules of every kind of net, with the contract's inputs and outputs, from a checkout's classes.
+
+Never the whole model: a block is one ``QWenBlock`` of the patched code, a head is a norm and a matrix. All
+are fp32. Weights are named by *slots* (a parameter's name inside the net, such as ``attn.c_attn.weight``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.exporting import rotary
+from qwen_surgery.exporting.model_code import ModelCode
+from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry, NetKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: What a candidate dropped by top-p scores before the last softmax.
+_DROPPED = -1000.0
+
+
+@dataclass
+class NetModule:
+    """One kind of net as torch code.
+
+    ``module(*inputs)`` takes the contract's inputs and returns its outputs in order. ``slots`` maps each
+    weight's slot to the parameter that holds it; ``constants`` are tables that the graph carries.
+    """
+
+    kind: NetKind
+    module: nn.Module
+    slots: dict[str, tuple[nn.Module, str]]
+    constants: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Slot -> shape."""
+        return {slot: tuple(getattr(owner, name).shape) for slot, (owner, name) in self.slots.items()}
+
+    def load(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Put *values* (slot -> float32 tensor) in as the weights and return the module."""
+        for slot, (owner, name) in self.slots.items():
+            value = values[slot]
+            if tuple(value.shape) != tuple(getattr(owner, name).shape):
+                raise Refused(
+                    f"weight {slot} has shape {list(value.shape)}, the code wants {list(self.shapes()[slot])}"
+                )
+            owner._parameters.pop(name, None)
+            object.__setattr__(owner, name, value)
+        return self.module
+
+
+class ModuleFactory:
+    """Builds the nets of one checkout.
+
+    *patched* holds the classes that are traced; *reference* is the unpatched code, whose own rotary class
+    fills the tables. Parameters are placeholders without memory until :meth:`NetModule.load`.
+    """
+
+    def __init__(self, patched: ModelCode, reference: ModelCode, geometry: Geometry) -> None:
+        self._patched = patched
+        self._geometry = geometry
+        with _weightless():
+            block = reference.block()
+        self._cos, self._sin = rotary.tables(reference.rotary(block), geometry.seq_length)
+
+    def build(self, kind: NetKind) -> NetModule:
+        """The net of *kind*; raises Refused when the code does not fit the contract."""
+        builders = {
+            NetKind.EMBEDDING: self._embedding,
+            NetKind.EMBEDDING_CACHE: self._embedding,
+            NetKind.LM_HEAD: self._lm_head,
+            NetKind.LM_HEAD_TOPK: self._lm_head,
+            NetKind.GREEDY_HEAD: lambda kind: NetModule(kind, GreedyHead().eval(), {}),
+            NetKind.PENALTY_SAMPLE_HEAD: lambda kind: NetModule(kind, PenaltySampleHead().eval(), {}),
+            NetKind.BLOCK: self._block,
+            NetKind.BLOCK_CACHE: self._block,
+        }
+        return builders[kind](kind)
+
+    def _embedding(self, kind: NetKind) -> NetModule:
+        with _weightless():
+            module = Embedding(self._geometry.vocab, self._geometry.hidden).eval()
+        return NetModule(kind, module, {"wte.weight": (module.wte, "weight")})
+
+    def _lm_head(self, kind: NetKind) -> NetModule:
+        with _weightless():
+            norm = self._patched.norm()
+            head = nn.Linear(self._geometry.hidden, self._geometry.vocab, bias=False)
+        module = (LmHeadTopK if kind is NetKind.LM_HEAD_TOPK else LmHead)(norm, head).eval()
+        slots = {f"ln_f.{name}": place for name, place in _slots(norm).items()}
+        return NetModule(kind, module, {**slots, "lm_head.weight": (head, "weight")})
+
+    def _block(self, kind: NetKind) -> NetModule:
+        with _weightless():
+            block = self._patched.block()
+        slots = _slots(block)
+        for (
+            module
+        ) in block.modules():  # buffers stay inside the graph as constants, where they are used at all
+            module._non_persistent_buffers_set.update(module._buffers)
+        adapter = rotary.adapter_for(block, self._patched.rotary(block))
+        net = (BlockCache if kind is NetKind.BLOCK_CACHE else Block)(
+            block, adapter, self._cos, self._sin
+        ).eval()
+        constants: dict[str, tuple[nn.Module, str]] = {
+            "rotary/cos": (net, "rotary_cos"),
+            "rotary/sin": (net, "rotary_sin"),
+        }
+        return NetModule(kind, net, slots, constants)
+
+
+def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    return {
+        f"{prefix}.{name}" if prefix else name: (owner, name)
+        for prefix, owner in module.named_modules()
+        for name in owner._parameters
+        if owner._parameters[name] is not None
+    }
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Inside, every parameter that a module registers takes one element of memory, whatever its shape.
+
+    A parameter is replaced as soon as it is registered (its uninitialised memory was never touched), by a
+    meta tensor while the constructor still initialises it, at the end by one zero expanded to the shape.
+    """
+    original = nn.Module.register_parameter
+    made: list[tuple[nn.Module, str]] = []
+
+    def register(self: nn.Module, name: str, param: Any) -> None:
+        if param is not None:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+            made.append((self, name))
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+    for owner, name in made:
+        shape = owner._parameters[name].shape  # type: ignore[union-attr]
+        owner._parameters[name] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+
+
+class Embedding(nn.Module):
+    """input_ids int32 [1, L] -> float32 [1, L, H]."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocab, hidden)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input_ids, self.wte.weight)
+
+
+class LmHead(nn.Module):
+    """Final norm and vocabulary product: hidden_states [1, H] -> m_logits [1, V]."""
+
+    def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.ln_f = norm
+        self.lm_head = head
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.ln_f(hidden_states))
+
+
+class LmHeadTopK(LmHead):
+    """LmHead with the best token inside: hidden_states [1, 1, H] -> token int32 [1, 1, 1]."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.topk(super().forward(hidden_states), 1)[1].int()
+
+
+class GreedyHead(nn.Module):
+    """m_logits [1, V] -> the best token, int32 [1, 1]."""
+
+    def forward(self, m_logits: torch.Tensor) -> torch.Tensor:
+        return torch.topk(m_logits, 1)[1].int()
+
+
+class PenaltySampleHead(nn.Module):
+    """The candidates to sample from: probs float32 [1, 50] and their tokens int32 [1, 50].
+
+    Logits of tokens in ``input_ids`` are divided by ``penalty`` when positive and multiplied by it when
+    negative; the best 50 are divided by ``temperature``; those behind the cumulative probability ``top_p``
+    are dropped, but never one of the best 5. This is what the vendor's runtimes expect of the net.
+    """
+
+    always_kept: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        always = torch.zeros(1, TOP_K, dtype=torch.bool)
+        always[:, :MIN_TOKENS_TO_KEEP] = True
+        self.register_buffer("always_kept", always, persistent=False)
+
+    def forward(
+        self,
+        m_logits: torch.Tensor,
+        input_ids: torch.Tensor,
+        top_p: torch.Tensor,
+        temperature: torch.Tensor,
+        penalty: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = input_ids.long()
+        seen = torch.gather(m_logits, 1, ids)
+        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+        best, tokens = torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
+        best = best / temperature
+        kept = (best.softmax(dim=1).cumsum(dim=1) < top_p) | self.always_kept
+        kept_best = torch.where(kept, best, torch.full_like(best, _DROPPED))
+        return kept_best.softmax(dim=1), tokens.int()
+
+
+class Block(nn.Module):
+    """One layer, prefill: see the contract in :mod:`qwen_surgery.nets`.
+
+    All tensors are float32 but ``position_ids`` (int32 [1, L]); the mask is additive.
+    """
+
+    def __init__(
+        self, layer: nn.Module, adapter: rotary.RotaryAdapter, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self._adapter = adapter
+        self.rotary_cos = cos
+        self.rotary_sin = sin
+
+    def forward(
+        self, input_states: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._run(input_states, position_ids, attention_mask, None)
+
+    def _run(
+        self,
+        input_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        history: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cos = F.embedding(position_ids, self.rotary_cos).unsqueeze(2)
+        sin = F.embedding(position_ids, self.rotary_sin).unsqueeze(2)
+        outputs = self.layer(
+            input_states,
+            layer_past=history,
+            attention_mask=attention_mask,
+            use_cache=True,
+            **self._adapter.arguments(cos, sin),
+        )
+        hidden, (key, value) = outputs[0], outputs[1]
+        if key.shape[1] != input_states.shape[1]:
+            raise Refused(
+                f"the layer returns {key.shape[1]} KV units for {input_states.shape[1]} token(s): it still "
+                "joins the history into its present",
+                hint="export needs the early-present edit: use recipe static or documented",
+            )
+        return hidden, key, value
+
+
+class BlockCache(Block):
+    """One layer, decode: one token against S slots of history."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        history_k: torch.Tensor,
+        history_v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._run(input_states, position_ids, attention_mask, (history_k, history_v))

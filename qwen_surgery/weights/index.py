@@ -1,0 +1,131 @@
+"""The weights of a checkout as a mapping from tensor name to its place on disk; reads headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.weights.refs import TensorRef
+from qwen_surgery.weights.safetensors_header import read_header
+from qwen_surgery.weights.torch_zip import read_torch_zip
+
+# In the order of preference when a checkout holds several.
+_LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors", read_header),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
+)
+_QUANTISED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+class WeightIndex(Mapping[str, TensorRef]):
+    """Tensor name -> :class:`TensorRef` over all shards of one checkout. ``files`` are the shards."""
+
+    def __init__(self, path: Path, refs: dict[str, TensorRef], files: tuple[Path, ...]) -> None:
+        self.path = path
+        self.files = files
+        self._refs = refs
+
+    @classmethod
+    def open(cls, path: str | Path) -> WeightIndex:
+        """Read the shard headers under *path*.
+
+        Raises Refused, naming the file and, where there is one, the tensor: no weights at all, a shard that
+        the index names and that is not there, a git-lfs pointer, a damaged or truncated shard, overlapping
+        tensors, a tensor that the index promises and its shard lacks, the same tensor in two shards, and
+        quantised (GPTQ, AWQ) checkpoints.
+        """
+        path = Path(path)
+        _refuse_quantised_config(path)
+        for index_name, single_name, reader in _LAYOUTS:
+            index_file, single_file = path / index_name, path / single_name
+            if index_file.is_file():
+                refs, files = _read_sharded(index_file, reader)
+            elif single_file.is_file():
+                refs, files = reader(single_file), (single_file,)
+            else:
+                continue
+            _refuse_quantised_tensors(refs)
+            return cls(path, refs, files)
+        raise Refused(
+            f"{path}: no weights found",
+            hint="expected model.safetensors or pytorch_model.bin, whole or with an index.json",
+        )
+
+    def __getitem__(self, name: str) -> TensorRef:
+        try:
+            return self._refs[name]
+        except KeyError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], tuple[Path, ...]]:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{index_file}: not a weight index ({error})") from error
+    refs: dict[str, TensorRef] = {}
+    files: list[Path] = []
+    for shard in dict.fromkeys(names.values()):
+        if Path(shard).name != shard:
+            raise Refused(f"{index_file}: shard {shard!r} is not a plain file name")
+        file = index_file.parent / shard
+        if not file.is_file():
+            first = next(tensor for tensor, where in names.items() if where == shard)
+            raise Refused(
+                f"{file}: shard is missing ({index_file.name} expects {first} in it)",
+                hint="download the missing shard",
+            )
+        files.append(file)
+        for name, ref in reader(file).items():
+            if name in refs:
+                raise Refused(f"tensor {name} is both in {refs[name].file.name} and in {file.name}")
+            refs[name] = ref
+    for tensor, shard in names.items():
+        if tensor not in refs:
+            raise Refused(f"tensor {tensor}: {index_file.name} expects it in {shard}, which does not have it")
+        if refs[tensor].file.name != shard:
+            raise Refused(
+                f"tensor {tensor}: {index_file.name} expects it in {shard}, it is in {refs[tensor].file.name}"
+            )
+    return refs, tuple(files)
+
+
+def _refuse_quantised_config(path: Path) -> None:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # reading config.json is not this module's business
+    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantisation:
+        method = (
+            quantisation.get("quant_method", "quantised") if isinstance(quantisation, dict) else "quantised"
+        )
+        _refuse_quantised(str(method).upper(), f"{path / 'config.json'}: quantization_config")
+
+
+def _refuse_quantised_tensors(refs: Mapping[str, TensorRef]) -> None:
+    for name, ref in refs.items():
+        if name.endswith(_QUANTISED_ENDINGS):
+            _refuse_quantised("GPTQ or AWQ", f"{ref.file}: tensor {name}")
+
+
+def _refuse_quantised(method: str, where: str) -> None:
+    raise Refused(
+        f"{where}: {method} checkpoints are not supported yet",
+        hint="start from the bf16, fp16 or fp32 checkpoint; compile --mode int4 quantises for the chip",
+    )
