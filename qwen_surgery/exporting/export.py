@@ -35,6 +35,7 @@ from qwen_surgery.weights import TensorRef, WeightIndex
 
 if TYPE_CHECKING:
     from qwen_surgery.checkout import Sources
+    from qwen_surgery.exporting.modules import ModuleFactory, TorchNets
 
 TEMPLATES_FOLDER = "templates"
 #: What graphs, tables and the manifest take besides weights, at most (bytes per net, and per table element).
@@ -156,7 +157,7 @@ def plan(
     config = read_config(sources.reference)
     refuse_beyond_trained(config, geometry.seq_length)
     every_net = nets.nets(geometry.layers, multi_device=multi_device)
-    tied = bool(config.get("tie_word_embeddings", False)) and "lm_head.weight" not in index
+    tied = is_tied(config, index)
     bindings, refs = [], {}
     for net in every_net:
         shapes = weight_shapes(net.kind, geometry, config)
@@ -216,16 +217,41 @@ def _refuse_too_large_inline(
             )
 
 
+def module_factory(sources: Sources, geometry: Geometry) -> ModuleFactory:
+    """The torch nets of *sources*. Imports torch and runs the checkout's code (callers asked for trust)."""
+    from qwen_surgery.exporting.modules import ModuleFactory
+
+    patched = ModelCode.load(sources.patched, sources.modeling)
+    reference = ModelCode.load(sources.reference, sources.modeling)
+    return ModuleFactory(patched, reference, geometry)
+
+
+def torch_nets(sources: Sources, index: WeightIndex, geometry: Geometry) -> TorchNets:
+    """Every net with its weights, runnable in torch. Runs the checkout's code (callers asked for trust)."""
+    from qwen_surgery.exporting.modules import TorchNets
+
+    config = read_config(sources.reference)
+    tied = is_tied(config, index)
+    every_kind = [*nets.nets(geometry.layers), nets.Net("lm_head_topk", NetKind.LM_HEAD_TOPK)]
+    bindings = {
+        net.name: make_binding(net, weight_shapes(net.kind, geometry, config), tied=tied)
+        for net in every_kind
+    }
+    return TorchNets(module_factory(sources, geometry), bindings, index)
+
+
+def is_tied(config: Mapping[str, Any], index: Mapping[str, TensorRef]) -> bool:
+    """Whether the lm_head uses the embedding's tensor."""
+    return bool(config.get("tie_word_embeddings", False)) and "lm_head.weight" not in index
+
+
 def trace_templates(
     sources: Sources, geometry: Geometry, kinds: Iterable[NetKind]
 ) -> dict[NetKind, Template]:
     """One weight-free template per kind. Runs the checkout's code (callers asked for trust)."""
-    from qwen_surgery.exporting.modules import ModuleFactory
     from qwen_surgery.exporting.tracing import trace
 
-    patched = ModelCode.load(sources.patched, sources.modeling)
-    reference = ModelCode.load(sources.reference, sources.modeling)
-    factory = ModuleFactory(patched, reference, geometry)
+    factory = module_factory(sources, geometry)
     return {kind: Template(kind, trace(factory.build(kind), geometry)) for kind in kinds}
 
 

@@ -6,11 +6,12 @@ are fp32. Weights are named by *slots* (a parameter's name inside the net, such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +19,9 @@ from torch import nn
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting import rotary
 from qwen_surgery.exporting.model_code import ModelCode
+from qwen_surgery.exporting.template import Binding, resolve
 from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry, NetKind
+from qwen_surgery.weights import TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,13 +200,13 @@ class PenaltySampleHead(nn.Module):
     are dropped, but never one of the best 5. This is what the vendor's runtimes expect of the net.
     """
 
-    always_kept: torch.Tensor
+    head_start: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        always = torch.zeros(1, TOP_K, dtype=torch.bool)
-        always[:, :MIN_TOKENS_TO_KEEP] = True
-        self.register_buffer("always_kept", always, persistent=False)
+        head_start = torch.zeros(1, TOP_K)
+        head_start[:, :MIN_TOKENS_TO_KEEP] = 2.0  # more than any cumulative probability
+        self.register_buffer("head_start", head_start, persistent=False)
 
     def forward(
         self,
@@ -218,7 +221,8 @@ class PenaltySampleHead(nn.Module):
         seen = torch.where(seen < 0, seen * penalty, seen / penalty)
         best, tokens = torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
         best = best / temperature
-        kept = (best.softmax(dim=1).cumsum(dim=1) < top_p) | self.always_kept
+        # One comparison with a limit per place: TPU-MLIR has no Or with a constant.
+        kept = best.softmax(dim=1).cumsum(dim=1) < top_p + self.head_start
         kept_best = torch.where(kept, best, torch.full_like(best, _DROPPED))
         return kept_best.softmax(dim=1), tokens.int()
 
@@ -281,3 +285,44 @@ class BlockCache(Block):
         history_v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self._run(input_states, position_ids, attention_mask, (history_k, history_v))
+
+
+class TorchNets:
+    """Every net of one checkout as torch code with its weights, for running in fp32 on the CPU.
+
+    Weights are read when a net is asked for and only the last *keep* nets stay in memory.
+    """
+
+    def __init__(
+        self,
+        factory: ModuleFactory,
+        bindings: Mapping[str, Binding],
+        index: Mapping[str, TensorRef],
+        keep: int = 8,
+    ) -> None:
+        self._factory = factory
+        self._bindings = bindings
+        self._index = index
+        self._keep = keep
+        self._loaded: dict[str, nn.Module] = {}
+
+    def module(self, net: str) -> nn.Module:
+        """The net called *net*; raises Refused when there is none or a tensor does not fit."""
+        if net not in self._bindings:
+            raise Refused(f"there is no net {net}")
+        if net not in self._loaded:
+            while len(self._loaded) >= self._keep:
+                self._loaded.pop(next(iter(self._loaded)))
+            binding = self._bindings[net]
+            built = self._factory.build(binding.kind)
+            refs = resolve(binding, built.shapes(), self._index)
+            values = {slot: torch.from_numpy(ref.read()) for slot, ref in refs.items()}
+            self._loaded[net] = built.load(values)
+        return self._loaded[net]
+
+    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run *net* on arrays of the contract's shapes (float32 and int32); gives its outputs in order."""
+        with torch.no_grad():
+            result = self.module(net)(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
+        outputs = result if isinstance(result, tuple) else (result,)
+        return [output.numpy() for output in outputs]

@@ -25,7 +25,7 @@ from qwen_surgery.errors import Refused, Usage
 _serial = itertools.count()
 
 # Packages that some forks import and that only serve training, serving or registration there.
-_OPTIONAL = ("modelscope", "transformers_stream_generator", "flash_attn", "deepspeed")
+_OPTIONAL = ("modelscope", "transformers_stream_generator", "flash_attn", "deepspeed", "kernels")
 # Decorators that only edit docstrings; newer transformers dropped them.
 _DOC_DECORATORS = (
     "add_start_docstrings",

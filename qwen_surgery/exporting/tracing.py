@@ -131,10 +131,23 @@ def _export(
     finally:
         logger.setLevel(level)
     proto = onnx.load_from_string(buffer.getvalue())
+    _drop_scope(proto.graph, "/net/")
     missing = [name for name in inputs if name not in {i.name for i in proto.graph.input}]
     if missing:
         raise ToolFailed(f"{kind}: the trace does not use {', '.join(missing)}")
     return proto
+
+
+def _drop_scope(graph: onnx.GraphProto, scope: str) -> None:
+    """Take this module's own scope off names: ``/net/layer/attn/MatMul`` becomes ``/layer/attn/MatMul``."""
+
+    def short(name: str) -> str:
+        return "/" + name[len(scope) :] if name.startswith(scope) else name
+
+    for node in graph.node:
+        node.name = short(node.name)
+        for names in (node.input, node.output):
+            names[:] = [short(name) for name in names]
 
 
 def _exporter_switch() -> dict[str, Any]:
