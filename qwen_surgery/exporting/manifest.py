@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class NetEntry:
-    """One net: ``file`` relative to the folder, its SHA-256, and slot -> place of its checkpoint tensor."""
+    """One net: ``file`` relative to the folder, its SHA-256, and slot -> place of its checkpoint tensor.
+
+    The places are in the folder's ``weights/`` (relative in the JSON, absolute once loaded), or in the
+    checkout where the weights are inline.
+    """
 
     name: str
     kind: NetKind
@@ -82,7 +87,7 @@ class Manifest:
         if data.get("format") != FORMAT:
             raise Refused(f"{path}: format {data.get('format')} is not the format {FORMAT} of this version")
         try:
-            return cls._from_json(data, Path(folder))
+            return cls._from_json(data, Path(folder).absolute())
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
@@ -95,7 +100,7 @@ class Manifest:
                 layer=net["layer"],
                 file=net["file"],
                 sha256=net["sha256"],
-                weights={slot: _ref_from_json(ref) for slot, ref in net["weights"].items()},
+                weights={slot: _ref_from_json(ref, folder) for slot, ref in net["weights"].items()},
             )
             for net in data["nets"]
         )
@@ -162,14 +167,8 @@ class Manifest:
             for ref in net.weights.values():
                 shards.setdefault(ref.file, []).append(ref)
         for file, refs in shards.items():
-            path = self.shard_path(folder, file)
             expected = self.weights["files"][file.name]["fingerprint"]
-            _refuse_unless(path, lambda p, refs=refs: fingerprint(p, refs), expected)
-
-    def shard_path(self, folder: str | Path, file: Path) -> Path:
-        """Where the bytes of checkpoint file *file* are: in the folder, or in the checkout when inline."""
-        inside = Path(folder) / "weights" / file.name
-        return inside if inside.exists() else file
+            _refuse_unless(file, partial(fingerprint, refs=refs), expected)
 
 
 def _refuse_unless(path: Path, digest: Any, expected: str) -> None:
@@ -190,10 +189,10 @@ def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
     }
 
 
-def _ref_from_json(data: dict[str, Any]) -> TensorRef:
+def _ref_from_json(data: dict[str, Any], folder: Path) -> TensorRef:
     return TensorRef(
         data["tensor"],
-        Path(data["file"]),
+        folder / data["file"],
         data["offset"],
         data["nbytes"],
         data["dtype"],

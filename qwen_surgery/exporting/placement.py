@@ -38,6 +38,9 @@ class SharedPlacement:
     def weight(self, ref: TensorRef) -> Location:
         return Location(f"{WEIGHTS_FOLDER}/{self._names[ref.file]}", ref.offset, ref.nbytes)
 
+    def file(self, ref: TensorRef) -> Path:
+        return Path(WEIGHTS_FOLDER, self._names[ref.file])
+
     def constant(self, data: bytes) -> Location:
         return self._constants.place(data)
 
@@ -50,6 +53,9 @@ class InlinePlacement:
 
     def weight(self, ref: TensorRef) -> bytes:
         return ref.read_raw().tobytes()
+
+    def file(self, ref: TensorRef) -> Path:
+        return ref.file
 
     def constant(self, data: bytes) -> bytes:
         return data

@@ -133,6 +133,10 @@ class Placement(Protocol):
         """The place of a checkpoint tensor."""
         ...
 
+    def file(self, ref: TensorRef) -> Path:
+        """The file the manifest names for a tensor: relative to the net's folder, or the checkpoint's."""
+        ...
+
     def constant(self, data: bytes) -> Location | bytes:
         """The place of a table that many nets share."""
         ...

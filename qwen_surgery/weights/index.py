@@ -37,7 +37,7 @@ class WeightIndex(Mapping[str, TensorRef]):
         tensors, a tensor that the index promises and its shard lacks, the same tensor in two shards, and
         quantised (GPTQ, AWQ) checkpoints.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         _refuse_quantised_config(path)
         for index_name, single_name, reader in _LAYOUTS:
             index_file, single_file = path / index_name, path / single_name

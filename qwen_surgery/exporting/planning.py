@@ -1,0 +1,224 @@
+"""Decide what an export will write, and refuse what cannot be right, before anything runs or is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery import nets
+from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.exporting import placement as placing
+from qwen_surgery.exporting.folder import refuse_foreign
+from qwen_surgery.exporting.model_code import read_config
+from qwen_surgery.exporting.placement import WeightMode
+from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
+from qwen_surgery.nets import Geometry, Net, NetKind
+from qwen_surgery.weights import TensorRef, WeightIndex
+
+if TYPE_CHECKING:
+    from qwen_surgery.checkout import Sources
+
+#: What one net's graph takes besides weights and tables, at most (bytes).
+_GRAPH_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an export will write, known before it starts."""
+
+    geometry: Geometry
+    bindings: tuple[Binding, ...]
+    refs: Mapping[str, Mapping[str, TensorRef]]  # net name -> slot -> tensor
+    mode: WeightMode
+    reason: str  # why links are not possible, where they were wished for
+    files: tuple[Path, ...]
+    weight_bytes: int  # new bytes for weights
+    graph_bytes: int  # new bytes for everything else, an upper estimate
+
+    @property
+    def cost(self) -> str:
+        """What the export takes, in one line."""
+        size = f"{self.weight_bytes / 1e6:,.0f} MB"
+        weights = {
+            WeightMode.LINK: "weights are hard links of the shards, which take no space "
+            "(onnxruntime and TPU-MLIR read them, recent onnx refuses to)",
+            WeightMode.COPY: f"weights are copied once, {size}, and open in any onnx",
+            WeightMode.INLINE: f"every net holds its weights, {size}",
+        }[self.mode]
+        reason = f"; hard links are not possible: {self.reason}" if self.reason else ""
+        return (
+            f"{len(self.bindings)} nets, up to {self.graph_bytes / 1e6:,.0f} MB of graphs; {weights}{reason}"
+        )
+
+
+def select(all_nets: Iterable[Net], wanted: Iterable[str]) -> tuple[Net, ...]:
+    """The nets whose name or kind is in *wanted* (all when empty); raises Usage for an unknown name."""
+    all_nets, wanted = tuple(all_nets), tuple(wanted)
+    if not wanted:
+        return all_nets
+    known = {net.name for net in all_nets} | {net.kind.value for net in all_nets}
+    for name in wanted:
+        if name not in known:
+            raise Usage(
+                f"there is no net {name}",
+                hint=f"nets are {', '.join(sorted({n.kind.value for n in all_nets}))}",
+            )
+    return tuple(net for net in all_nets if net.name in wanted or net.kind.value in wanted)
+
+
+def weight_shapes(kind: NetKind, geometry: Geometry, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Slot -> shape of every weight of *kind*, as Qwen v1's layers have them.
+
+    Known without running the checkout's code, so that weights are validated first; the code must agree.
+    """
+    hidden, vocab, half = geometry.hidden, geometry.vocab, geometry.intermediate // 2
+    projection = geometry.heads * geometry.head_dim
+    if kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE):
+        return {"wte.weight": (vocab, hidden)}
+    if kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK):
+        return {"ln_f.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    if not kind.per_layer:
+        return {}
+    shapes = {
+        "ln_1.weight": (hidden,),
+        "attn.c_attn.weight": (3 * projection, hidden),
+        "attn.c_attn.bias": (3 * projection,),
+        "attn.c_proj.weight": (hidden, projection),
+        "ln_2.weight": (hidden,),
+        "mlp.w1.weight": (half, hidden),
+        "mlp.w2.weight": (half, hidden),
+        "mlp.c_proj.weight": (hidden, half),
+    }
+    if not config.get("no_bias", True):
+        shapes |= {
+            "attn.c_proj.bias": (hidden,),
+            "mlp.w1.bias": (half,),
+            "mlp.w2.bias": (half,),
+            "mlp.c_proj.bias": (hidden,),
+        }
+    return shapes
+
+
+def refuse_beyond_trained(config: Mapping[str, Any], seq_length: int) -> None:
+    """Raise Refused for an export length at which static nets cannot be exact.
+
+    Above the trained length (config.json's ``seq_length``) dynamic NTK picks the rotary base from each
+    prompt's length and LogN scales queries by their position. One static net has one table, so it could be
+    exact for some prompts only.
+    """
+    trained = int(config.get("seq_length", config.get("max_position_embeddings", 0)))
+    if not trained or seq_length <= trained:
+        return
+    for key, what in (("use_dynamic_ntk", "dynamic NTK"), ("use_logn_attn", "LogN attention")):
+        if config.get(key, False):
+            raise Refused(
+                f"export length {seq_length} is above the trained length {trained} and {what} ({key}) is on: "
+                "the model's numbers then depend on each prompt's length, which a static net cannot follow",
+                hint=f"use --seq-length {trained} or less",
+            )
+
+
+def plan(
+    sources: Sources,
+    index: WeightIndex,
+    geometry: Geometry,
+    *,
+    onnx_path: Path,
+    mode: WeightMode | None = None,
+    multi_device: bool = False,
+    wanted: Iterable[str] = (),
+) -> Plan:
+    """Bind every net to its tensors and decide how weights are kept.
+
+    *mode* None means hard links, or one copy where the disk does not allow links. Raises Refused for weights
+    that do not fit the config, for a length that cannot be exact and for links that are asked for and
+    impossible; Usage for an unknown net.
+    """
+    config = read_config(sources.reference)
+    refuse_beyond_trained(config, geometry.seq_length)
+    every_net = nets.nets(geometry.layers, multi_device=multi_device)
+    tied = is_tied(config, index)
+    bindings, refs = [], {}
+    for net in every_net:
+        shapes = weight_shapes(net.kind, geometry, config)
+        binding = make_binding(net, shapes, tied=tied)
+        refs[net.name] = resolve(binding, shapes, index)
+        bindings.append(binding)
+    refuse_extra(bindings, index)
+    chosen = {net.name for net in select(every_net, wanted)}
+    kept = tuple(binding for binding in bindings if binding.net in chosen)
+    refuse_foreign(onnx_path)
+    return plan_weights(geometry, kept, refs, mode=mode, onnx_path=onnx_path)
+
+
+def plan_weights(
+    geometry: Geometry,
+    kept: tuple[Binding, ...],
+    refs: Mapping[str, Mapping[str, TensorRef]],
+    *,
+    mode: WeightMode | None,
+    onnx_path: Path,
+) -> Plan:
+    """Decide how the weights of the nets *kept* reach *onnx_path*, and what that takes (see :func:`plan`)."""
+    files = tuple(dict.fromkeys(ref.file for b in kept for ref in refs[b.net].values()))
+    mode, reason = _choose_mode(mode, files, onnx_path)
+    weight_bytes = {
+        WeightMode.LINK: 0,
+        WeightMode.COPY: sum(file.stat().st_size for file in files),
+        WeightMode.INLINE: sum(ref.nbytes for b in kept for ref in refs[b.net].values()),
+    }[mode]
+    if mode is WeightMode.INLINE:
+        _refuse_too_large_inline(kept, refs, geometry)
+    kinds = {binding.kind for binding in kept}
+    table_bytes = 2 * 4 * geometry.seq_length * geometry.head_dim
+    blocks = sum(1 for b in kept if b.kind.per_layer) if mode is WeightMode.INLINE else 1
+    graph_bytes = _GRAPH_BYTES * len(kept) + table_bytes * (sum(k.per_layer for k in kinds) + blocks)
+    return Plan(
+        geometry, kept, {b.net: refs[b.net] for b in kept}, mode, reason, files, weight_bytes, graph_bytes
+    )
+
+
+def _choose_mode(mode: WeightMode | None, files: tuple[Path, ...], onnx_path: Path) -> tuple[WeightMode, str]:
+    if mode in (WeightMode.COPY, WeightMode.INLINE):
+        return mode, ""
+    folder = onnx_path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    reason = next((why for file in files[:1] if (why := placing.try_link(file, folder))), "")
+    if not reason:
+        return WeightMode.LINK, ""
+    if mode is WeightMode.LINK:
+        raise Refused(
+            f"{files[0]} cannot be hard-linked into {folder}: {reason}",
+            hint="put the export on the same disk as the checkout, or use --weights copy",
+        )
+    return WeightMode.COPY, reason
+
+
+def _refuse_too_large_inline(
+    bindings: Iterable[Binding], refs: Mapping[str, Mapping[str, TensorRef]], geometry: Geometry
+) -> None:
+    tables = 2 * 4 * geometry.seq_length * geometry.head_dim
+    for binding in bindings:
+        size = sum(ref.nbytes for ref in refs[binding.net].values()) + _GRAPH_BYTES
+        size += tables if binding.kind.per_layer else 0
+        if size > PROTOBUF_LIMIT:
+            raise Refused(
+                f"net {binding.net} would be a file of {size / 1e9:.1f} GB; protobuf ends at 2 GB",
+                hint="use --weights link or --weights copy",
+            )
+
+
+def is_tied(config: Mapping[str, Any], index: Mapping[str, TensorRef]) -> bool:
+    """Whether the lm_head uses the embedding's tensor."""
+    return bool(config.get("tie_word_embeddings", False)) and "lm_head.weight" not in index
+
+
+def require_space(todo: Plan, onnx_path: Path) -> None:
+    """Raise ToolFailed when the disk of *onnx_path* is too full for *todo*."""
+    folder = onnx_path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    placing.require_space(folder, todo.weight_bytes + todo.graph_bytes)
