@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_surgery import nets
 from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.exporting.model_code import ModelCode, read_config
 from qwen_surgery.exporting.placement import WeightMode
-from qwen_surgery.exporting.planning import is_tied, plan, require_space, weight_shapes
+from qwen_surgery.exporting.planning import plan, require_space
 from qwen_surgery.exporting.remote_code import require_trust
-from qwen_surgery.exporting.template import Template, make_binding
+from qwen_surgery.exporting.template import Template
 from qwen_surgery.exporting.writing import Origin, Progress, no_progress, write_folder
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.weights import WeightIndex
 
 if TYPE_CHECKING:
     from qwen_surgery.checkout import Sources
-    from qwen_surgery.exporting.modules import ModuleFactory, TorchNets
+    from qwen_surgery.exporting.modules import ModuleFactory
 
 
 def export(
@@ -79,20 +78,6 @@ def module_factory(sources: Sources, geometry: Geometry) -> ModuleFactory:
     patched = ModelCode.load(sources.patched, sources.modeling)
     reference = ModelCode.load(sources.reference, sources.modeling)
     return ModuleFactory(patched, reference, geometry)
-
-
-def torch_nets(sources: Sources, index: WeightIndex, geometry: Geometry) -> TorchNets:
-    """Every net with its weights, runnable in torch. Runs the checkout's code (callers asked for trust)."""
-    from qwen_surgery.exporting.modules import TorchNets
-
-    config = read_config(sources.reference)
-    tied = is_tied(config, index)
-    every_kind = [*nets.nets(geometry.layers), nets.Net("lm_head_topk", NetKind.LM_HEAD_TOPK)]
-    bindings = {
-        net.name: make_binding(net, weight_shapes(net.kind, geometry, config), tied=tied)
-        for net in every_kind
-    }
-    return TorchNets(module_factory(sources, geometry), bindings, index)
 
 
 def trace_templates(

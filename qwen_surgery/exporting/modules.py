@@ -6,12 +6,11 @@ are fp32. Weights are named by *slots* (a parameter's name inside the net, such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,9 +18,7 @@ from torch import nn
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting import rotary
 from qwen_surgery.exporting.model_code import ModelCode
-from qwen_surgery.exporting.template import Binding, resolve
 from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry, NetKind
-from qwen_surgery.weights import TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +67,7 @@ class ModuleFactory:
     def __init__(self, patched: ModelCode, reference: ModelCode, geometry: Geometry) -> None:
         self._patched = patched
         self._geometry = geometry
-        with _weightless():
+        with weightless():
             block = reference.block()
         self._cos, self._sin = rotary.tables(reference.rotary(block), geometry.seq_length)
 
@@ -89,12 +86,12 @@ class ModuleFactory:
         return builders[kind](kind)
 
     def _embedding(self, kind: NetKind) -> NetModule:
-        with _weightless():
+        with weightless():
             module = Embedding(self._geometry.vocab, self._geometry.hidden).eval()
         return NetModule(kind, module, {"wte.weight": (module.wte, "weight")})
 
     def _lm_head(self, kind: NetKind) -> NetModule:
-        with _weightless():
+        with weightless():
             norm = self._patched.norm()
             head = nn.Linear(self._geometry.hidden, self._geometry.vocab, bias=False)
         module = (LmHeadTopK if kind is NetKind.LM_HEAD_TOPK else LmHead)(norm, head).eval()
@@ -102,7 +99,7 @@ class ModuleFactory:
         return NetModule(kind, module, {**slots, "lm_head.weight": (head, "weight")})
 
     def _block(self, kind: NetKind) -> NetModule:
-        with _weightless():
+        with weightless():
             block = self._patched.block()
         slots = _slots(block)
         for (
@@ -130,7 +127,7 @@ def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _weightless() -> Iterator[None]:
+def weightless() -> Iterator[None]:
     """Inside, every parameter that a module registers takes one element of memory, whatever its shape.
 
     A parameter is replaced as soon as it is registered (its uninitialised memory was never touched), by a
@@ -285,44 +282,3 @@ class BlockCache(Block):
         history_v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self._run(input_states, position_ids, attention_mask, (history_k, history_v))
-
-
-class TorchNets:
-    """Every net of one checkout as torch code with its weights, for running in fp32 on the CPU.
-
-    Weights are read when a net is asked for and only the last *keep* nets stay in memory.
-    """
-
-    def __init__(
-        self,
-        factory: ModuleFactory,
-        bindings: Mapping[str, Binding],
-        index: Mapping[str, TensorRef],
-        keep: int = 8,
-    ) -> None:
-        self._factory = factory
-        self._bindings = bindings
-        self._index = index
-        self._keep = keep
-        self._loaded: dict[str, nn.Module] = {}
-
-    def module(self, net: str) -> nn.Module:
-        """The net called *net*; raises Refused when there is none or a tensor does not fit."""
-        if net not in self._bindings:
-            raise Refused(f"there is no net {net}")
-        if net not in self._loaded:
-            while len(self._loaded) >= self._keep:
-                self._loaded.pop(next(iter(self._loaded)))
-            binding = self._bindings[net]
-            built = self._factory.build(binding.kind)
-            refs = resolve(binding, built.shapes(), self._index)
-            values = {slot: torch.from_numpy(ref.read()) for slot, ref in refs.items()}
-            self._loaded[net] = built.load(values)
-        return self._loaded[net]
-
-    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run *net* on arrays of the contract's shapes (float32 and int32); gives its outputs in order."""
-        with torch.no_grad():
-            result = self.module(net)(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
-        outputs = result if isinstance(result, tuple) else (result,)
-        return [output.numpy() for output in outputs]
