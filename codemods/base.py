@@ -1,13 +1,20 @@
-"""What every codemod shares: sites, outcomes, examples and the base class.
+"""What every codemod shares: sites, edits, outcomes, examples and the base class of a rule.
 
-A codemod finds its sites on a parsed tree, checks each site's precondition, edits, and checks its
-postcondition; every site ends in exactly one :class:`Outcome`.
+A rule reads a :class:`codemods.source.Source` (parsed, never executed), names each place it could act on
+(a :class:`Site`) and says what should happen there. The runner applies the edits with LibCST, parses the
+result again and lets every rule prove its postcondition. Each site ends in exactly one :class:`Outcome`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from codemods.source import Source
 
 
 class Status(str, Enum):
@@ -30,13 +37,102 @@ class Outcome:
     line: int | None = None
     end_line: int | None = None
     where: str = ""  #: qualified function, e.g. ``QWenAttention._attn``
+    suppressed: bool = False  #: declined because the user asked for it; not an error for exit codes
+    required: bool = True  #: declining it means the patched file may not be used (exit 3)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A worked example; feeds the tests, the docs and ``explain``. ``after`` is None where nothing changes."""
+    """A worked example; feeds the tests, the docs and ``explain``. ``after`` is None where nothing
+    changes."""
 
     name: str
     before: str
     after: str | None
     status: Status
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Remove one statement."""
+
+    target: ast.stmt
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Put new statements (source text, unindented) right before a statement."""
+
+    before: ast.stmt
+    text: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """Take a statement, with its comments, to right before another one of the same block."""
+
+    target: ast.stmt
+    before: ast.stmt
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Replace a statement by what ``make`` returns for its LibCST node."""
+
+    target: ast.stmt
+    make: Callable[[Any], Any]
+
+
+Edit = Drop | Insert | Move | Rewrite
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place a rule could act on, what it decided there, and the edits that would do it."""
+
+    status: Status
+    reason: str
+    line: int | None = None
+    end_line: int | None = None
+    where: str = ""
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass
+class Plan:
+    """Edits decided so far in this run, by codemod; a later rule may build on an earlier one's."""
+
+    sites: dict[str, list[Site]] = field(default_factory=dict)
+
+    def applies(self, codemod: str, where: str) -> bool:
+        """True when ``codemod`` is going to edit the function ``where``."""
+        return any(
+            site.where == where and site.status is Status.APPLIED for site in self.sites.get(codemod, ())
+        )
+
+
+class Rule:
+    """Base class of a source codemod. Subclasses fill the class attributes and :meth:`sites`."""
+
+    name: ClassVar[str]  #: kebab-case, unique
+    title: ClassVar[str]  #: one line: what it does
+    why: ClassVar[str]  #: the TPU or ONNX reason
+    declines: ClassVar[tuple[str, ...]]  #: when it declines, one sentence each
+    precondition: ClassVar[str]  #: what is checked on the tree before the edit
+    postcondition: ClassVar[str]  #: what is checked on the tree after it
+    absent: ClassVar[str]  #: the reason given when no site is found
+    required: ClassVar[bool] = True
+    examples: ClassVar[tuple[Example, ...]] = ()
+
+    def sites(self, source: Source, plan: Plan) -> Iterable[Site]:
+        """Every place in ``source`` this rule could act on, with its decision; empty means absent."""
+        raise NotImplementedError
+
+    def holds(self, source: Source, acted: Sequence[str]) -> str:
+        """What is wrong with the postcondition on the edited source; empty when nothing is.
+
+        ``acted`` names the functions this rule edited. The runner has already asked the rule for its
+        sites again
+        and found each of them ``already``; a rule with more to prove overrides this.
+        """
+        return ""

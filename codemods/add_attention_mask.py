@@ -1,0 +1,95 @@
+"""``add-attention-mask``: add the caller's mask where upstream's path never does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from codemods.attention import ScorePath, attentions
+from codemods.base import Example, Insert, Plan, Rule, Site, Status
+from codemods.command import lazy_command
+from codemods.source import Source
+
+NAME = "add-attention-mask"
+
+_BODY = """\
+class Attention(nn.Module):
+    def __init__(self, config):
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def _attn(self, query, key, value, attention_mask=None):
+        scores = torch.matmul(query, key.transpose(-1, -2)) / value.size(-1) ** 0.5{add}
+
+        return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+    def forward(self, hidden, attention_mask=None):
+        q, k, v = self.c_attn(hidden).split(self.width, dim=2)
+        return self.c_proj(self._attn(q, k, v, {passed}))
+"""
+_ADD = """
+
+        if attention_mask is not None:
+            scores = scores + attention_mask"""
+
+
+class AddAttentionMask(Rule):
+    """Add ``attention_mask`` to the scores in paths that leave it out, so that their causal mask can go."""
+
+    name = NAME
+    title = "Add the caller's attention_mask to scores that upstream masks only by its own triangle"
+    why = (
+        "some revisions take attention_mask and never use it: the causal triangle is their only mask. "
+        "Removing the "
+        "triangle there, as the documented edit does, leaves no masking at all, and nothing complains. "
+        "With the "
+        "mask added, the exported net obeys its mask input."
+    )
+    precondition = (
+        "forward passes its attention_mask to the method unchanged, and every statement between product "
+        "and softmax "
+        "is understood, so that a sum right before the softmax masks the final scores"
+    )
+    postcondition = "the scores are summed with attention_mask before the softmax"
+    declines = (
+        "the method does not receive forward's attention_mask",
+        "attention_mask is rebound on the way",
+        "the scores are rewritten in a form not known",
+    )
+    absent = "no attention method over named scores in this file"
+    examples = (
+        Example(
+            "left out",
+            _BODY.format(add="", passed="attention_mask"),
+            _BODY.format(add=_ADD, passed="attention_mask"),
+            Status.APPLIED,
+        ),
+        Example("already added", _BODY.format(add=_ADD, passed="attention_mask"), None, Status.ALREADY),
+        Example("no attention", "import torch\n", None, Status.ABSENT),
+        Example("the mask is not passed on", _BODY.format(add="", passed="None"), None, Status.DECLINED),
+    )
+
+    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+        for attention in attentions(source):
+            for path in attention.paths:
+                yield self._site(path)
+
+    def _site(self, path: ScorePath) -> Site:
+        if path.added:
+            stmt = path.added[0]
+            reason = "attention_mask is added to the scores"
+            return Site(Status.ALREADY, reason, stmt.lineno, stmt.end_lineno, path.where)
+        line = path.softmax.lineno
+        problem = path.mask_reaches()
+        if path.unknown:
+            problem = "the scores are rewritten in a form not known"
+            line = path.unknown[0].lineno
+        if problem:
+            return Site(Status.DECLINED, problem, line, line, path.where)
+        mask, scores = path.mask_parameter, path.scores
+        text = f"if {mask} is not None:\n    {scores} = {scores} + {mask}\n"
+        reason = "the method takes attention_mask and never uses it"
+        return Site(Status.APPLIED, reason, line, line, path.where, (Insert(path.softmax, text),))
+
+
+RULE = AddAttentionMask()
+__getattr__, __dir__ = lazy_command(RULE)

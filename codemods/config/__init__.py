@@ -1,0 +1,86 @@
+"""config.json edits: decided per key, written without touching any other character."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from codemods.base import Outcome, Status
+from codemods.config.base import DEFAULT_SEQ_LENGTH, ConfigContext, ConfigEdit
+from codemods.config.text import ConfigError, read
+from codemods.recipes import Recipe
+from codemods.recipes import load as load_recipe
+
+__all__ = ["BUILTIN", "ConfigError", "ConfigResult", "get", "run"]
+
+#: name -> module that holds ``EDIT``, in documentation order
+BUILTIN: dict[str, str] = {
+    "seq-length": "codemods.config.seq_length",
+    "max-position-embeddings": "codemods.config.max_position_embeddings",
+    "precision": "codemods.config.precision",
+    "logn-attention": "codemods.config.logn_attention",
+    "dynamic-ntk": "codemods.config.dynamic_ntk",
+    "flash-attention": "codemods.config.flash_attention",
+    "cache-quantization": "codemods.config.cache_quantization",
+}
+
+
+@dataclass(frozen=True)
+class ConfigResult:
+    """What a run did to one config.json. ``text`` is the input, byte for byte, unless :attr:`changed`."""
+
+    text: bytes
+    outcomes: tuple[Outcome, ...]
+    changed: bool
+
+    @property
+    def declined(self) -> tuple[Outcome, ...]:
+        return tuple(o for o in self.outcomes if o.status is Status.DECLINED and not o.suppressed)
+
+
+def get(name: str) -> ConfigEdit:
+    """The config edit called ``name``. Raises :class:`LookupError` for an unknown one."""
+    if name not in BUILTIN:
+        raise LookupError(f"no config edit is called {name!r}; known: {', '.join(BUILTIN)}")
+    return importlib.import_module(BUILTIN[name]).EDIT
+
+
+def run(
+    text: bytes | str,
+    recipe: Recipe | str,
+    seq_length: int,
+    *,
+    trained: int | None = None,
+    skip: Iterable[str] = (),
+) -> ConfigResult:
+    """Apply a recipe's config edits to one config.json.
+
+    ``seq_length`` is the export length in tokens. ``trained`` is the unpatched config's ``seq_length``;
+    give it when ``text``
+    may be patched already, otherwise it is read from ``text`` (upstream's default where the key is
+    missing). Every edit decides
+    on the config as it came. Raises :class:`ConfigError` when ``text`` is not one JSON object.
+    """
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    data = text.encode() if isinstance(text, str) else text
+    config = read(data)
+    if trained is None:
+        given = config.get("seq_length", DEFAULT_SEQ_LENGTH)
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise ConfigError(f"seq_length is {given!r}, not a number of tokens", config.line("seq_length"))
+        trained = given
+    context = ConfigContext(seq_length, trained)
+    skipped = set(skip)
+    outcomes, edited = [], config
+    for name in chosen.config:
+        for decision in get(name).decide(config, context):
+            key, line = decision.key, config.line(decision.key)
+            label = f"config:{key}"
+            status, reason, suppressed = decision.status, decision.reason, False
+            if status in (Status.APPLIED, Status.DECLINED) and {name, label} & skipped:
+                status, reason, suppressed = Status.DECLINED, "skipped on request", True
+            if status is Status.APPLIED:
+                edited = edited.with_value(key, decision.value)
+            outcomes.append(Outcome(label, status, reason, line, line, "config.json", suppressed))
+    return ConfigResult(edited.encode(), tuple(outcomes), edited is not config)

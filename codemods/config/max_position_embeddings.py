@@ -1,0 +1,35 @@
+"""``max-position-embeddings``: no table longer than the export length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from codemods.base import Example, Status
+from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
+from codemods.config.text import ConfigText
+
+KEY = "max_position_embeddings"
+
+
+class MaxPositionEmbeddings(ConfigEdit):
+    """Set ``max_position_embeddings`` to the export length."""
+
+    name = "max-position-embeddings"
+    title = "Set max_position_embeddings to the export length"
+    why = "early revisions allocate a square causal mask of this size in the model or in every layer."
+    examples = (
+        Example(
+            "a trained length",
+            '{"max_position_embeddings": 8192}',
+            '{"max_position_embeddings": 512}',
+            Status.APPLIED,
+        ),
+        Example("the export length", '{"max_position_embeddings": 512}', None, Status.ALREADY),
+    )
+
+    def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
+        was = config.get(KEY, "not given")
+        yield set_to(config, KEY, context.seq_length, f"the export length; was {was}")
+
+
+EDIT = MaxPositionEmbeddings()

@@ -1,0 +1,28 @@
+"""``seq-length``: the export length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from codemods.base import Example, Status
+from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
+from codemods.config.text import ConfigText
+
+
+class SeqLength(ConfigEdit):
+    """Set ``seq_length`` to the export length."""
+
+    name = "seq-length"
+    title = "Set seq_length to the export length"
+    why = "the exported nets have one static length; everything that reads the config must agree on it."
+    examples = (
+        Example("a trained length", '{"seq_length": 2048}', '{"seq_length": 512}', Status.APPLIED),
+        Example("the export length", '{"seq_length": 512}', None, Status.ALREADY),
+    )
+
+    def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
+        was = config.get("seq_length", "not given")
+        yield set_to(config, "seq_length", context.seq_length, f"the export length; was {was}")
+
+
+EDIT = SeqLength()

@@ -1,0 +1,250 @@
+"""``early-present``: return the new keys and values, not the whole history."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from codemods import tree as t
+from codemods.attention import Attention, attentions
+from codemods.base import Example, Move, Plan, Rule, Site, Status
+from codemods.command import lazy_command
+from codemods.source import Source
+
+_BODY = """\
+class Attention(nn.Module):
+    def __init__(self, config):
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, hidden, layer_past=None, use_cache=False):
+        query, key, value = self.c_attn(hidden).split(self.width, dim=2)
+{early}        if layer_past is not None:
+            past_key, past_value = layer_past
+            key = torch.cat((past_key, key), dim=1)
+            value = torch.cat((past_value, value), dim=1)
+{late}        return self.c_proj(self._attn(query, key, value)), present
+"""
+_PRESENT = """\
+        if use_cache:
+            present = (key, value)
+        else:
+            present = None
+"""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The two statements: the one that joins the history, the one that makes ``present``."""
+
+    join: ast.If
+    present: ast.stmt | None
+    key: str
+    value: str
+
+
+class EarlyPresent(Rule):
+    """Build ``present`` before the history is joined to the new key and value."""
+
+    name = "early-present"
+    title = "Build present before the history is joined, so that a step returns one new unit"
+    why = (
+        "the runtime keeps the cache and writes one unit per step; with present built after the concat "
+        "every decode "
+        "step would return the whole history, S + 1 units in place of 1."
+    )
+    precondition = (
+        "the statement that makes present reads only key, value and the cache switch; between the join "
+        "and it nothing "
+        "rewrites key or value or uses present; the join only concatenates the past before the new"
+    )
+    postcondition = "present is made from key and value right before the join"
+    declines = (
+        "key or value is rewritten between the join and present (quantised after joining, for one)",
+        "present is not the pair of key and value, or is read for something else than the outputs",
+        "the join does more than concatenate, or the statements are not in one block",
+    )
+    absent = "forward joins no history to key and value"
+    examples = (
+        Example(
+            "after the join",
+            _BODY.format(early="", late=_PRESENT),
+            _BODY.format(early=_PRESENT, late=""),
+            Status.APPLIED,
+        ),
+        Example("done by hand", _BODY.format(early=_PRESENT, late=""), None, Status.ALREADY),
+        Example("no cache", "import torch\n", None, Status.ABSENT),
+        Example(
+            "key is quantised in between",
+            _BODY.format(early="", late="        key = quantise(key)\n" + _PRESENT),
+            None,
+            Status.DECLINED,
+        ),
+    )
+
+    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+        for attention in attentions(source):
+            if attention.forward is not None:
+                yield from self._forward(attention, attention.forward)
+
+    def _forward(self, attention: Attention, forward: ast.FunctionDef) -> Iterator[Site]:
+        where = f"{attention.name}.forward"
+        found = _parts(forward)
+        if found is None:
+            line = next((s.lineno for s in forward.body if "layer_past" in t.reads(s)), None)
+            if line is not None:
+                reason = (
+                    "layer_past is used, but not by one statement that concatenates it before key and value"
+                )
+                yield Site(Status.DECLINED, reason, line, line, where)
+            return
+        join, present = found.join, found.present
+        if present is None:
+            reason = "no statement of forward makes a pair of key and value for the cache"
+            yield Site(Status.DECLINED, reason, join.lineno, join.end_lineno, where)
+            return
+        body = forward.body
+        at, to = body.index(present), body.index(join)
+        if at < to:
+            problem = _unsound(forward, found, body[at + 1 : to])
+            if problem:
+                yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
+            else:
+                reason = "present is made before the history is joined"
+                yield Site(Status.ALREADY, reason, present.lineno, present.end_lineno, where)
+            return
+        problem = _join_problem(found) or _unsound(forward, found, body[to + 1 : at])
+        if problem:
+            yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
+            return
+        reason = f"nothing between lines {join.lineno} and {present.lineno} rewrites what present holds"
+        yield Site(Status.APPLIED, reason, join.lineno, present.end_lineno, where, (Move(present, join),))
+
+
+def _parts(forward: ast.FunctionDef) -> _Parts | None:
+    joins = [s for s in forward.body if isinstance(s, ast.If) and len(_joined(s)) == 2]
+    if len(joins) != 1:
+        return None
+    key, value = _joined(joins[0])
+    presents = [s for s in forward.body if _makes_present(s, key, value)]
+    return _Parts(joins[0], presents[0] if len(presents) == 1 else None, key, value)
+
+
+def _joined(stmt: ast.If) -> list[str]:
+    """The names ``stmt`` extends by concatenation (``x = cat((past, x))``), in order."""
+    found = []
+    for inner in t.statements(stmt.body):
+        if (
+            isinstance(inner, ast.Assign)
+            and len(inner.targets) == 1
+            and isinstance(inner.targets[0], ast.Name)
+        ):
+            name = inner.targets[0].id
+            if name in t.reads(inner.value) and t.calls(inner.value, "cat") and name not in found:
+                found.append(name)
+    return found
+
+
+def _join_problem(parts: _Parts) -> str:
+    """The join must put the past before the new along one axis, and touch key and value in no other way."""
+    for name in (parts.key, parts.value):
+        for stmt, value in t.assignments([parts.join], name):
+            pieces = value.elts if isinstance(value, ast.Tuple) else [value]
+            if not all(_appends(piece, name) for piece in pieces):
+                return f"line {stmt.lineno} does more to `{name}` than append it to the past"
+    return ""
+
+
+def _appends(node: ast.expr | None, name: str) -> bool:
+    if node is None or t.call_name(node) != "cat" or not isinstance(node, ast.Call) or not node.args:
+        return False
+    pair = node.args[0]
+    if not isinstance(pair, (ast.Tuple, ast.List)) or len(pair.elts) != 2:
+        return False
+    past, new = pair.elts
+    bare = new.value if isinstance(new, ast.Subscript) else new
+    return t.is_name(bare, name) and name not in t.reads(past)
+
+
+def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
+    """``present = (key, value) if cached else None``, as a statement or an expression."""
+    pairs = [
+        n
+        for n in ast.walk(stmt)
+        if isinstance(n, ast.Tuple)
+        and isinstance(n.ctx, ast.Load)
+        and len(n.elts) == 2
+        and t.is_name(n.elts[0], key)
+        and t.is_name(n.elts[1], value)
+    ]
+    if len(pairs) != 1:
+        return False
+    if isinstance(stmt, ast.Assign):
+        value_ = stmt.value
+        chosen = isinstance(value_, ast.IfExp) and pairs[0] in (value_.body, value_.orelse)
+        return len(stmt.targets) == 1 and t.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
+    if not isinstance(stmt, ast.If):
+        return False
+    arms = [*stmt.body, *stmt.orelse]
+    plain = all(isinstance(s, ast.Assign) and t.is_name(s.targets[0]) and len(s.targets) == 1 for s in arms)
+    values = [s.value for s in arms if isinstance(s, ast.Assign)]
+    known = all(v is pairs[0] or (isinstance(v, ast.Constant) and v.value is None) for v in values)
+    return plain and known and len(t.binds(stmt)) == 1
+
+
+def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -> str:
+    """What stands between the two places and would see or change the difference; empty when nothing does."""
+    present = parts.present
+    assert present is not None
+    (name,) = t.binds(present)
+    kept = t.reads(present)
+    for stmt in between:
+        changed = (kept & t.binds(stmt)) | {n for n in (parts.key, parts.value) if _mutates(stmt, n)}
+        if changed:
+            return f"`{sorted(changed)[0]}` is rewritten on line {stmt.lineno}, between the join and present"
+        if name in t.reads(stmt) | t.binds(stmt):
+            return f"`{name}` is used on line {stmt.lineno}, between the join and present"
+    if kept & t.binds(parts.join) - {parts.key, parts.value}:
+        return "the join rebinds what present depends on"
+    if name in t.reads(parts.join) | t.binds(parts.join):
+        return f"`{name}` is used where the history is joined"
+    bound = [
+        s for s, _ in t.assignments(forward.body, name) if s is not present and s not in ast.walk(present)
+    ]
+    if bound:
+        return f"`{name}` is bound again on line {bound[0].lineno}"
+    for stmt in t.statements(forward.body):
+        if stmt is present or any(t.blocks(stmt)) or name not in t.reads(stmt):
+            continue
+        if not _is_output(stmt, name):
+            return f"`{name}` is read on line {stmt.lineno} for something else than the outputs"
+    return ""
+
+
+def _mutates(stmt: ast.stmt, name: str) -> bool:
+    """In-place methods (``key.mul_(…)``) and subscript stores."""
+    for node in ast.walk(stmt):
+        if isinstance(node, ast.Call) and t.is_method_of(node, name) and t.last_name(node.func).endswith("_"):
+            return True
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.ctx, ast.Store)
+            and t.is_name(node.value, name)
+        ):
+            return True
+    return False
+
+
+def _is_output(stmt: ast.stmt, name: str) -> bool:
+    """Read as a whole, as an element of a tuple that is returned or named, never looked into."""
+    value = getattr(stmt, "value", None)
+    if isinstance(stmt, (ast.Assign, ast.Return, ast.AugAssign)) and value is not None:
+        inside = {id(e) for n in ast.walk(value) if isinstance(n, ast.Tuple) for e in n.elts} | {id(value)}
+        uses = [n for n in ast.walk(value) if t.is_name(n, name)]
+        return all(id(n) in inside for n in uses)
+    return False
+
+
+RULE = EarlyPresent()
+__getattr__, __dir__ = lazy_command(RULE)

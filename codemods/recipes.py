@@ -1,0 +1,79 @@
+"""Recipes: ordered lists of codemods and config edits, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+GROUP = "qwen_surgery.recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of source codemods and of config edits, by name."""
+
+    name: str
+    codemods: tuple[str, ...]
+    config: tuple[str, ...]
+    summary: str = ""
+
+
+DOCUMENTED = Recipe(
+    "documented",
+    (
+        "disable-torch2",
+        "scalar-divide",
+        "drop-causal-mask",
+        "drop-upcast-causal-mask",
+        "early-present",
+    ),
+    ("seq-length", "max-position-embeddings", "precision"),
+    "the vendor guide's five edits and its config, no more",
+)
+
+STATIC = Recipe(
+    "static",
+    (
+        "disable-torch2",
+        "scalar-divide",
+        "add-attention-mask",
+        "drop-causal-mask",
+        "drop-upcast-causal-mask",
+        "early-present",
+    ),
+    (
+        "seq-length",
+        "max-position-embeddings",
+        "precision",
+        "logn-attention",
+        "dynamic-ntk",
+        "flash-attention",
+        "cache-quantization",
+    ),
+    "documented, and what exactness at every position below the export length needs",
+)
+
+BUILTIN = {recipe.name: recipe for recipe in (STATIC, DOCUMENTED)}
+DEFAULT = STATIC.name
+
+
+class UnknownRecipe(LookupError):
+    """No built-in recipe and no entry point has this name."""
+
+
+def load(name: str = DEFAULT) -> Recipe:
+    """The recipe called ``name``. Raises :class:`UnknownRecipe` for a name nobody provides."""
+    if name in BUILTIN:
+        return BUILTIN[name]
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name == name:
+            recipe = entry.load()
+            if not isinstance(recipe, Recipe):
+                raise UnknownRecipe(f"{name}: {entry.value} is not a codemods.recipes.Recipe")
+            return recipe
+    raise UnknownRecipe(f"no recipe is called {name!r}; known: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """Every recipe's name, the default first."""
+    return [*BUILTIN, *sorted(e.name for e in metadata.entry_points(group=GROUP) if e.name not in BUILTIN)]

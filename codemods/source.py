@@ -1,0 +1,104 @@
+"""A Python source file as text, lines and tree, with its bytes kept exactly.
+
+Nothing here executes or imports the file. Newlines (LF, CRLF, CR), a byte order mark, the encoding cookie and
+a missing final newline all survive: :meth:`Source.encode` undoes :func:`read`.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import io
+import re
+import tokenize
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_NEWLINE = re.compile("\r\n|\r|\n")
+_SKIP = re.compile(r"qwen-surgery:\s*skip\[([^\]]*)\]")
+
+
+class SourceError(ValueError):
+    """The bytes are not a Python source file this Python can parse. ``line`` is 1-based, or None."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """A ``# qwen-surgery: skip[name]`` comment: one per name and comment."""
+
+    line: int
+    codemod: str
+
+
+@dataclass
+class Source:
+    """A parsed file. ``lines`` keep their newlines; ``tree`` is the standard library's, with positions."""
+
+    text: str
+    tree: ast.Module
+    encoding: str = "utf-8"
+    bom: bytes = b""
+    memo: dict[str, object] = field(default_factory=dict)  #: facts computed once, by the rules' helpers
+
+    @cached_property
+    def lines(self) -> list[str]:
+        ends = [match.end() for match in _NEWLINE.finditer(self.text)]
+        starts = [0, *ends]
+        return [self.text[a:b] for a, b in zip(starts, [*ends, len(self.text)], strict=True) if b > a]
+
+    @cached_property
+    def suppressions(self) -> tuple[Suppression, ...]:
+        """The suppression comments. Comments, not strings: a text that only looks like one is not one."""
+        if "qwen-surgery:" not in self.text:
+            return ()
+        found: list[Suppression] = []
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            match = token.type == tokenize.COMMENT and _SKIP.search(token.string)
+            if match:
+                names = (name.strip() for name in match[1].split(","))
+                found.extend(Suppression(token.start[0], name) for name in names if name)
+        return tuple(found)
+
+    def with_lines(self, replaced: dict[tuple[int, int], str]) -> str:
+        """The text with line ranges (first, last; 1-based, inclusive) replaced."""
+        out: list[str] = []
+        at = 1
+        for (first, last), text in sorted(replaced.items()):
+            out += [*self.lines[at - 1 : first - 1], text]
+            at = last + 1
+        return "".join([*out, *self.lines[at - 1 :]])
+
+    def encode(self, text: str) -> bytes:
+        """``text`` in this file's encoding, with its byte order mark."""
+        return self.bom + text.encode(self.encoding)
+
+
+def parse(text: str) -> Source:
+    """Parse ``text``; raises :class:`SourceError` naming the line that does not parse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in upstream's strings are upstream's business
+        try:
+            return Source(text, ast.parse(text))
+        except SyntaxError as error:
+            raise SourceError(f"does not parse: {error.msg} (line {error.lineno})", error.lineno) from error
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise SourceError(f"does not parse: {error}") from error
+
+
+def read(data: bytes) -> Source:
+    """Decode and parse ``data``; raises :class:`SourceError` for what is not Python text."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        bom = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
+        encoding = "utf-8" if bom else encoding
+        text = data[len(bom) :].decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+        raise SourceError(f"not readable as Python text: {error}") from error
+    source = parse(text)
+    source.encoding, source.bom = encoding, bom
+    return source
