@@ -40,12 +40,14 @@ class Write:
     """Put *data* at *path* (created when missing) with the permission bits *mode* (None keeps what is there).
 
     ``expect`` is the digest of the bytes the plan was made on; other bytes found there end the commit.
+    ``link`` is a file that holds *data* already and whose hard link is put at *path* where that can be done.
     """
 
     path: Path
     data: bytes
     mode: int | None = None
     expect: str | None = None
+    link: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,19 @@ def _write_temporary(temp: Path, data: bytes, like: os.stat_result | None, mode:
         os.close(descriptor)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Replace one file of our own state directory."""
+def _make_temporary(temp: Path, action: Write, like: os.stat_result | None) -> None:
+    if action.link is not None and _digest_of(action.link) == digest(action.data):
+        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another file system, or one without hard links: write a copy
+            os.link(action.link, temp)
+            if action.mode is not None:
+                temp.chmod(action.mode)
+            return
+    _write_temporary(temp, action.data, like, action.mode)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace one file, atomically, with default permission bits."""
     temp = path.with_name(f".{path.name}{_SUFFIX}")
     try:
         _write_temporary(temp, data, None, None)
@@ -146,7 +159,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 def _write_journal(state: Path, phase: str, steps: list[_Step]) -> None:
     data = {"phase": phase, "steps": [step.to_json() for step in steps]}
-    _write_whole(state / JOURNAL, json.dumps(data, indent=1).encode())
+    write_whole(state / JOURNAL, json.dumps(data, indent=1).encode())
 
 
 def _drop_journal(state: Path) -> None:
@@ -202,7 +215,7 @@ def commit(state: Path, actions: Iterable[Write | Remove]) -> None:
         _write_journal(state, "prepare", steps)
         for action, step, status in zip(todo, steps, like, strict=True):
             if isinstance(action, Write):
-                _write_temporary(step.temp, action.data, status, action.mode)
+                _make_temporary(step.temp, action, status)
         _write_journal(state, "commit", steps)
         for index, step in enumerate(steps):
             done.append(index)
@@ -273,7 +286,7 @@ def make_state(state: Path) -> None:
     try:
         (state / "originals").mkdir(parents=True, exist_ok=True)
         if not (state / ".gitignore").exists():
-            _write_whole(state / ".gitignore", b"*\n")
+            write_whole(state / ".gitignore", b"*\n")
     except OSError as error:
         drop_state(state)
         raise _say(error, "nothing was changed") from error

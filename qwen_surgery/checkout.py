@@ -106,8 +106,15 @@ class Checkout:
 
     def sources(self, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH) -> Sources:
         """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
+        from qwen_surgery import atomic
         from qwen_surgery.patching import plan
+        from qwen_surgery.patching.receipt import STATE
 
+        if (self.path / STATE / atomic.JOURNAL).exists():
+            raise Refused(
+                f"an interrupted patch or restore of {self.path} waits to be finished",
+                hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
+            )
         made = plan.make(self, recipe, seq_length)
         plan.refuse_declined(made)
         return Sources(

@@ -2,44 +2,157 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from codemods.base import Outcome, Status
+from codemods.source import SourceError
+from qwen_surgery.errors import Refused, Usage
 
 CONFIG = "config.json"
+#: The recipes that ship with the program.
+RECIPES = ("static", "documented")
+
+__all__ = ["RECIPES", "Edited", "SourceError", "apply", "blocks", "era", "outcomes"]
+
+
+def blocks(outcome: Outcome) -> bool:
+    """Whether *outcome* forbids writing: failed, or required and declined without being asked to."""
+    if outcome.status is Status.FAILED:
+        return True
+    return outcome.status is Status.DECLINED and outcome.required and not outcome.suppressed
 
 
 @dataclass(frozen=True)
 class Edited:
-    """What a recipe makes of a checkout's files. Both maps hold the modeling file and config.json."""
+    """What a recipe makes of a checkout's files. Both maps hold the modeling file, then config.json."""
 
     files: dict[str, bytes]
     outcomes: dict[str, tuple[Outcome, ...]]
+    notes: tuple[str, ...] = ()
 
     def blocking(self) -> tuple[tuple[str, Outcome], ...]:
         """The (file, outcome) pairs that forbid writing: a required edit declined, or an edit failed."""
-        return tuple(
-            (name, outcome)
-            for name, found in self.outcomes.items()
-            for outcome in found
-            if outcome.status in (Status.DECLINED, Status.FAILED)
-        )
+        return tuple((name, o) for name, found in self.outcomes.items() for o in found if blocks(o))
 
 
 def apply(
-    modeling: str, files: Mapping[str, bytes], recipe: str, seq_length: int, skip: Sequence[str] = ()
+    modeling: str,
+    files: Mapping[str, bytes],
+    recipe: str,
+    seq_length: int,
+    skip: Sequence[str] = (),
+    unpatched_config: bytes | None = None,
 ) -> Edited:
-    """Run *recipe* on the file named *modeling* and on config.json, both in *files*; writes nothing."""
-    import codemods.config
-    import codemods.recipes
+    """Run *recipe* on the file named *modeling* and on config.json, both in *files*; writes nothing.
 
+    *unpatched_config* is upstream's config.json when the one in *files* may be patched already (the trained
+    length is read from it). Raises Refused when config.json cannot be edited.
+    """
     import codemods
+    import codemods.config
+    from codemods import recipes, registry
 
-    chosen = codemods.recipes.load(recipe)
-    source = codemods.run(files[modeling], chosen, skip=tuple(skip))
-    config = codemods.config.run(files[CONFIG], chosen, seq_length)
+    chosen = recipes.load(recipe)
+    source_skip = [name for name in skip if name in registry.names()]
+    source = codemods.run(files[modeling], chosen, skip=source_skip)
+    try:
+        trained = _trained_length(unpatched_config) if unpatched_config is not None else None
+        config = codemods.config.run(files[CONFIG], chosen, seq_length, trained=trained, skip=skip)
+    except codemods.config.ConfigError as error:
+        raise Refused(f"{CONFIG}: {error}") from None
+    notes = tuple(
+        f"{modeling}:{unused.line}: the comment skip[{unused.codemod}] suppresses nothing"
+        for unused in source.unused_suppressions
+    )
     return Edited(
         {modeling: source.code, CONFIG: config.text},
         {modeling: tuple(source.outcomes), CONFIG: tuple(config.outcomes)},
+        notes,
     )
+
+
+def _trained_length(config: bytes) -> int | None:
+    found = json.loads(config.decode("utf-8-sig")).get("seq_length")
+    return found if isinstance(found, int) else None
+
+
+def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) -> tuple[Outcome, ...]:
+    """The outcomes of *recipe* on one modeling file, and on the config.json beside it where there is one."""
+    import codemods
+    import codemods.config
+
+    found = tuple(codemods.run(data, recipe).outcomes)
+    if config is None:
+        return found
+    try:
+        return found + tuple(codemods.config.run(config, recipe, seq_length).outcomes)
+    except codemods.config.ConfigError as error:
+        return (*found, Outcome("config:parse", Status.FAILED, str(error), where=CONFIG))
+
+
+def era(data: bytes) -> str:
+    """The era of *data*, by its structure; '' when it is not Qwen v1 modeling code.
+
+    Raises SourceError, which knows the line, when *data* does not parse.
+    """
+    import codemods
+
+    found = codemods.identify(data)
+    return "" if found is None else found.value
+
+
+def may_be_modeling(data: bytes) -> bool:
+    """A quick look at the text that spares parsing what cannot be Qwen v1 modeling code.
+
+    c_attn is a parameter's name, so that no derived model can be without it.
+    """
+    return b"c_attn" in data and b"class " in data
+
+
+def warm() -> None:
+    """Import everything that a run needs, before processes are forked."""
+    from codemods import registry
+
+    for name in registry.names():
+        registry.get(name)
+
+
+def check_names(recipe: str, skip: Sequence[str]) -> None:
+    """Raise Usage for a recipe nobody provides, or for a skip that names none of its edits."""
+    from codemods import recipes
+
+    try:
+        chosen = recipes.load(recipe)
+    except LookupError as error:
+        raise Usage(str(error.args[0])) from None
+    for name in skip:
+        if name not in chosen.codemods and name not in _config_names(chosen.config):
+            known = (*chosen.codemods, *chosen.config)
+            raise Usage(f"--skip: recipe {recipe} has no edit {name!r}", hint=f"it has {', '.join(known)}")
+
+
+def _config_names(edits: Sequence[str]) -> set[str]:
+    return {label for name in edits for label in (name, *config_labels(name))}
+
+
+def config_labels(name: str) -> tuple[str, ...]:
+    """The ``config:<key>`` names under which the outcomes of the config edit called *name* appear."""
+    import codemods.config
+    from codemods.config.base import ConfigContext
+    from codemods.config.text import read
+
+    decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, 512))
+    return tuple(f"config:{decision.key}" for decision in decisions)
+
+
+def descriptions() -> dict[str, tuple[str, str]]:
+    """Codemod, as outcomes name it -> (what it does in one line, why)."""
+    from qwen_surgery.patching import explaining
+
+    return {
+        label: (page.title, page.why)
+        for name, page in explaining.everything().items()
+        for label in (page.outcomes or (name,))
+    }

@@ -16,12 +16,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codemods.base import Outcome
+from codemods.base import Outcome, Status
+from golden import revisions
+from golden.revisions import Revision
 from qwen_surgery.atomic import digest
 from qwen_surgery.errors import Refused
 from qwen_surgery.patching import edits
@@ -39,6 +42,14 @@ class Origin(str, Enum):
     PATCHED = "patched"  #: exactly what the patch wrote
     PULLED = "pulled"  #: a new upstream text that came after the patch
     EDITED = "edited"  #: the patched text with edits by hand
+
+
+class Declined(Refused):
+    """A required edit was declined or failed; ``plan`` has the outcomes."""
+
+    def __init__(self, plan: Plan, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.plan = plan
 
 
 @dataclass(frozen=True)
@@ -59,16 +70,70 @@ class Plan:
     result: dict[str, bytes]
     outcomes: dict[str, tuple[Outcome, ...]]
     blocking: tuple[tuple[str, Outcome], ...]
+    notes: tuple[str, ...]
 
     @property
     def changed(self) -> tuple[str, ...]:
         """Names of the files whose bytes on disk would change."""
-        return tuple(name for name, data in self.result.items() if data != self.current[name])
+        return tuple(name for name in self.outcomes if self.result[name] != self.current[name])
 
     @property
     def edited_files(self) -> tuple[str, ...]:
         """Names of the files that differ from the unpatched text after the patch."""
-        return tuple(name for name, data in self.result.items() if data != self.reference[name])
+        return tuple(name for name in self.outcomes if self.result[name] != self.reference[name])
+
+    @property
+    def shown(self) -> dict[str, tuple[Outcome, ...]]:
+        """The outcomes as they are now: what an earlier patch applied and still stands is ``already``."""
+        return {
+            name: found if self.origins[name] is not Origin.PATCHED or name in self.changed else _done(found)
+            for name, found in self.outcomes.items()
+        }
+
+    def diff(self, prefix: str = "") -> bytes:
+        """A unified diff of everything that would change, for ``git apply``; *prefix* goes before names."""
+        return b"".join(diff(self.current[n], self.result[n], prefix + n) for n in self.changed)
+
+    def known(self) -> Revision | None:
+        """The catalogued revision with the bytes of the unpatched modeling file."""
+        return revisions.find(digest(self.reference[self.checkout.modeling_file.name]))
+
+    def era(self) -> str:
+        """The era of the unpatched modeling file, by its structure."""
+        return edits.era(self.reference[self.checkout.modeling_file.name])
+
+    def revision_line(self) -> str:
+        """One line: whether the catalogue knows this revision, and whether its outcomes are as recorded."""
+        known = self.known()
+        if known is None:
+            return f"new revision (era {self.era()}): outcomes proven by checks only"
+        expected = known.expected.get(self.recipe)
+        found = by_codemod(self.outcomes[self.checkout.modeling_file.name])
+        if expected is not None and not self.skip and self.from_reference and found != expected:
+            return f"known revision {known}, but its outcomes differ from the catalogue's"
+        return f"known revision {known}"
+
+    @property
+    def from_reference(self) -> bool:
+        """Whether the outcomes are those of the unpatched text (not of one edited by hand)."""
+        return Origin.EDITED not in self.origins.values()
+
+
+def _done(found: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+    return tuple(
+        dataclasses.replace(o, status=Status.ALREADY, reason=f"patched before: {o.reason}")
+        if o.status is Status.APPLIED
+        else o
+        for o in found
+    )
+
+
+def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
+    """The statuses of each codemod's sites, in order: what the catalogue records."""
+    result: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        result.setdefault(outcome.codemod, []).append(outcome.status.value)
+    return result
 
 
 def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Plan:
@@ -76,7 +141,7 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
     receipt = Receipt.load(checkout.path)
     modeling = checkout.modeling_file.name
     current = checkout.read_files()
-    origins = _origins(current, receipt, modeling)
+    origins = _origins(checkout.path, current, receipt, modeling)
     reference = dict(current)
     start = dict(current)
     for name, origin in origins.items():
@@ -84,7 +149,7 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
             reference[name] = receipt.original(checkout.path, name)
             start[name] = reference[name] if origin is Origin.PATCHED else current[name]
     _keep_hand_edits(checkout, origins, receipt, recipe, seq_length, skip)
-    done = edits.apply(modeling, start, recipe, seq_length, skip)
+    done = edits.apply(modeling, start, recipe, seq_length, skip, reference[edits.CONFIG])
     return Plan(
         checkout=checkout,
         recipe=recipe,
@@ -97,10 +162,13 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
         result={**current, **done.files},
         outcomes=done.outcomes,
         blocking=done.blocking(),
+        notes=done.notes,
     )
 
 
-def _origins(current: dict[str, bytes], receipt: Receipt | None, modeling: str) -> dict[str, Origin]:
+def _origins(
+    root: Path, current: dict[str, bytes], receipt: Receipt | None, modeling: str
+) -> dict[str, Origin]:
     names = (modeling, edits.CONFIG)
     found = dict.fromkeys(names, Origin.FRESH)
     if receipt is None:
@@ -118,7 +186,8 @@ def _origins(current: dict[str, bytes], receipt: Receipt | None, modeling: str) 
         else:
             unknown.append(name)
     if unknown:
-        again = edits.apply(modeling, current, receipt.recipe, receipt.seq_length, receipt.skip)
+        config = receipt.original(root, edits.CONFIG) if edits.CONFIG in receipt.files else None
+        again = edits.apply(modeling, current, receipt.recipe, receipt.seq_length, receipt.skip, config)
         for name in unknown:
             found[name] = Origin.EDITED if again.files[name] == current[name] else Origin.PULLED
     return found
@@ -149,13 +218,14 @@ def _keep_hand_edits(
 
 
 def refuse_declined(plan: Plan) -> None:
-    """Raise Refused when a required edit was declined or failed, naming the first and the count."""
+    """Raise Declined when a required edit was declined or failed, naming the first and the count."""
     if not plan.blocking:
         return
     name, outcome = plan.blocking[0]
     more = f" (and {len(plan.blocking) - 1} more)" if len(plan.blocking) > 1 else ""
     where = f"{plan.checkout.path / name}" + (f":{outcome.line}" if outcome.line else "")
-    raise Refused(
+    raise Declined(
+        plan,
         f"{where}: {outcome.codemod} {outcome.status.value}: {outcome.reason}{more}",
         hint=f"qwen-surgery explain {outcome.codemod}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,23 +117,9 @@ class Receipt:
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
     """An outcome as plain JSON values."""
-    return {
-        "codemod": outcome.codemod,
-        "status": outcome.status.value,
-        "reason": outcome.reason,
-        "line": outcome.line,
-        "end_line": outcome.end_line,
-        "where": outcome.where,
-    }
+    return {**dataclasses.asdict(outcome), "status": outcome.status.value}
 
 
 def outcome_from_json(data: dict[str, Any]) -> Outcome:
     """The inverse of :func:`outcome_json`."""
-    return Outcome(
-        data["codemod"],
-        Status(data["status"]),
-        data["reason"],
-        data["line"],
-        data["end_line"],
-        data["where"],
-    )
+    return Outcome(**{**data, "status": Status(data["status"])})

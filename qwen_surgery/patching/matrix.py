@@ -1,0 +1,179 @@
+"""A survey's rows as a matrix revision x codemod: for people, as Markdown, as JSON, into the catalogue."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from codemods.base import Outcome, Status
+from golden import revisions
+from qwen_surgery import atomic
+from qwen_surgery.errors import ToolFailed
+from qwen_surgery.patching.edits import blocks
+from qwen_surgery.patching.plan import by_codemod
+from qwen_surgery.patching.receipt import outcome_json
+from qwen_surgery.patching.report import STYLES
+from qwen_surgery.patching.survey import Row
+
+# The worst first: what a cell shows, and what colours it, when a codemod has several sites.
+_WORST = (Status.FAILED, Status.DECLINED, Status.APPLIED, Status.ALREADY, Status.ABSENT)
+
+
+def outcomes(row: Row, recipe: str) -> tuple[Outcome, ...]:
+    """The sites of one row; none for a missing content."""
+    return row.verdict.outcomes[recipe] if row.verdict else ()
+
+
+def columns(rows: Iterable[Row], recipe: str) -> list[str]:
+    """Every codemod that has an outcome, in the recipe's order; all config edits share ``config``."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for outcome in outcomes(row, recipe):
+            found.setdefault(_column(outcome))
+    return sorted(found, key=lambda name: name == _CONFIG)
+
+
+_CONFIG = "config"
+
+
+def _column(outcome: Outcome) -> str:
+    return _CONFIG if outcome.codemod.startswith("config:") else outcome.codemod
+
+
+def cell(row: Row, recipe: str, column: str) -> tuple[str, Status | None]:
+    """A cell's text, e.g. ``applied x2`` or ``declined, applied``, and its worst status."""
+    found = Counter(o.status for o in outcomes(row, recipe) if _column(o) == column)
+    parts = [f"{s.value} x{found[s]}" if found[s] > 1 else s.value for s in _WORST if found[s]]
+    worst = next((s for s in _WORST if found[s]), None)
+    return ", ".join(parts) or "-", worst
+
+
+def label(row: Row) -> str:
+    """What a row is called: short commit and path, or the path alone."""
+    return f"{row.item.revision[:7]} {row.item.path}".strip()
+
+
+def _head(row: Row) -> tuple[str, str, str]:
+    era = "missing in this clone" if row.verdict is None else row.verdict.era or "?"
+    return label(row), row.item.date[:10], era
+
+
+def show(rows: Sequence[Row], recipe: str) -> None:
+    """Print the matrix and, below it, why anything was declined or failed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    names = columns(rows, recipe)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("revision", "date", "era", *names):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        cells = [cell(row, recipe, name) for name in names]
+        table.add_row(*_head(row), *(Text(text, STYLES[s] if s else "dim") for text, s in cells))
+    wide = None if sys.stdout.isatty() else 10_000  # a pipe has no width: never fold there
+    console = Console(highlight=False, width=wide)
+    console.print(table)
+    for line in (*_reasons(rows, recipe), summary(rows, recipe)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def to_markdown(rows: Sequence[Row], recipe: str) -> str:
+    """The matrix as a Markdown table, with the reasons of what was declined or failed below it."""
+    names = columns(rows, recipe)
+    lines = ["| " + " | ".join(("revision", "date", "era", *names)) + " |", "|---" * (3 + len(names)) + "|"]
+    for row in rows:
+        texts = (*_head(row), *(cell(row, recipe, name)[0] for name in names))
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    reasons = [f"- {line}" for line in _reasons(rows, recipe)]
+    return "\n".join([*lines, "", *reasons, *([""] if reasons else []), summary(rows, recipe)])
+
+
+def _reasons(rows: Sequence[Row], recipe: str) -> list[str]:
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for o in outcomes(row, recipe):
+            if o.status in (Status.DECLINED, Status.FAILED):
+                where = label(row) + (f":{o.line}" if o.line else "")
+                grouped.setdefault((o.codemod, o.status.value, o.reason), []).append(where)
+    return [
+        f"{codemod} {status}: {reason} ({places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
+        for (codemod, status, reason), places in grouped.items()
+    ]
+
+
+def summary(rows: Sequence[Row], recipe: str) -> str:
+    """One line: how many revisions, how many are known, how many can be patched."""
+    catalogue = revisions.load()
+    present = [row.verdict for row in rows if row.verdict]
+    known = sum(verdict.sha256 in catalogue for verdict in present)
+    fine = sum(not any(blocks(o) for o in verdict.outcomes[recipe]) for verdict in present)
+    missing = len(rows) - len(present)
+    tail = f"; {missing} missing in this clone" if missing else ""
+    return f"{len(rows)} revisions ({known} in the catalogue); {fine} can be patched with {recipe}{tail}"
+
+
+def to_json(rows: Sequence[Row], recipe: str, seq_length: int) -> dict[str, Any]:
+    """Everything a survey found, as plain JSON values."""
+    catalogue = revisions.load()
+    return {
+        "recipe": recipe,
+        "seq_length": seq_length,
+        "codemods": columns(rows, recipe),
+        "revisions": [_row_json(row, recipe, catalogue) for row in rows],
+    }
+
+
+def _row_json(row: Row, recipe: str, catalogue: dict[str, revisions.Revision]) -> dict[str, Any]:
+    verdict = row.verdict
+    return {
+        "revision": row.item.revision or None,
+        "date": row.item.date,
+        "path": row.item.path,
+        "missing": row.missing,
+        "sha256": verdict.sha256 if verdict else None,
+        "era": verdict.era if verdict else None,
+        "known": bool(verdict and verdict.sha256 in catalogue),
+        "patchable": bool(verdict) and not any(blocks(o) for o in outcomes(row, recipe)),
+        "outcomes": [outcome_json(o) for o in outcomes(row, recipe)],
+    }
+
+
+def having(rows: Iterable[Row], recipe: str, statuses: Sequence[str]) -> list[tuple[Row, Outcome]]:
+    """The sites with one of *statuses*; what the user asked to skip does not count as declined."""
+    return [
+        (row, o)
+        for row in rows
+        for o in outcomes(row, recipe)
+        if o.status.value in statuses and not o.suppressed
+    ]
+
+
+def record(rows: Iterable[Row], origin: str) -> str:
+    """Add *rows* to the catalogue in use, with today's outcomes as the expected ones; says what it did."""
+    path = revisions.path()
+    new = [
+        revisions.Revision(
+            sha256=row.verdict.sha256,
+            origin=origin,
+            revision=row.item.revision,
+            path=row.item.path,
+            date=row.item.date if row.item.revision else "",
+            era=row.verdict.era,
+            expected={r: by_codemod(_source_only(found)) for r, found in row.verdict.outcomes.items()},
+        )
+        for row in rows
+        if row.verdict and row.verdict.era
+    ]
+    catalogue, added = revisions.merge(revisions.load(path), new)
+    if not os.access(path.parent, os.W_OK):
+        raise ToolFailed(f"cannot write {path}", hint=f"set {revisions.VARIABLE} to a catalogue of your own")
+    atomic.write_whole(path, revisions.dump(catalogue))
+    return f"{path}: {added} revisions added, {len(new) - added} refreshed"
+
+
+def _source_only(found: Iterable[Outcome]) -> list[Outcome]:
+    return [o for o in found if not o.codemod.startswith("config:")]

@@ -1,0 +1,167 @@
+"""Writing a plan to the checkout, and undoing it: the only code that changes a checkout's files."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from qwen_surgery import __version__, atomic
+from qwen_surgery.checkout import Checkout
+from qwen_surgery.errors import Refused
+from qwen_surgery.patching import plan as planning
+from qwen_surgery.patching.receipt import RECEIPT, STATE, Receipt
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a patch wrote: the plan, the names of the files whose bytes changed, and notes for the user."""
+
+    plan: planning.Plan
+    changed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did: the files brought back, and those that were the original already."""
+
+    files: tuple[str, ...]
+    untouched: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def patch(path: Path, recipe: str, seq_length: int, skip: Sequence[str] = (), revision: str = "") -> Written:
+    """Plan and write the patch of the checkout at *path*.
+
+    Refused, with nothing written, when a required edit is declined; ToolFailed when the disk does not take
+    the files, which then hold their old bytes. *revision* is noted in the receipt.
+    """
+    with _session(path) as notes:
+        plan = planning.make(Checkout.open(path), recipe, seq_length, skip)
+        planning.refuse_declined(plan)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        receipt = planning.next_receipt(plan, _versions(), now, revision)
+        if plan.changed or not planning.same_state(plan, receipt):
+            notes += _notes(plan)
+            _commit(plan, receipt)
+        return Written(plan, plan.changed, tuple(notes))
+
+
+def restore(path: Path) -> Restored | None:
+    """Bring back the original bytes and permission bits of the checkout at *path*; None when not patched.
+
+    Refused, with nothing written, when a file is neither the patched text nor the original.
+    """
+    if not path.is_dir():
+        raise Refused(f"{path} is not a directory")
+    with _session(path) as notes:
+        receipt = Receipt.load(path)
+        if receipt is None:
+            return None
+        back, untouched = _to_restore(path, receipt)
+        state = path / STATE
+        atomic.commit(state, [*back, atomic.Remove(state / RECEIPT)])
+        return Restored(tuple(a.path.name for a in back), untouched, tuple(notes))
+
+
+def pending(path: Path) -> bool:
+    """Whether an interrupted run waits in the checkout at *path* to be finished or undone."""
+    return (path / STATE / atomic.JOURNAL).exists()
+
+
+@contextlib.contextmanager
+def _session(path: Path) -> Iterator[list[str]]:
+    """Hold the checkout, finish or undo an interrupted run, and leave no empty state directory behind."""
+    if not path.is_dir():
+        Checkout.open(path)  # raises with the right message
+    state = path / STATE
+    with atomic.locked(path):
+        try:
+            note = atomic.recover(state)
+            yield [note] if note else []
+        finally:
+            atomic.drop_state(state)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "qwen-surgery": __version__,
+        "libcst": metadata.version("libcst"),
+        "python": platform.python_version(),
+    }
+
+
+def _notes(plan: planning.Plan) -> list[str]:
+    notes = []
+    for name, origin in plan.origins.items():
+        path = plan.checkout.path / name
+        if origin is planning.Origin.PULLED:
+            notes.append(
+                f"{name} is neither the patched text nor the known original: taken as a new upstream text"
+            )
+        if name not in plan.changed:
+            continue
+        if path.is_symlink():
+            notes.append(f"{name} is a symbolic link: its target {atomic.resolve(path)} was written")
+        if path.stat().st_nlink > 1:
+            notes.append(f"{name} had other hard links: they keep the old bytes; restore joins them again")
+    return notes
+
+
+def _commit(plan: planning.Plan, receipt: Receipt) -> None:
+    root = plan.checkout.path
+    state = root / STATE
+    atomic.make_state(state)
+    actions: list[atomic.Write | atomic.Remove] = []
+    for name, record in receipt.files.items():
+        stored = state / record.stored(name)
+        if not stored.exists():
+            actions.append(atomic.Write(stored, plan.reference[name], 0o600))
+            _keep_links(root / name, stored)
+    for name in plan.changed:
+        expect = atomic.digest(plan.current[name])
+        actions.append(atomic.Write(root / name, plan.result[name], expect=expect))
+    if receipt.files:
+        actions.append(atomic.Write(state / RECEIPT, receipt.to_bytes()))
+    else:
+        actions.append(atomic.Remove(state / RECEIPT))
+    atomic.commit(state, actions)
+
+
+def _linked(stored: Path) -> Path:
+    return stored.with_name(stored.name + ".link")
+
+
+def _keep_links(path: Path, stored: Path) -> None:
+    """Keep one more name of a hard-linked original, so that restore can join the links again."""
+    target = atomic.resolve(path)
+    if target.stat().st_nlink > 1 and not _linked(stored).exists():
+        with contextlib.suppress(OSError):  # no hard links here: restore writes a copy of its own
+            os.link(target, _linked(stored))
+
+
+def _to_restore(path: Path, receipt: Receipt) -> tuple[list[atomic.Write], tuple[str, ...]]:
+    back: list[atomic.Write] = []
+    untouched: list[str] = []
+    for name, record in receipt.files.items():
+        target = path / name
+        now = atomic.digest(target.read_bytes()) if target.exists() else None
+        if now not in (None, record.before, record.after):
+            raise Refused(
+                f"{target} was changed since: it is neither what patch wrote nor the original; not restored",
+                hint=f"patch again to take it as a new upstream text; the originals lie in {path / STATE}",
+            )
+        if now == record.before and stat.S_IMODE(target.stat().st_mode) == record.mode:
+            untouched.append(name)
+            continue
+        link = _linked(path / STATE / record.stored(name))
+        data = receipt.original(path, name)
+        back.append(atomic.Write(target, data, record.mode, now, link if link.exists() else None))
+    return back, tuple(untouched)
