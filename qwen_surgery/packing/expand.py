@@ -1,0 +1,281 @@
+"""Write one bmodel of many nets, packing weights on the way, as ``model_tool --combine`` would have left it.
+
+Region for region the order is that of the tool: the kernel module first, then net by net the coefficients,
+the instructions and the dynamic IR, equal regions once. Only one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.packing.container import (
+    Bmodel,
+    Region,
+    RegionWriter,
+    head_size,
+    regions,
+    write_at,
+    write_head,
+)
+from qwen_surgery.packing.plans import Plan, Tensors, pack
+
+_CHUNK = 1 << 22
+#: called with (net's name, weights packed so far, weights to pack in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One net of the bmodel to write.
+
+    ``source`` is a bmodel that holds a net of this kind, called ``net`` there ('' for the only one): its
+    instructions and constants are taken over. With ``pack`` the weights are packed from ``tensors`` (slot ->
+    TensorRef) by ``plan``; without, the source's own weights are copied: the source was compiled from them.
+    ``plan`` and ``tensors`` may be given without ``pack`` too: the side file then records them for a refit.
+    """
+
+    name: str
+    source: Path
+    net: str = ""
+    plan: Plan | None = None
+    tensors: Tensors | None = None
+    pack: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the file, its size in bytes, and how many weights were packed."""
+
+    path: Path
+    size: int
+    packed: int
+
+
+class _Sources:
+    """The bmodels that pieces come from, each opened once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Bmodel] = {}
+
+    def __getitem__(self, path: Path) -> Bmodel:
+        if path not in self._open:
+            self._open[path] = Bmodel(path)
+        return self._open[path]
+
+    def close(self) -> None:
+        for bmodel in self._open.values():
+            bmodel.close()
+
+
+def _coefficients(parameter: dict[str, Any]) -> dict[str, int] | None:
+    binary = parameter.get("coeff_mem", {}).get("binary_coeff")
+    return binary if binary and binary["size"] else None
+
+
+class _Job:
+    """One run of :func:`write`: holds the open files and what has been packed already."""
+
+    def __init__(self, file: BinaryIO, base: int, sources: _Sources, paged: bool, total: int) -> None:
+        self._file = file
+        self._sources = sources
+        self._regions = RegionWriter(file, base, paged=paged)
+        self._packed: dict[str, tuple[Region, bytes]] = {}
+        self._done = 0
+        self._total = total
+
+    @property
+    def size(self) -> int:
+        return self._regions.end
+
+    def copy(self, source: Bmodel, binary: dict[str, int]) -> None:
+        binary["start"] = self._regions.add(source, Region.of(binary)).start
+
+    def net(
+        self,
+        piece: Piece,
+        parameters: list[dict[str, Any]],
+        pool: ThreadPoolExecutor,
+        progress: Progress | None,
+    ) -> None:
+        """Write the regions of *piece* and put their places into *parameters*."""
+        source = self._sources[piece.source]
+        for parameter in parameters:
+            coefficients = _coefficients(parameter) if piece.pack else None
+            for binary in regions(parameter, "NetParameter"):
+                if binary is coefficients:
+                    region, digest = self._pack(piece, source, Region.of(binary), pool)
+                    binary["start"] = region.start
+                    parameter["coeff_mem"]["check_code"] = list(digest)
+                    self._done += piece.plan.weights if piece.plan else 0
+                    if progress is not None:
+                        progress(piece.name, self._done, self._total)
+                else:
+                    self.copy(source, binary)
+
+    def _pack(
+        self, piece: Piece, source: Bmodel, old: Region, pool: ThreadPoolExecutor
+    ) -> tuple[Region, bytes]:
+        plan, tensors = piece.plan, piece.tensors
+        if plan is None or tensors is None or plan.size != old.size:
+            raise Refused(f"net {piece.name}: its pack plan does not belong to {piece.source}")
+        key = _weights_key(plan, tensors, source, old)
+        if key not in self._packed:  # block_cache_i has the same section as block_i
+            region = self._regions.next_region(old.size)
+            position = self._regions.offset(region)
+
+            def sink(offset: int, data: np.ndarray) -> None:
+                write_at(self._file, np.ascontiguousarray(data).data, position + offset)
+
+            for offset, size in plan.rest():
+                for chunk in source.chunks(Region(old.start + offset, size)):
+                    write_at(self._file, chunk, position + offset)
+                    offset += len(chunk)
+            pack(plan, tensors, sink, pool)
+            digest = _digest(self._file, position, old.size)
+            self._packed[key] = self._regions.settle(region, digest), digest
+        return self._packed[key]
+
+    def finish(self) -> None:
+        self._regions.finish()
+
+
+def _weights_key(plan: Plan, tensors: Tensors, source: Bmodel, old: Region) -> str:
+    """Equal for two nets that are packed from the same tensors in the same way over the same constants."""
+    rest = hashlib.sha256()
+    for offset, size in plan.rest():
+        for chunk in source.chunks(Region(old.start + offset, size)):
+            rest.update(chunk)
+    refs = [(slot, str(t.file), t.offset, t.dtype, list(t.shape)) for slot, t in sorted(tensors.items())]
+    return json.dumps([plan.to_json(), refs, rest.hexdigest()])
+
+
+def _digest(file: BinaryIO, position: int, size: int) -> bytes:
+    digest = hashlib.sha256()
+    while size:
+        chunk = os.pread(file.fileno(), min(size, _CHUNK), position)
+        if not chunk:  # a region that ends in padding never written: the file is shorter, the rest is zeros
+            chunk = bytes(min(size, _CHUNK))
+        digest.update(chunk)
+        position, size = position + len(chunk), size - len(chunk)
+    return digest.digest()
+
+
+def _model(pieces: Sequence[Piece], sources: _Sources) -> dict[str, Any]:
+    """The root table of the new bmodel, its regions still those of the sources."""
+    first = sources[pieces[0].source].model
+    model = {key: copy.deepcopy(value) for key, value in first.items() if key != "net"}
+    model["net"] = []
+    for piece in pieces:
+        source = sources[piece.source]
+        if source.model["chip"] != first["chip"] or source.model["version"] != first["version"]:
+            raise Refused(
+                f"{piece.source} was made for another chip or by another TPU-MLIR than {pieces[0].source}"
+            )
+        net = copy.deepcopy(source.net(piece.net))
+        model["net"].append({**net, "name": piece.name})
+    parameters = [parameter for net in model["net"] for parameter in net["parameter"]]
+    model["neuron_size"] = max(parameter["ctx_size"] for parameter in parameters)
+    model["device_num"] = max(sources[piece.source].model["device_num"] for piece in pieces)
+    return model
+
+
+def _mentions_name(parameter: dict[str, Any], source: Bmodel, name: str) -> bool:
+    """Whether a small region of the net spells *name*: then other layers' regions would differ."""
+    coefficients = _coefficients(parameter)
+    return any(
+        binary is not coefficients and name.encode() in source.read(Region.of(binary))
+        for binary in regions(parameter, "NetParameter")
+    )
+
+
+def _check_renamed(pieces: Sequence[Piece], sources: _Sources) -> None:
+    checked: set[tuple[Path, str]] = set()
+    for piece in pieces:
+        source = sources[piece.source]
+        net = source.net(piece.net)
+        if net["name"] == piece.name or (piece.source, net["name"]) in checked:
+            continue
+        checked.add((piece.source, net["name"]))
+        if _mentions_name(net["parameter"][0], source, net["name"]):
+            raise Refused(
+                f"{piece.source}: the instructions of {net['name']} hold its name; it cannot stand for others"
+            )
+
+
+def _needed(model: dict[str, Any]) -> int:
+    """An upper bound of the binary section: every net's regions in full."""
+    return sum(binary["size"] + 4096 for binary in regions(model))
+
+
+@contextlib.contextmanager
+def replacing(path: Path, needed: int) -> Iterator[BinaryIO]:
+    """A new file that takes the place of *path* when the block ends well, and is removed when it does not.
+
+    Raises ToolFailed when the disk cannot take *needed* more bytes, or fails while writing.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ToolFailed(f"{path.parent}: {needed} bytes are needed, {free} are free", hint="make room")
+    temporary = path.with_name(f".{path.name}.qwen-surgery-tmp")
+    try:
+        with temporary.open("w+b", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ToolFailed(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(
+    output: Path,
+    pieces: Sequence[Piece],
+    *,
+    created: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write *pieces*, in their order, as one bmodel at *output* (replaced whole, or not at all).
+
+    *created* is the creation time to state, in C's ``ctime`` form with its newline; by default that of the
+    first piece's source, so that the same input gives the same file. *workers* threads pack (default: all
+    cores). *progress* is called after every packed net. Raises Refused for sources or weights that do not
+    fit, ToolFailed when the disk fails.
+    """
+    if not pieces:
+        raise Refused("there is no net to write")
+    sources = _Sources()
+    try:
+        _check_renamed(pieces, sources)
+        model = _model(pieces, sources)
+        if created is not None:
+            model["time"] = created
+        first = sources[pieces[0].source]
+        base = head_size(model, paged=first.paged)
+        total = sum(piece.plan.weights for piece in pieces if piece.pack and piece.plan)
+        threads = workers or len(os.sched_getaffinity(0))
+        with replacing(output, _needed(model)) as file, ThreadPoolExecutor(threads) as pool:
+            job = _Job(file, base, sources, first.paged, total)
+            if "kernel_module" in model:
+                job.copy(first, model["kernel_module"]["binary"])
+            for piece, net in zip(pieces, model["net"], strict=True):
+                job.net(piece, net["parameter"], pool, progress)
+            job.finish()
+            write_head(file, model, base, job.size)
+        return Written(output, base + job.size, total)
+    finally:
+        sources.close()

@@ -1,0 +1,146 @@
+"""How TPU-MLIR stores weights: the number formats of the coefficient section, bit for bit.
+
+Everything here was found by compiling crafted weights with TPU-MLIR 1.30.2 and comparing bytes (zero groups,
+groups on one side of zero, subnormals, ties, overflows); ``tests/packing`` repeats that comparison. All
+arithmetic is float32.
+
+Plain formats
+    BF16: round to nearest, ties to even; subnormals become zero of their sign. F16: round to nearest even,
+    overflow to infinity. F32: as it is.
+Quantised formats (W4BF16, W8BF16, W4F16, W8F16), per row (output channel) and group of columns
+    asymmetric: ``scale = max(hi - lo, 1e-5) / top``, ``zero = clip(round(-lo / scale), 0, top)`` with lo and
+    hi the group's smallest and largest weight and ``top`` 15 or 255;
+    symmetric: ``scale = 2 * max(|lo|, |hi|) / top``, ``zero`` 8 or 128; a scale too small for a normal
+    float32 is 0, and so are its group's codes.
+    ``code = clip(round(w / scale) + zero, 0, top)``; rounding is half away from zero; two 4-bit codes share a
+    byte, the first in the low half. Scales are stored in the 16-bit type and zeros as uint8, by lanes:
+    ``[rows / lanes, lanes, groups] -> [lanes, rows / lanes, groups]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Just below one half: adding it and truncating rounds half away from zero without ever rounding 0.49999997
+#: up.
+_HALF = np.nextafter(np.float32(0.5), np.float32(0))
+_HALF_BITS = np.uint32(_HALF.view(np.uint32))
+_SIGN = np.uint32(0x80000000)
+_SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+_LEAST_RANGE = np.float32(1e-5)
+
+#: numpy's type for the stored elements of each plain format; BF16 is kept as its bits
+STORAGE: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A per-group weight format: *bits* 4 or 8, *group* columns a group, scales stored as *scale* (BF16 or
+    F16)."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    scale: str
+    lanes: int
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+
+def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """A new float32 array of stored *values* (BF16 as uint16 bits, F16, F32)."""
+    if dtype == "BF16":
+        wide = values.astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32)
+    return values.astype(np.float32)
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits (uint16), as TPU-MLIR rounds."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded = np.where(np.isnan(values), (bits >> 16).astype(np.uint16) | 0x40, rounded)
+    return _flush(rounded, (bits & 0x7F800000) == 0)
+
+
+def _flush(bits: np.ndarray, subnormal: np.ndarray) -> np.ndarray:
+    return np.where(subnormal, bits & 0x8000, bits).astype(np.uint16)
+
+
+def convert(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Stored *values* of dtype *source* in the plain format *target*; same shape, contiguous."""
+    if source == target == "BF16":
+        bits = np.ascontiguousarray(values)
+        return _flush(bits, (bits & 0x7F80) == 0)
+    if source == target:
+        return np.ascontiguousarray(values)
+    wide = to_float32(values, source)
+    if target == "BF16":
+        return to_bf16(wide)
+    if target == "F16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return wide.astype(np.float16)
+    return np.ascontiguousarray(wide)
+
+
+def _round_in_place(values: np.ndarray, scratch: np.ndarray) -> None:
+    """Round half away from zero; *scratch* is a uint32 array of the same shape."""
+    np.bitwise_and(values.view(np.uint32), _SIGN, out=scratch)
+    np.bitwise_or(scratch, _HALF_BITS, out=scratch)
+    np.add(values, scratch.view(np.float32), out=values)
+    np.trunc(values, out=values)
+
+
+def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero), float32, one per row of *groups* [n, group]."""
+    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    top = np.float32(form.top)
+    if form.symmetric:
+        scale = np.maximum(np.abs(low), np.abs(high)) * np.float32(2) / top
+        scale[scale < _SMALLEST_NORMAL] = 0
+        return scale, np.full_like(scale, 1 << (form.bits - 1))
+    scale = np.maximum(high - low, _LEAST_RANGE) / top
+    zero = -low / scale
+    _round_in_place(zero, np.empty(zero.shape, np.uint32))
+    return scale, np.clip(zero, 0, top)
+
+
+def quantise(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantise float32 *values* [rows, columns]; they are used as working memory and lost.
+
+    Returns codes uint8 [rows, columns * bits / 8], scales float32 and zeros uint8, both [rows, columns /
+    group].
+    """
+    rows, columns = values.shape
+    groups = values.reshape(-1, form.group)
+    with np.errstate(all="ignore"):
+        scale, zero = _scales(groups, form)
+        np.divide(groups, scale[:, None], out=groups)
+        _round_in_place(groups, np.empty(groups.shape, np.uint32))
+        if form.symmetric and not scale.all():
+            groups[scale == 0] = -np.inf  # what the compiler's conversion makes of x / 0
+        np.add(groups, zero[:, None], out=groups)
+        np.clip(groups, 0, form.top, out=groups)
+        codes = groups.astype(np.uint8).reshape(rows, columns)
+    if form.bits == 4:
+        pairs = codes.view("<u2")  # low byte: even column, high byte: odd column
+        codes = (pairs | (pairs >> 4)).astype(np.uint8)
+    count = columns // form.group
+    return codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count)
+
+
+def by_lanes(values: np.ndarray, lanes: int) -> np.ndarray:
+    """[rows, groups] -> [lanes, rows / lanes, groups], row ``r`` going to lane ``r % lanes``."""
+    rows, groups = values.shape
+    return np.ascontiguousarray(values.reshape(rows // lanes, lanes, groups).transpose(1, 0, 2))
+
+
+def store_scales(scale: np.ndarray, form: Quantisation) -> np.ndarray:
+    """Float32 scales [rows, groups] as they are stored: 16-bit, by lanes."""
+    return by_lanes(convert(scale, "F32", form.scale), form.lanes)

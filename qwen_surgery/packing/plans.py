@@ -1,0 +1,268 @@
+"""Pack plans: where in a net's coefficient section each weight lies, and how it is packed. Plain JSON values.
+
+A plan is found and proven on one compiled layer (:mod:`.proof`) and then applied to any other layer's
+tensors, or to another fine-tune's. It holds no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.packing import formats
+from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
+
+#: Elements handled at once: small enough to stay in a core's cache through all passes over them.
+_BLOCK = 1 << 17
+
+
+class Tensor(Protocol):
+    """What packing needs of a checkpoint tensor; :class:`qwen_surgery.weights.TensorRef` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> Any: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read_raw(self) -> np.ndarray: ...
+
+
+#: slot -> tensor of one net
+Tensors = Mapping[str, Tensor]
+#: Takes packed bytes and where they go, counted from the start of the coefficient section.
+Sink = Callable[[int, np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows *start* to *stop* of the matrix *expression*, in the plain format *target* at byte *offset*;
+    ``transposed`` stores them column by column."""
+
+    offset: int
+    expression: Expression
+    shape: tuple[int, int]
+    start: int
+    stop: int
+    target: str
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.shape[1] * formats.STORAGE[self.target].itemsize
+
+    def extents(self) -> list[tuple[int, int]]:
+        """(offset, size) of the runs of bytes that this placement writes."""
+        return [(self.offset, self.nbytes)]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Rows *start* to *stop* of the matrix *expression*, quantised as *form*: codes at byte *offset*, scales
+    at *scales*, zero points at *zeros*."""
+
+    offset: int
+    scales: int
+    zeros: int
+    expression: Expression
+    shape: tuple[int, int]
+    start: int
+    stop: int
+    form: formats.Quantisation
+
+    def extents(self) -> list[tuple[int, int]]:
+        """(offset, size) of the runs of bytes that this placement writes."""
+        rows, columns = self.stop - self.start, self.shape[1]
+        groups = rows * columns // self.form.group
+        return [
+            (self.offset, rows * columns * self.form.bits // 8),
+            (self.scales, groups * formats.STORAGE[self.form.scale].itemsize),
+            (self.zeros, groups),
+        ]
+
+
+Placement = Plain | Quantised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one kind of net stores its weights. ``size`` is the coefficient section's length in bytes."""
+
+    size: int
+    placements: tuple[Placement, ...]
+
+    @property
+    def slots(self) -> set[str]:
+        """Every slot that the plan reads."""
+        return set().union(*(slots(p.expression) for p in self.placements))
+
+    @property
+    def weights(self) -> int:
+        """How many weights are packed."""
+        return sum((p.stop - p.start) * p.shape[1] for p in self.placements)
+
+    def rest(self) -> list[tuple[int, int]]:
+        """(offset, size) of the bytes that are the same for every layer: constants and padding."""
+        runs, end = [], 0
+        for offset, size in sorted(extent for p in self.placements for extent in p.extents()):
+            if offset > end:
+                runs.append((end, offset - end))
+            end = max(end, offset + size)
+        if end < self.size:
+            runs.append((end, self.size - end))
+        return runs
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "placements": [{"kind": type(p).__name__.lower(), **asdict(p)} for p in self.placements],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Inverse of :meth:`to_json`. Raises Refused for anything that is not a plan."""
+        try:
+            placements = tuple(_placement(dict(entry)) for entry in data["placements"])
+            plan = cls(int(data["size"]), placements)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"a pack plan is damaged ({error})") from error
+        for offset, size in (extent for p in plan.placements for extent in p.extents()):
+            if offset < 0 or size <= 0 or offset + size > plan.size:
+                raise Refused("a pack plan is damaged (it writes outside its section)")
+        return plan
+
+
+def _placement(data: dict[str, Any]) -> Placement:
+    kind = data.pop("kind")
+    data["shape"] = tuple(data["shape"])
+    if kind == "plain":
+        return Plain(**data)
+    if kind == "quantised":
+        data["form"] = formats.Quantisation(**data["form"])
+        return Quantised(**data)
+    raise ValueError(f"unknown placement {kind!r}")
+
+
+class Matrix:
+    """The value of one placement's expression, read in blocks of rows where it is a checkpoint tensor as it
+    lies."""
+
+    def __init__(self, expression: Expression, shape: tuple[int, int], tensors: Tensors) -> None:
+        self._direct: Tensor | None = None
+        self._whole: Stored | None = None
+        self.shape = shape
+        if expression[0] == "slot":
+            self._direct = tensors[expression[1]]
+        else:
+            value = evaluate(expression, lambda name: Stored(tensors[name].read_raw(), tensors[name].dtype))
+            self._whole = Stored(value.array.reshape(shape), value.dtype)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """Rows *start* to *stop*. Raises Refused when the shard ends too early."""
+        if self._whole is not None:
+            return Stored(self._whole.array[start:stop], self._whole.dtype)
+        assert self._direct is not None
+        ref, columns = self._direct, self.shape[1]
+        kind = formats.STORAGE[ref.dtype]
+        position = ref.offset + start * columns * kind.itemsize
+        data = np.fromfile(ref.file, dtype=kind, count=(stop - start) * columns, offset=position)
+        if data.size != (stop - start) * columns:
+            raise Refused(f"tensor {ref.name}: {ref.file} ends too early", hint="the shard is truncated")
+        return Stored(data.reshape(-1, columns), ref.dtype)
+
+
+def _blocks(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK // max(1, columns))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _finite(scale: np.ndarray, tensors: Tensors, expression: Expression) -> None:
+    if not np.isfinite(scale).all():
+        names = ", ".join(sorted(tensors[slot].name for slot in slots(expression)))
+        raise Refused(f"tensor {names} holds values that are not finite; it cannot be quantised")
+
+
+def _plain_jobs(placement: Plain, matrix: Matrix, sink: Sink) -> Iterator[Callable[[], None]]:
+    item = formats.STORAGE[placement.target].itemsize
+    rows, columns = placement.stop - placement.start, placement.shape[1]
+    if not placement.transposed:
+
+        def by_rows(first: int, last: int) -> None:
+            block = matrix.rows(first, last)
+            packed = formats.convert(block.array, block.dtype, placement.target)
+            sink(placement.offset + (first - placement.start) * columns * item, packed)
+
+        for first, last in _blocks(placement.start, placement.stop, columns):
+            yield lambda a=first, b=last: by_rows(a, b)  # type: ignore[misc]
+        return
+    whole = matrix.rows(placement.start, placement.stop)
+
+    def by_columns(first: int, last: int) -> None:
+        packed = formats.convert(whole.array[:, first:last].T, whole.dtype, placement.target)
+        sink(placement.offset + first * rows * item, packed)
+
+    for first, last in _blocks(0, columns, rows):
+        yield lambda a=first, b=last: by_columns(a, b)  # type: ignore[misc]
+
+
+def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor | None) -> None:
+    if pool is None:
+        for job in jobs:
+            job()
+        return
+    for result in [pool.submit(job) for job in jobs]:
+        result.result()
+
+
+def _pack_quantised(
+    placement: Quantised, matrix: Matrix, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None
+) -> None:
+    form, columns = placement.form, placement.shape[1]
+    rows = placement.stop - placement.start
+    scale = np.empty((rows, columns // form.group), np.float32)
+    zero = np.empty(scale.shape, np.uint8)
+
+    def job(first: int, last: int) -> None:
+        block = matrix.rows(first, last)
+        values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
+        a, b = first - placement.start, last - placement.start
+        codes, scale[a:b], zero[a:b] = formats.quantise(values, form)
+        sink(placement.offset + a * columns * form.bits // 8, codes)
+
+    _run((lambda a=a, b=b: job(a, b) for a, b in _blocks(placement.start, placement.stop, columns)), pool)  # type: ignore[misc]
+    _finite(scale, tensors, placement.expression)
+    sink(placement.scales, formats.store_scales(scale, form))
+    sink(placement.zeros, formats.by_lanes(zero, form.lanes))
+
+
+def pack(plan: Plan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:
+    """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
+
+    Only the plan's placements are written, not :meth:`Plan.rest`. Raises Refused for a missing tensor, a
+    tensor of another shape than the plan was made for, values that are not finite, or a shard that ends too
+    early.
+    """
+    missing = plan.slots - set(tensors)
+    if missing:
+        raise Refused(f"no tensor is given for {', '.join(sorted(missing))}")
+    matrices: dict[str, Matrix] = {}
+    order = sorted(plan.placements, key=lambda p: json.dumps(p.expression))
+    for placement in order:
+        key = json.dumps(placement.expression)
+        if key not in matrices:
+            matrices = {key: Matrix(placement.expression, placement.shape, tensors)}
+        if isinstance(placement, Plain):
+            _run(_plain_jobs(placement, matrices[key], sink), pool)
+        else:
+            _pack_quantised(placement, matrices[key], tensors, sink, pool)
