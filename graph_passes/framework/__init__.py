@@ -1,0 +1,1 @@
+"""What runs passes: their base class, the registry, recipes, the runner and its equality check."""

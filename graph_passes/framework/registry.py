@@ -1,0 +1,102 @@
+"""Which passes there are, and in which order they run.
+
+Built-in passes are listed here by hand: their order is part of their meaning. Other packages add passes
+through the entry-point group ``qwen_surgery.passes`` (name = ``module:Class``, a :class:`GraphPass` or an
+:class:`~graph_passes.mlir.MlirPass`); those run after the built-in ones of their kind, sorted by entry-point
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from graph_passes.framework.base import GraphPass
+
+ENTRY_POINT_GROUP = "qwen_surgery.passes"
+
+#: module:class of every built-in ONNX pass, in running order.
+BUILT_IN = (
+    "graph_passes.fold_constants:FoldConstants",
+    "graph_passes.dead_code:DeadCode",
+    "graph_passes.casts:Casts",
+    "graph_passes.views:Views",
+    "graph_passes.neutral_arithmetic:NeutralArithmetic",
+)
+
+
+class UnknownPass(ValueError):
+    """A name that no pass has. ``known`` lists those that exist."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"there is no pass {name!r}")
+        self.known = tuple(known)
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)()
+
+
+@cache
+def _third_party() -> tuple[Any, ...]:
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)
+    return tuple(point.load()() for point in found)
+
+
+@cache
+def onnx_passes() -> tuple[GraphPass, ...]:
+    """Every ONNX pass in running order; raises ValueError when two share a name."""
+    passes = [_load(reference) for reference in BUILT_IN]
+    passes += [p for p in _third_party() if isinstance(p, GraphPass)]
+    return _distinct(passes)
+
+
+def mlir_passes() -> tuple[Any, ...]:
+    """Every pass on the Top-dialect text, in running order."""
+    from graph_passes.mlir import MlirPass, built_in
+
+    return _distinct([*built_in(), *(p for p in _third_party() if isinstance(p, MlirPass))])
+
+
+def _distinct(passes: list[Any]) -> tuple[Any, ...]:
+    seen: set[str] = set()
+    for one in passes:
+        if one.name in seen:
+            raise ValueError(f"two passes are called {one.name!r}")
+        seen.add(one.name)
+    return tuple(passes)
+
+
+def all_passes() -> tuple[Any, ...]:
+    """ONNX passes, then passes on the Top-dialect text."""
+    return _distinct([*onnx_passes(), *mlir_passes()])
+
+
+def select(passes: Iterable[Any], names: Iterable[str] | None) -> tuple[Any, ...]:
+    """Of *passes* those in *names* (all for None), in running order whatever the order of *names*."""
+    passes = tuple(passes)
+    if names is None:
+        return passes
+    wanted = set(names)
+    return tuple(p for p in passes if p.name in wanted)
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise :class:`UnknownPass` for a name that no pass has."""
+    known = [p.name for p in all_passes()]
+    for name in names:
+        if name not in known:
+            raise UnknownPass(name, known)
+
+
+def unfit(toolchain: str) -> set[str]:
+    """Names of the passes whose result TPU-MLIR *toolchain* ("1.6", "1.30.2") cannot take."""
+    return {
+        p.name
+        for p in all_passes()
+        if any(toolchain == v or toolchain.startswith(v + ".") for v in p.not_for)
+    }
