@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from codemods.attention import ScorePath, attentions
 from codemods.base import Example, Insert, Plan, Rule, Site, Status
@@ -18,18 +19,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.width, config.width)
 
     def _attn(self, query, key, value, attention_mask=None):
-        scores = torch.matmul(query, key.transpose(-1, -2)) / value.size(-1) ** 0.5{add}
+        scores = torch.matmul(query, key.transpose(-1, -2)) / value.size(-1) ** 0.5
 
-        return torch.matmul(torch.softmax(scores, dim=-1), value)
+{add}        return torch.matmul(torch.softmax(scores, dim=-1), value)
 
     def forward(self, hidden, attention_mask=None):
         q, k, v = self.c_attn(hidden).split(self.width, dim=2)
         return self.c_proj(self._attn(q, k, v, {passed}))
 """
-_ADD = """
-
+_ADD = """\
         if attention_mask is not None:
-            scores = scores + attention_mask"""
+            scores = scores + attention_mask
+"""
 
 
 class AddAttentionMask(Rule):
@@ -71,7 +72,7 @@ class AddAttentionMask(Rule):
     def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
         for attention in attentions(source):
             for path in attention.paths:
-                yield self._site(path)
+                yield replace(self._site(path), required=not path.dead)
 
     def _site(self, path: ScorePath) -> Site:
         if path.added:

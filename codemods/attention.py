@@ -109,6 +109,12 @@ class ScorePath:
         return self.function.name == UPCAST
 
     @cached_property
+    def dead(self) -> bool:
+        """True when nothing in the file calls this method; upstream never calls its upcast variant."""
+        name = self.function.name
+        return name != "forward" and not t.calls(self.attention.source.tree, name)
+
+    @cached_property
     def before(self) -> list[ast.stmt]:
         """The method's top-level statements before the softmax."""
         body = self.function.body

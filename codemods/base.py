@@ -96,6 +96,7 @@ class Site:
     end_line: int | None = None
     where: str = ""
     edits: tuple[Edit, ...] = ()
+    required: bool = True  #: False where nothing calls the code in question: declining it harms nobody
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 
 from codemods import tree as t
 from codemods.add_attention_mask import NAME as ADD
@@ -89,7 +90,7 @@ class DropCausalMask(Rule):
         for attention in attentions(source):
             for path in attention.paths:
                 if path.upcast == self.upcast:
-                    yield self._site(path, plan)
+                    yield replace(self._site(path, plan), required=not path.dead)
             if not self.upcast and not attention.paths:
                 line = attention.node.lineno
                 yield Site(

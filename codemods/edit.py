@@ -117,7 +117,11 @@ class _Worker:
             mine, rest = rest[:count], rest[count:]
             key = id(mine[0]) if len(mine) == 1 else 0
             for edit in self.ahead.get(key, ()):
-                new = self._new(edit, spaced=bool(carried))
+                new = self._new(edit)
+                if not carried and _all_blank(
+                    node.leading_lines
+                ):  # the blank line goes before the new statement
+                    carried, node = list(node.leading_lines), node.with_changes(leading_lines=[])
                 out.append(_lead(new[0], carried))
                 out += new[1:]
                 carried = []
@@ -158,11 +162,16 @@ class _Worker:
             node = node.with_changes(**{name: changed})
         return node
 
-    def _new(self, edit: Insert | Move, spaced: bool) -> list[Any]:
+    def _new(self, edit: Insert | Move) -> list[Any]:
+        """The statements an edit puts in. A moved statement takes its comments along, not its blank lines."""
         if isinstance(edit, Move):
-            return [self.nodes[id(edit.target)]]
-        lines = list(cst.parse_module(edit.text, self.module.config_for_parsing).body)
-        return [lines[0] if spaced else _lead(lines[0], [cst.EmptyLine(indent=False)]), *lines[1:]]
+            node = self.nodes[id(edit.target)]
+            return [node.with_changes(leading_lines=[x for x in node.leading_lines if x.comment])]
+        return list(cst.parse_module(edit.text, self.module.config_for_parsing).body)
+
+
+def _all_blank(lines: Sequence[cst.EmptyLine]) -> bool:
+    return bool(lines) and not any(line.comment for line in lines)
 
 
 def _lead(node: Any, lines: Sequence[cst.EmptyLine]) -> Any:

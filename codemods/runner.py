@@ -115,7 +115,7 @@ def _outcomes(rule: Rule, sites: Sequence[Site]) -> list[Outcome]:
             site.end_line,
             site.where,
             suppressed=site.status is Status.DECLINED and site.reason in SUPPRESSED,
-            required=rule.required,
+            required=rule.required and site.required,
         )
         for site in sites
     ]
