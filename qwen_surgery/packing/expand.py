@@ -221,8 +221,10 @@ def _needed(model: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, needed: int) -> Iterator[BinaryIO]:
+def replacing(path: Path, needed: int, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the place of *path* when the block ends well, and is removed when it does not.
+
+    *before* is called with the finished new file just before it takes the place.
 
     Raises ToolFailed when the disk cannot take *needed* more bytes, or fails while writing.
     """
@@ -234,6 +236,8 @@ def replacing(path: Path, needed: int) -> Iterator[BinaryIO]:
         with temporary.open("w+b", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
+        if before is not None:
+            before(temporary)
         temporary.replace(path)
     except OSError as error:
         raise ToolFailed(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
@@ -248,13 +252,15 @@ def write(
     created: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    before_replace: Callable[[Path], None] | None = None,
 ) -> Written:
     """Write *pieces*, in their order, as one bmodel at *output* (replaced whole, or not at all).
 
     *created* is the creation time to state, in C's ``ctime`` form with its newline; by default that of the
     first piece's source, so that the same input gives the same file. *workers* threads pack (default: all
-    cores). *progress* is called after every packed net. Raises Refused for sources or weights that do not
-    fit, ToolFailed when the disk fails.
+    cores). *progress* is called after every packed net,
+    *before_replace* with the finished temporary file before it becomes *output*. Raises Refused for sources
+    or weights that do not fit, ToolFailed when the disk fails.
     """
     if not pieces:
         raise Refused("there is no net to write")
@@ -268,7 +274,7 @@ def write(
         base = head_size(model, paged=first.paged)
         total = sum(piece.plan.weights for piece in pieces if piece.pack and piece.plan)
         threads = workers or len(os.sched_getaffinity(0))
-        with replacing(output, _needed(model)) as file, ThreadPoolExecutor(threads) as pool:
+        with replacing(output, _needed(model), before_replace) as file, ThreadPoolExecutor(threads) as pool:
             job = _Job(file, base, sources, first.paged, total)
             if "kernel_module" in model:
                 job.copy(first, model["kernel_module"]["binary"])

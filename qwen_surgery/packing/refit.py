@@ -1,0 +1,153 @@
+"""Put another fine-tune's weights into an existing bmodel, without TPU-MLIR.
+
+Only weights change. Whatever config.json turns into instructions or tables (sizes, rotary base, epsilon, ...)
+has to be the same, and is compared. The new file is laid out again from the start, so that refitting back to
+the first checkpoint gives the first file's bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery.checkout import CONFIG, Checkout
+from qwen_surgery.errors import Refused
+from qwen_surgery.packing import sidefile
+from qwen_surgery.packing.container import Bmodel, Region
+from qwen_surgery.packing.expand import Piece, Progress, write
+from qwen_surgery.packing.sidefile import NetWeights, SideFile
+from qwen_surgery.patching.receipt import Receipt
+
+if TYPE_CHECKING:
+    from qwen_surgery.weights import TensorRef
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What a refit did: the file, its size in bytes, weights packed, and the nets that hold no checkpoint
+    weights."""
+
+    path: Path
+    size: int
+    packed: int
+    untouched: tuple[str, ...]
+
+
+def _config(checkout: Checkout) -> dict[str, Any]:
+    """config.json as upstream wrote it, also when the checkout has been patched in place."""
+    receipt = Receipt.load(checkout.path)
+    if receipt is None or CONFIG not in receipt.files:
+        return checkout.config
+    return dict(json.loads(receipt.original(checkout.path, CONFIG)))
+
+
+def _refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None:
+    geometry = asdict(side.geometry)
+    other = asdict(checkout.geometry(side.geometry.seq_length))
+    differ = [
+        f"{name} {geometry[name]} / {other[name]}" for name in geometry if geometry[name] != other[name]
+    ]
+    config = sidefile.compiled_in(_config(checkout))
+    stretched = side.geometry.seq_length > min(side.config["trained_length"], config["trained_length"])
+    for name, value in side.config.items():
+        if config[name] != value and (name != "trained_length" or stretched):
+            differ.append(f"{name} {value} / {config[name]}")
+    if differ:
+        raise Refused(
+            f"{checkout.path} is another model than {bmodel} was built from: {', '.join(differ)}",
+            hint="a refit changes weights only; build a new bmodel",
+        )
+
+
+def _tensors(name: str, net: NetWeights, index: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    result = {}
+    for slot, (tensor, shape) in net.tensors.items():
+        ref = index.get(tensor)
+        if ref is None:
+            raise Refused(f"tensor {tensor} is missing from the checkpoint (net {name} needs it)")
+        if tuple(ref.shape) != shape:
+            raise Refused(
+                f"{ref.file}: tensor {tensor} has shape {list(ref.shape)}, the bmodel has {list(shape)}"
+            )
+        result[slot] = ref
+    return result
+
+
+def check_weights(bmodel: Path) -> None:
+    """Raise Refused when a net's weights in *bmodel* are not the bytes its check code was made from."""
+    seen: dict[Region, bytes] = {}
+    with Bmodel(bmodel) as opened:
+        for net in opened.nets:
+            for parameter in net.get("parameter", []):
+                memory = parameter.get("coeff_mem")
+                if not memory or "binary_coeff" not in memory:
+                    continue
+                region = Region.of(memory["binary_coeff"])
+                if region not in seen:
+                    seen[region] = opened.sha256(region)
+                if seen[region] != bytes(memory.get("check_code", [])):
+                    raise Refused(f"{bmodel}: the weights of {net['name']} are damaged (check code mismatch)")
+
+
+def refit(
+    bmodel: Path,
+    checkout: Checkout,
+    index: Mapping[str, TensorRef],
+    output: Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Refitted:
+    """Write *output*: the nets of *bmodel* with the weights of *index* (a checkout's tensors), and its side
+    file.
+
+    *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
+    missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;
+    ToolFailed when the disk fails.
+    """
+    side = sidefile.load(bmodel)
+    _refuse_other_model(side, checkout, bmodel)
+    with Bmodel(bmodel) as opened:
+        names = [net["name"] for net in opened.nets]
+        weighty = [net["name"] for net in opened.nets if "coeff_mem" in net["parameter"][0]]
+    fixed = [name for name in weighty if name not in side.nets]
+    needed = [name for name in fixed if not name.startswith(("greedy_head", "penalty_sample_head"))]
+    if needed:
+        raise Refused(
+            f"{bmodel}: it is not known where the weights of {', '.join(needed[:4])} lie",
+            hint="their packing could not be proven at build time; build a new bmodel from the checkout",
+        )
+    tensors = {name: _tensors(name, net, index) for name, net in side.nets.items()}
+    _refuse_extra_layers(side, index, bmodel)
+    check_weights(bmodel)
+    pieces = [_piece(name, bmodel, side, tensors) for name in names]
+
+    def record(new: Path) -> None:
+        # Both heads are named while the files change places, so that a kill never parts bmodel and side file.
+        both = (sidefile.head_digest(new), *sidefile.heads_of(output))
+        dataclasses.replace(side, heads=both).save(output)
+
+    written = write(output, pieces, workers=workers, progress=progress, before_replace=record)
+    dataclasses.replace(side, heads=(sidefile.head_digest(output),)).save(output)
+    return Refitted(output, written.size, written.packed, tuple(n for n in names if n not in side.nets))
+
+
+def _piece(name: str, bmodel: Path, side: SideFile, tensors: Mapping[str, dict[str, TensorRef]]) -> Piece:
+    if name not in side.nets:
+        return Piece(name, bmodel, name)
+    plan = side.plans[side.nets[name].plan]
+    return Piece(name, bmodel, name, plan=plan, tensors=tensors[name], pack=True)
+
+
+def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path) -> None:
+    known = {tensor for net in side.nets.values() for tensor, _ in net.tensors.values()}
+    for name in index:
+        extra = name.startswith("transformer.h.") and name.endswith(".weight") and name not in known
+        if extra:
+            raise Refused(
+                f"tensor {name} has no place in {bmodel}", hint="this is another model; build a new bmodel"
+            )

@@ -1,0 +1,179 @@
+"""The side file of a bmodel: where every weight lies, how it is packed, and what was recorded at build time.
+
+It stands beside the bmodel as ``<name>.bmodel.side.json`` and makes ``refit`` and the predictions of
+``inspect`` possible without TPU-MLIR. It belongs to one bmodel: it holds the SHA-256 of that file's head,
+which in turn holds the SHA-256 of every net's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.nets import Geometry
+from qwen_surgery.packing.container import Bmodel
+from qwen_surgery.packing.expand import Piece, replacing
+from qwen_surgery.packing.plans import Plan
+
+FORMAT = 1
+SUFFIX = ".side.json"
+
+#: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
+COMPILED_IN: dict[str, Any] = {
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "no_bias": True,
+    "use_logn_attn": False,
+    "use_dynamic_ntk": False,
+}
+
+
+@dataclass(frozen=True)
+class NetWeights:
+    """The weights of one net: the index of its *plan*, and per slot the checkpoint tensor's name and
+    shape."""
+
+    plan: int
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What TPU-MLIR predicts for one kind of net: *cycles* on the chip and *milliseconds*."""
+
+    cycles: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """The content of a side file; see the module's text.
+
+    ``heads`` are the head digests of the bmodels it belongs to: one, but for moments while a refit replaces a
+    file.
+    ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and ``trained_length``.
+    ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is free text by name:
+    mode, TPU-MLIR version, what could not be packed and why.
+    """
+
+    heads: tuple[str, ...]
+    geometry: Geometry
+    plans: tuple[Plan, ...]
+    nets: Mapping[str, NetWeights]
+    config: Mapping[str, Any]
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, bmodel: Path) -> Path:
+        """Write the side file of *bmodel*, whole or not at all; its path."""
+        data = {"format": FORMAT, **asdict(self), "plans": [plan.to_json() for plan in self.plans]}
+        text = json.dumps(data).encode()
+        target = path_for(bmodel)
+        with replacing(target, len(text)) as file:
+            file.write(text)
+        return target
+
+
+def path_for(bmodel: Path) -> Path:
+    """Where the side file of *bmodel* lies."""
+    return bmodel.with_name(bmodel.name + SUFFIX)
+
+
+def head_digest(bmodel: Path) -> str:
+    """SHA-256 (hex) of everything before the binary section of *bmodel*."""
+    with Bmodel(bmodel) as opened, bmodel.open("rb") as file:
+        return hashlib.sha256(file.read(opened.base)).hexdigest()
+
+
+def compiled_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json that a refit cannot change, with upstream's defaults where it is silent."""
+    values = {name: config.get(name, default) for name, default in COMPILED_IN.items()}
+    return {**values, "trained_length": config.get("seq_length", 2048)}
+
+
+def describe(
+    bmodel: Path,
+    pieces: Sequence[Piece],
+    geometry: Geometry,
+    config: Mapping[str, Any],
+    *,
+    predictions: Mapping[str, Prediction] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> SideFile:
+    """The side file of *bmodel*, just written from *pieces*.
+
+    *config* is the unpatched config.json. Pieces without plan or tensors are recorded as not refittable.
+    """
+    plans: list[Plan] = []
+    nets = {}
+    for piece in pieces:
+        if piece.plan is None or piece.tensors is None:
+            continue
+        if piece.plan not in plans:
+            plans.append(piece.plan)
+        tensors = {slot: (ref.name, tuple(ref.shape)) for slot, ref in piece.tensors.items()}
+        nets[piece.name] = NetWeights(plans.index(piece.plan), tensors)
+    return SideFile(
+        (head_digest(bmodel),),
+        geometry,
+        tuple(plans),
+        nets,
+        compiled_in(config),
+        predictions or {},
+        notes or {},
+    )
+
+
+def load(bmodel: Path) -> SideFile:
+    """The side file of *bmodel*. Raises Refused when it is missing, damaged, or belongs to another file."""
+    path = path_for(bmodel)
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = "it is written by `qwen-surgery build`; without it nobody knows where the weights lie"
+        raise Refused(f"{bmodel} has no side file ({path.name})", hint=hint) from None
+    except ValueError as error:
+        raise Refused(f"{path} is not a side file ({error})") from error
+    try:
+        side = _parse(data)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise Refused(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if head_digest(bmodel) not in side.heads:
+        raise Refused(f"{path} belongs to another bmodel than {bmodel}", hint="build the bmodel again")
+    return side
+
+
+def heads_of(bmodel: Path) -> tuple[str, ...]:
+    """The head digest of *bmodel*, or nothing when there is no such bmodel."""
+    try:
+        return (head_digest(bmodel),)
+    except Refused:
+        return ()
+
+
+def _parse(data: dict[str, Any]) -> SideFile:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']} is not known")
+    plans = tuple(Plan.from_json(plan) for plan in data["plans"])
+    nets = {}
+    for name, net in data["nets"].items():
+        tensors = {slot: (str(t[0]), tuple(t[1])) for slot, t in net["tensors"].items()}
+        if plans[net["plan"]].slots - set(tensors):
+            raise ValueError(f"net {name} lacks tensors")
+        nets[name] = NetWeights(int(net["plan"]), tensors)
+    return SideFile(
+        heads=tuple(str(head) for head in data["heads"]),
+        geometry=Geometry(**data["geometry"]),
+        plans=plans,
+        nets=nets,
+        config=dict(data["config"]),
+        predictions={kind: Prediction(**p) for kind, p in data["predictions"].items()},
+        notes=dict(data["notes"]),
+    )
