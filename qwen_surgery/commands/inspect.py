@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.markup import escape
 
 from qwen_surgery import console
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from qwen_surgery.packing.report import NetReport, Report, TensorReport
+    from qwen_surgery.packing.report import NetReport, Report
 
 
 def _size(count: float) -> str:
@@ -24,30 +24,31 @@ def _size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def _tensors(tensors: tuple[TensorReport, ...]) -> str:
-    return "\n".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in tensors)
-
-
 def _like(one: NetReport, other: NetReport) -> bool:
     return one.name.rstrip("0123456789") == other.name.rstrip("0123456789") and one.inputs == other.inputs
 
 
-def _table(report: Report, every: bool) -> Table:
-    from rich.table import Table
+def _lines(net: NetReport) -> Iterator[str]:
+    weights = "weights shared" if net.shared else f"weights {_size(net.weight_bytes)}"
+    flags = "".join(f", {name}" for name, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on)
+    yield (
+        f"[bold]{net.name}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
+        f"runtime memory {_size(net.runtime_bytes)}{flags}"
+    )
+    for arrow, tensors in (("in ", net.inputs), ("out", net.outputs)):
+        for tensor in tensors:
+            shape = escape(str(list(tensor.shape)))
+            yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {shape}"
 
-    table = Table("net", "inputs", "outputs", "weights", "instructions", "runtime memory", "flags")
+
+def _nets(report: Report, every: bool) -> Iterator[str]:
     shown: list[NetReport] = []
     for net in report.nets:
-        if not every and any(_like(net, other) for other in shown):
-            continue
-        shown.append(net)
-        flags = [f for f, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on]
-        weights = "shared" if net.shared else _size(net.weight_bytes)
-        table.add_row(
-            net.name, _tensors(net.inputs), _tensors(net.outputs), weights,
-            _size(net.instruction_bytes), _size(net.runtime_bytes), " ".join(flags),
-        )  # fmt: skip
-    return table
+        if every or not any(_like(net, other) for other in shown):
+            shown.append(net)
+            yield from _lines(net)
+    if len(shown) < len(report.nets):
+        yield f"{len(report.nets) - len(shown)} more nets of further layers, alike (--all shows them)"
 
 
 def _print(report: Report, every: bool) -> None:
@@ -56,9 +57,8 @@ def _print(report: Report, every: bool) -> None:
         f"{report.path}: {_size(report.size)}, {report.chip}, {report.devices} device(s), "
         f"{report.layers} layers, {len(report.nets)} nets, TPU-MLIR format {report.version}, {report.created}"
     )
-    out.print(_table(report, every))
-    if not every and len(report.nets) > len({n.name.rstrip("0123456789") for n in report.nets}):
-        out.print("layers after the first are alike and left out (--all shows them)")
+    for line in _nets(report, every):
+        out.print(line)
     if report.speed:
         out.print(
             f"predicted by TPU-MLIR: first token {report.speed.first_token_ms:.2f} ms, then "
