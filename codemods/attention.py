@@ -166,7 +166,7 @@ class ScorePath:
 
     def _mutates(self, stmt: ast.stmt) -> bool:
         """In-place methods and subscript stores on the scores, which no plain assignment shows."""
-        for node in ast.walk(stmt):
+        for node in t.walk(stmt):
             if (
                 isinstance(node, ast.Call)
                 and t.is_method_of(node, self.scores)
@@ -207,7 +207,7 @@ class ScorePath:
 
     def _maskish(self, node: ast.expr) -> bool:
         """Whether a factor or divisor could carry a mask: comparisons, tril, where, or a mask's name."""
-        for child in ast.walk(node):
+        for child in t.walk(node):
             if isinstance(child, (ast.Compare, ast.IfExp)):
                 return True
             if isinstance(child, ast.Call) and t.last_name(child.func) in {
@@ -318,7 +318,7 @@ def _is_attention(node: ast.stmt) -> bool:
     names = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
     if not {"__init__", "forward"} <= names:
         return False
-    made = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    made = {n.attr for n in t.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     return {"c_attn", "c_proj"} <= made
 
 

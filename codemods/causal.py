@@ -230,7 +230,7 @@ def _buffer_problem(path: ScorePath, name: str) -> str:
 def _model_buffer_problem(path: ScorePath, parameter: str) -> str:
     """A mask that ``forward`` is handed must be some class's registered triangle, passed under that name."""
     passed = {parameter}
-    for call in (n for n in ast.walk(path.attention.source.tree) if isinstance(n, ast.Call)):
+    for call in (n for n in t.walk(path.attention.source.tree) if isinstance(n, ast.Call)):
         value = t.keyword(call, parameter)
         if isinstance(value, ast.Attribute) and t.is_name(value.value, "self"):
             passed.add(value.attr)

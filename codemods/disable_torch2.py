@@ -137,22 +137,20 @@ def _calls(source: Source) -> Iterator[tuple[str, list[ast.stmt], ast.Call]]:
 def _hidden(source: Source) -> list[int]:
     """Lines that mention SDPA other than as the function of a call: an alias, a string for ``getattr``."""
     called = {id(call.func) for call in t.calls(source.tree, SDPA)}
-    found = []
-    for node in ast.walk(source.tree):
+    found = [call.lineno for call in t.calls(source.tree, "getattr") if SDPA in map(t.constant, call.args)]
+    for node in t.walk(source.tree):
         if (
             isinstance(node, (ast.Attribute, ast.Name))
             and t.last_name(node) == SDPA
             and id(node) not in called
         ):
             found.append(node.lineno)
-        for call in t.calls(node, "getattr") if isinstance(node, ast.Expr | ast.Assign | ast.Return) else ():
-            found += [call.lineno for arg in call.args if t.constant(arg) == SDPA]
     return found
 
 
 def _guard(source: Source, body: list[ast.stmt], call: ast.Call) -> str | None:
     """The module-level name that must be true for ``call`` to run, or None."""
-    stmt = next((s for s in t.statements(body) if not any(t.blocks(s)) and call in ast.walk(s)), None)
+    stmt = next((s for s in t.statements(body) if not any(t.blocks(s)) and call in t.walk(s)), None)
     if stmt is None:
         return None
     known = t.binds_at_top(source.tree)
@@ -174,23 +172,23 @@ def _flag_problem(source: Source, flag: str, bound: list[ast.stmt]) -> str:
         return f"{flag} is not bound by a plain module-level assignment"
     if isinstance(stmt, ast.Assign) and len(stmt.targets) != 1:
         return f"{flag} shares its assignment with another name"
-    if any(isinstance(n, (ast.Global, ast.Nonlocal)) and flag in n.names for n in ast.walk(source.tree)):
+    if any(isinstance(n, (ast.Global, ast.Nonlocal)) and flag in n.names for n in t.walk(source.tree)):
         return f"{flag} is rebound through a global statement"
     if stmt.value is None or any(t.last_name(c.func) not in _TESTS for c in _all_calls(stmt.value)):
         return f"{flag} is computed by a call that may have an effect of its own"
     tests = set()
     for attention in attentions(source):
-        for node in ast.walk(attention.node):
+        for node in t.walk(attention.node):
             if isinstance(node, (ast.If, ast.IfExp)):
-                tests |= {id(n) for n in ast.walk(node.test)}
-    for node in ast.walk(source.tree):
+                tests |= {id(n) for n in t.walk(node.test)}
+    for node in t.walk(source.tree):
         if t.is_name(node, flag) and isinstance(node.ctx, ast.Load) and id(node) not in tests:  # type: ignore[attr-defined]
             return f"{flag} is also read on line {node.lineno}, outside attention's conditions"  # type: ignore[attr-defined]
     return ""
 
 
 def _all_calls(node: ast.AST) -> list[ast.Call]:
-    return [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+    return [n for n in t.walk(node) if isinstance(n, ast.Call)]
 
 
 RULE = DisableTorch2()

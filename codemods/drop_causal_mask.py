@@ -181,7 +181,7 @@ def _only_binds(stmt: ast.stmt, path: ScorePath) -> bool:
         return t.is_pure(stmt.test) and all(_only_binds(s, path) for block in t.blocks(stmt) for s in block)
     if isinstance(stmt, (ast.Assign, ast.AnnAssign)) and stmt.value is not None:
         targets = stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]
-        names = all(isinstance(n, (ast.Name, ast.Tuple, ast.Store)) for x in targets for n in ast.walk(x))
+        names = all(isinstance(n, (ast.Name, ast.Tuple, ast.Store)) for x in targets for n in t.walk(x))
         return names and t.is_pure(stmt.value)
     return False
 

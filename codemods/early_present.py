@@ -171,7 +171,7 @@ def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
     """``present = (key, value) if cached else None``, as a statement or an expression."""
     pairs = [
         n
-        for n in ast.walk(stmt)
+        for n in t.walk(stmt)
         if isinstance(n, ast.Tuple)
         and isinstance(n.ctx, ast.Load)
         and len(n.elts) == 2
@@ -209,9 +209,7 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
         return "the join rebinds what present depends on"
     if name in t.reads(parts.join) | t.binds(parts.join):
         return f"`{name}` is used where the history is joined"
-    bound = [
-        s for s, _ in t.assignments(forward.body, name) if s is not present and s not in ast.walk(present)
-    ]
+    bound = [s for s, _ in t.assignments(forward.body, name) if s is not present and s not in t.walk(present)]
     if bound:
         return f"`{name}` is bound again on line {bound[0].lineno}"
     for stmt in t.statements(forward.body):
@@ -224,7 +222,7 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
 
 def _mutates(stmt: ast.stmt, name: str) -> bool:
     """In-place methods (``key.mul_(…)``) and subscript stores."""
-    for node in ast.walk(stmt):
+    for node in t.walk(stmt):
         if isinstance(node, ast.Call) and t.is_method_of(node, name) and t.last_name(node.func).endswith("_"):
             return True
         if (
@@ -240,8 +238,8 @@ def _is_output(stmt: ast.stmt, name: str) -> bool:
     """Read as a whole, as an element of a tuple that is returned or named, never looked into."""
     value = getattr(stmt, "value", None)
     if isinstance(stmt, (ast.Assign, ast.Return, ast.AugAssign)) and value is not None:
-        inside = {id(e) for n in ast.walk(value) if isinstance(n, ast.Tuple) for e in n.elts} | {id(value)}
-        uses = [n for n in ast.walk(value) if t.is_name(n, name)]
+        inside = {id(e) for n in t.walk(value) if isinstance(n, ast.Tuple) for e in n.elts} | {id(value)}
+        uses = [n for n in t.walk(value) if t.is_name(n, name)]
         return all(id(n) in inside for n in uses)
     return False
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 GROUP = "qwen_surgery.recipes"
 
 
@@ -65,7 +68,7 @@ def load(name: str = DEFAULT) -> Recipe:
     """The recipe called ``name``. Raises :class:`UnknownRecipe` for a name nobody provides."""
     if name in BUILTIN:
         return BUILTIN[name]
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in _provided():
         if entry.name == name:
             recipe = entry.load()
             if not isinstance(recipe, Recipe):
@@ -76,4 +79,11 @@ def load(name: str = DEFAULT) -> Recipe:
 
 def names() -> list[str]:
     """Every recipe's name, the default first."""
-    return [*BUILTIN, *sorted(e.name for e in metadata.entry_points(group=GROUP) if e.name not in BUILTIN)]
+    return [*BUILTIN, *sorted(e.name for e in _provided() if e.name not in BUILTIN)]
+
+
+def _provided() -> Iterable[EntryPoint]:
+    """What installed packages add under :data:`GROUP`; importlib.metadata is loaded only when asked for."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)

@@ -6,10 +6,14 @@ Modules are imported when a rule is asked for, entry points when a name is not b
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
-from importlib import metadata
+from typing import TYPE_CHECKING
 
 from codemods.base import Rule
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "qwen_surgery.codemods"
 
@@ -33,7 +37,7 @@ def get(name: str) -> Rule:
     """The rule called ``name``. Raises :class:`UnknownCodemod` for a name nobody provides."""
     if name in BUILTIN:
         return importlib.import_module(BUILTIN[name]).RULE
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in _provided():
         if entry.name == name:
             provided = entry.load()
             rule = provided() if isinstance(provided, type) else provided
@@ -45,4 +49,11 @@ def get(name: str) -> Rule:
 
 def names() -> list[str]:
     """Every codemod's name: the built-in ones in order, then third parties'."""
-    return [*BUILTIN, *sorted(e.name for e in metadata.entry_points(group=GROUP) if e.name not in BUILTIN)]
+    return [*BUILTIN, *sorted(e.name for e in _provided() if e.name not in BUILTIN)]
+
+
+def _provided() -> Iterable[EntryPoint]:
+    """What installed packages add under :data:`GROUP`; importlib.metadata is loaded only when asked for."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)

@@ -131,7 +131,7 @@ def _divisions(stmt: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
     """(dividend, divisor) of each division in one simple statement."""
     if isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div):
         yield stmt.target, stmt.value
-    for node in ast.walk(stmt):
+    for node in t.walk(stmt):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             yield node.left, node.right
         elif isinstance(node, ast.Call) and t.last_name(node.func) in {"div", "div_", "true_divide"}:
@@ -142,7 +142,7 @@ def _divisions(stmt: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 def _not_number(path: ScorePath, divisor: ast.expr, depth: int = 0) -> str:
     """Why ``divisor`` is not shown to be a Python number; empty when it is."""
-    for node in ast.walk(divisor):
+    for node in t.walk(divisor):
         if isinstance(node, ast.Call) and t.last_name(node.func) not in _NUMBERS:
             return f"the divisor calls {ast.unparse(node.func)}: not a number in a form known here"
         if isinstance(node, ast.Call) and t.last_name(node.func) in {"sqrt", "pow"} and t.on_torch(node):

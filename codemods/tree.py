@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 #: Calls that have no effect besides their value, by the last part of their name.
 PURE_CALLS = frozenset(
@@ -44,20 +44,54 @@ PURE_CALLS = frozenset(
 )
 
 
-def reads(node: ast.AST) -> set[str]:
+def walk(node: ast.AST) -> list[ast.AST]:
+    """``node`` and everything below it. Kept on the node: rules ask again and again and change no tree."""
+    known = node.__dict__.get("_below")
+    if known is None:
+        known, at = [node], 0
+        while at < len(known):
+            current = known[at]
+            at += 1
+            for name in current._fields:
+                value = getattr(current, name, None)
+                if isinstance(value, ast.AST):
+                    known.append(value)
+                elif isinstance(value, list):
+                    known.extend(item for item in value if isinstance(item, ast.AST))
+        node.__dict__["_below"] = known
+    return known
+
+
+def _calls_below(node: ast.AST) -> dict[str, list[ast.Call]]:
+    known = node.__dict__.get("_calls")
+    if known is None:
+        known = {}
+        for call in walk(node):
+            if isinstance(call, ast.Call):
+                known.setdefault(last_name(call.func), []).append(call)
+        node.__dict__["_calls"] = known
+    return known
+
+
+def reads(node: ast.AST) -> frozenset[str]:
     """Names whose value ``node`` uses; an augmented assignment uses its target."""
-    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    for child in ast.walk(node):
-        if isinstance(child, ast.AugAssign) and isinstance(child.target, ast.Name):
-            found.add(child.target.id)
-    return found
+    known = node.__dict__.get("_reads")
+    if known is None:
+        found = {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        found |= {
+            n.target.id for n in walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
+        }
+        known = node.__dict__["_reads"] = frozenset(found)
+    return known
 
 
-def binds(node: ast.AST) -> set[str]:
+def binds(node: ast.AST) -> frozenset[str]:
     """Names ``node`` gives a new value (or deletes)."""
-    return {
-        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))
-    }
+    known = node.__dict__.get("_binds")
+    if known is None:
+        stored = (n for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+        known = node.__dict__["_binds"] = frozenset(n.id for n in stored)
+    return known
 
 
 def same(a: ast.AST | None, b: ast.AST | None) -> bool:
@@ -90,7 +124,7 @@ def last_name(node: ast.AST) -> str:
 
 def calls(node: ast.AST, name: str) -> list[ast.Call]:
     """Every call in ``node`` whose function's last part is ``name``."""
-    return [n for n in ast.walk(node) if isinstance(n, ast.Call) and last_name(n.func) == name]
+    return _calls_below(node).get(name, [])
 
 
 def is_method_of(node: ast.AST, owner: str) -> bool:
@@ -112,7 +146,7 @@ def on_torch(node: ast.Call) -> bool:
 
 def is_pure(node: ast.AST) -> bool:
     """No effect but its value: names, constants, arithmetic, subscripts, and :data:`PURE_CALLS`."""
-    for child in ast.walk(node):
+    for child in walk(node):
         if isinstance(child, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda)):
             return False
         if isinstance(child, ast.Call):
@@ -168,10 +202,10 @@ def assignments(block: Iterable[ast.stmt], name: str) -> Iterator[tuple[ast.stmt
             yield stmt, None
 
 
-def _header_binds(stmt: ast.For | ast.With) -> set[str]:
+def _header_binds(stmt: ast.For | ast.With) -> Set[str]:
     if isinstance(stmt, ast.For):
         return binds(stmt.target)
-    return set().union(*(binds(item) for item in stmt.items))
+    return {name for item in stmt.items for name in binds(item)}
 
 
 def _value_of(target: ast.expr, value: ast.expr, name: str) -> ast.expr | None:
