@@ -1,0 +1,132 @@
+"""``qwen-surgery verify CHECKOUT``: every stage against the unpatched model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qwen_surgery import console
+from qwen_surgery.errors import Missed, Usage
+
+if TYPE_CHECKING:
+    from qwen_surgery.verification.results import Report
+
+
+def _numbers(
+    _context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter("whole numbers, comma-separated", param=parameter) from None
+
+
+@click.command("verify", help="Compare patched code, exported nets and bmodel with the unpatched model.")
+@click.argument("checkout", type=click.Path(path_type=Path))
+@click.option(
+    "--onnx",
+    "onnx",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An exported folder; give it twice for raw and cleaned.",
+)
+@click.option(
+    "--bmodel", type=click.Path(path_type=Path), help="A compiled model, run on the emulator (slow)."
+)
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["source", "onnx", "mlir", "chip"]),
+    help="Only these levels.  [default: source, and what --onnx and --bmodel allow]",
+)
+@click.option("--layers", callback=_numbers, help="Only these layers, such as 0,15,31 (no end-to-end then).")
+@click.option(
+    "--nets", default="", help="Only these nets or kinds, such as lm_head,block (no end-to-end then)."
+)
+@click.option(
+    "--steps", default=8, show_default=True, type=click.IntRange(0), help="Decode steps end to end."
+)
+@click.option("--prompt-lengths", callback=_numbers, help="Prompt lengths.  [default: 1, S/3+1, S-1, S]")
+@click.option("--seq-length", type=click.IntRange(2), help="Export length S.  [default: as exported, or 512]")
+@click.option("--recipe", help="Source edits to verify.  [default: as exported, or static]")
+@click.option("--mode", type=click.Choice(["bf16", "f16", "int8", "int4"]), help="The bmodel's mode.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="For prompts and sampling."
+)
+@click.option("--toolchain", metavar="VERSION", help="TPU-MLIR version for levels mlir and chip.")
+@click.option("--every-net", is_flag=True, help="A table row for every single check.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report to stdout as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with plots, one file.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
+def command(
+    checkout: Path,
+    onnx: tuple[Path, ...],
+    bmodel: Path | None,
+    levels: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    nets: str,
+    steps: int,
+    prompt_lengths: tuple[int, ...] | None,
+    seq_length: int | None,
+    recipe: str | None,
+    mode: str | None,
+    seed: int,
+    toolchain: str | None,
+    every_net: bool,
+    as_json: bool,
+    html: Path | None,
+    trust_remote_code: bool,
+) -> None:
+    from qwen_surgery.verification.session import Request, verify
+
+    if layers == () or prompt_lengths == ():
+        raise Usage("an empty list of layers or lengths would compare nothing")
+    request = Request(
+        checkout=checkout,
+        onnx=onnx,
+        bmodel=bmodel,
+        levels=levels,
+        layers=layers,
+        nets=tuple(name.strip() for name in nets.split(",") if name.strip()),
+        steps=steps,
+        prompt_lengths=prompt_lengths or (),
+        seq_length=seq_length,
+        recipe=recipe,
+        mode=mode,
+        seed=seed,
+        toolchain=toolchain,
+        trust_remote_code=trust_remote_code,
+    )
+    with console.err().status("verify") as status:
+        report = verify(request, progress=lambda what: status.update(f"verify {what}"))
+    _show(report, as_json=as_json, every_net=every_net)
+    if html is not None:
+        from qwen_surgery.verification.page import write_page
+
+        write_page(report, html, request)
+        console.err().print(f"page: {html}")
+    if not report.passed:
+        raise Missed(f"{sum(len(level.missed) for level in report.levels)} checks missed their tolerance")
+
+
+def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
+    from qwen_surgery.verification.table import make_table, misses
+
+    if as_json:
+        console.print_json(report.to_json())
+        return
+    console.out().print(make_table(report, every_net=every_net))
+    for level in report.levels:
+        if level.texts:
+            console.out().print(f"{level.level} {level.mode} {level.name}: greedy tokens")
+            for who, tokens in level.texts.items():
+                console.out().print(f"  {who:<10} {' '.join(map(str, tokens))}")
+    seconds = ", ".join(f"{level.level} {level.name} {level.seconds:.1f} s" for level in report.levels)
+    console.err().print(f"{seconds}; peak memory {report.peak_rss / 2**20:.0f} MiB")
+    for line in misses(report):
+        console.err().print(f"missed: {line}", markup=False)

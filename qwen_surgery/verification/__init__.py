@@ -1,0 +1,1 @@
+"""Verification: every stage of the road against the unpatched upstream model."""

@@ -1,0 +1,238 @@
+"""The reference of everything: the unpatched upstream model, run in fp32 on the CPU with its own config.
+
+The checkout's own ``QWenLMHeadModel`` runs, its forward and its cache untouched. What each block takes and
+gives is recorded by hooks. Models that do not fit in memory run with one layer's weights loaded at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.exporting.model_code import ModelCode
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_surgery.weights import TensorRef
+
+#: Weights are held in memory as a whole up to this many bytes of float32, else layer by layer.
+WHOLE_MODEL_BYTES = 2 << 30
+_ROWS_AT_A_TIME = 8192
+
+
+@dataclass
+class Pass:
+    """What one forward pass over L new tokens did. All arrays are float32.
+
+    ``block_inputs`` and ``block_outputs`` map a recorded layer to [L, H]; ``keys`` and ``values`` to the L
+    new units [L, n, d]; ``past_keys`` and ``past_values`` to the units before them [P, n, d]. ``logits`` [V]
+    are those after the last token and ``last_hidden`` [H] is what they were made from, before the final norm;
+    both are None when the pass stopped before the last layer.
+    """
+
+    tokens: tuple[int, ...]
+    start: int
+    block_inputs: dict[int, np.ndarray] = field(default_factory=dict)
+    block_outputs: dict[int, np.ndarray] = field(default_factory=dict)
+    keys: dict[int, np.ndarray] = field(default_factory=dict)
+    values: dict[int, np.ndarray] = field(default_factory=dict)
+    past_keys: dict[int, np.ndarray] = field(default_factory=dict)
+    past_values: dict[int, np.ndarray] = field(default_factory=dict)
+    logits: np.ndarray | None = None
+    last_hidden: np.ndarray | None = None
+
+
+class _Stop(Exception):
+    """Ends a forward pass behind the last layer that is wanted."""
+
+
+class ReferenceModel:
+    """The unpatched model of a checkout.
+
+    *files* are the unpatched Python files and config.json, *index* the checkpoint's tensors. *layers* are the
+    layers to record (all by default); *stop_after* ends each pass behind that layer, without logits. Raises
+    Refused when the code's parameters and the checkpoint's tensors do not match. Runs the checkout's code:
+    callers have asked for ``--trust-remote-code``.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        index: Mapping[str, TensorRef],
+        *,
+        modeling: str = "modeling_qwen.py",
+        layers: Sequence[int] | None = None,
+        stop_after: int | None = None,
+        whole_model_bytes: int = WHOLE_MODEL_BYTES,
+    ) -> None:
+        from qwen_surgery.exporting.modules import weightless
+
+        code = ModelCode.load(files, modeling)
+        model_class = getattr(code.module, "QWenLMHeadModel", None)
+        if model_class is None:
+            raise Refused(f"{modeling} has no class QWenLMHeadModel")
+        with weightless():
+            self._model: Any = model_class(code.config).eval()
+        self._index = index
+        self._tied = "lm_head.weight" not in index
+        self.layer_count = len(self._model.transformer.h)
+        self.layers = tuple(range(self.layer_count)) if layers is None else tuple(layers)
+        self._stop_after = stop_after
+        self._places = self._match_parameters()
+        size = sum(4 * self._index[self._tensor(name)].numel for name in self._places)
+        self.streamed = size > whole_model_bytes
+        self._pass: Pass | None = None
+        self._past: Any = None
+        self.length = 0
+        self._install()
+
+    def _match_parameters(self) -> dict[str, tuple[Any, str]]:
+        """Parameter name -> (module, attribute), each checked against the checkpoint."""
+        places: dict[str, tuple[Any, str]] = {}
+        for prefix, module in self._model.named_modules():
+            for attribute, value in module._parameters.items():
+                if value is None:
+                    continue
+                name = f"{prefix}.{attribute}"
+                tensor = self._tensor(name)
+                if tensor not in self._index:
+                    raise Refused(f"tensor {tensor} is not in the checkpoint, the code wants it")
+                if tuple(value.shape) != tuple(self._index[tensor].shape):
+                    raise Refused(
+                        f"tensor {tensor} has shape {list(self._index[tensor].shape)}, "
+                        f"the code wants {list(value.shape)}"
+                    )
+                places[name] = (module, attribute)
+        return places
+
+    def _tensor(self, name: str) -> str:
+        return "transformer.wte.weight" if self._tied and name == "lm_head.weight" else name
+
+    def _load(self, names: Sequence[str]) -> None:
+        import torch
+
+        for name in names:
+            module, attribute = self._places[name]
+            value = torch.from_numpy(np.ascontiguousarray(self._index[self._tensor(name)].read()))
+            module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
+
+    def _unload(self, names: Sequence[str]) -> None:
+        import torch
+
+        for name in names:
+            module, attribute = self._places[name]
+            shape = module._parameters[attribute].shape
+            module._parameters[attribute] = torch.nn.Parameter(
+                torch.zeros(()).expand(shape), requires_grad=False
+            )
+
+    def _install(self) -> None:
+        big = {"transformer.wte.weight", "lm_head.weight"} if self.streamed else set()
+        self._load([n for n in self._places if n not in big and not (self.streamed and ".h." in n)])
+        for i, block in enumerate(self._model.transformer.h):
+            block.register_forward_pre_hook(self._before(i), with_kwargs=True)
+            block.register_forward_hook(self._after(i), with_kwargs=True)
+
+    def _layer_parameters(self, i: int) -> list[str]:
+        return [name for name in self._places if name.startswith(f"transformer.h.{i}.")]
+
+    def _before(self, i: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.streamed:
+                self._load(self._layer_parameters(i))
+            states = args[0] if args else kwargs["hidden_states"]
+            if self._pass is not None and i in self.layers:
+                self._pass.block_inputs[i] = states[0].numpy().copy()
+
+        return hook
+
+    def _after(self, i: int) -> Any:
+        def hook(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+            if self.streamed:
+                self._unload(self._layer_parameters(i))
+            record = self._pass
+            if record is None:
+                return
+            states, (key, value) = output[0], output[1]
+            if i in self.layers:
+                record.block_outputs[i] = states[0].numpy().copy()
+                for whole, new, past in (
+                    (key, record.keys, record.past_keys),
+                    (value, record.values, record.past_values),
+                ):
+                    units = whole[0].numpy().copy()
+                    new[i], past[i] = units[record.start :], units[: record.start]
+            if i == self.layer_count - 1:
+                record.last_hidden = states[0, -1].numpy().copy()
+            if i == self._stop_after:
+                raise _Stop
+
+        return hook
+
+    def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        table = self._index["transformer.wte.weight"]
+        if not self.streamed:
+            return self._model.transformer.wte(torch.tensor([tokens]))
+        return torch.from_numpy(read_rows(table, tokens))[None]
+
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        import torch
+
+        if not self.streamed:
+            return self._model.lm_head(hidden).numpy().copy()
+        table = self._index[self._tensor("lm_head.weight")]
+        parts = []
+        for first in range(0, table.shape[0], _ROWS_AT_A_TIME):
+            rows = range(first, min(first + _ROWS_AT_A_TIME, table.shape[0]))
+            parts.append(hidden @ torch.from_numpy(read_rows(table, rows)).T)
+        return torch.cat(parts).numpy()
+
+    def _forward(self, tokens: Sequence[int]) -> Pass:
+        import torch
+
+        self._pass = Pass(tuple(tokens), self.length)
+        try:
+            with torch.no_grad():
+                result = self._model.transformer(
+                    inputs_embeds=self._embed(tokens),
+                    past_key_values=self._past,
+                    use_cache=True,
+                    output_attentions=False,
+                    output_hidden_states=False,
+                    return_dict=True,
+                )
+                self._past = result.past_key_values
+                self._pass.logits = self._logits(result.last_hidden_state[0, -1])
+        except _Stop:
+            self._past = None
+        record, self._pass = self._pass, None
+        self.length += len(tokens)
+        return record
+
+    def prefill(self, tokens: Sequence[int]) -> Pass:
+        """Read a prompt from the start."""
+        self._past, self.length = None, 0
+        return self._forward(tokens)
+
+    def decode(self, token: int) -> Pass:
+        """Read one more token through the cache."""
+        if self._past is None:
+            raise Refused("decode needs a prefill before it that ran through all layers")
+        return self._forward([token])
+
+
+def read_rows(table: TensorRef, rows: Sequence[int]) -> np.ndarray:
+    """Some rows of a stored matrix [R, C] as float32 [len(rows), C], without reading the others."""
+    stored = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[table.dtype]
+    mapped = np.memmap(table.file, dtype=stored, mode="r", offset=table.offset, shape=table.shape)
+    picked = np.asarray(mapped[list(rows)])
+    if table.dtype == "BF16":
+        return (picked.astype(np.uint32) << 16).view(np.float32)
+    return picked.astype(np.float32)

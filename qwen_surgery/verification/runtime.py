@@ -1,0 +1,183 @@
+"""Runs a model net by net the way the vendor's runtimes do: their masks, slots and positions.
+
+Prefill: tokens are padded with 0 to S; row i below the length allows keys j <= i, rows from the length on are
+fully masked; pad positions are 0. The K and V of pad rows stay in the cache as the nets gave them.
+Decode, for the token that makes the sequence L long: position L-1; history slots [L-1, S) are masked and
+slot S, the token's own key, is open; the new K/V unit is then written to slot L-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.nets import MASK_VALUE, MIN_TOKENS_TO_KEEP, TOP_K, Geometry
+
+if TYPE_CHECKING:
+    from qwen_surgery.verification.engines import Engine
+
+
+def prefill_mask(length: int, seq_length: int) -> np.ndarray:
+    """Additive mask float32 [1, 1, S, S] of a prompt of *length* tokens."""
+    rows, columns = np.indices((seq_length, seq_length))
+    allowed = (columns <= rows) & (rows < length)
+    return np.where(allowed, 0.0, MASK_VALUE).astype(np.float32)[None, None]
+
+
+def decode_mask(length: int, seq_length: int) -> np.ndarray:
+    """Additive mask float32 [1, 1, 1, S+1] for the token that makes the sequence *length* long."""
+    mask = np.zeros((1, 1, 1, seq_length + 1), dtype=np.float32)
+    mask[..., length - 1 : seq_length] = MASK_VALUE
+    return mask
+
+
+def prefill_positions(length: int, seq_length: int) -> np.ndarray:
+    """int32 [1, S]: 0..length-1, then 0."""
+    positions = np.zeros((1, seq_length), dtype=np.int32)
+    positions[0, :length] = np.arange(length)
+    return positions
+
+
+def padded(tokens: Sequence[int], seq_length: int) -> np.ndarray:
+    """int32 [1, S]: the tokens, then 0."""
+    ids = np.zeros((1, seq_length), dtype=np.int32)
+    ids[0, : len(tokens)] = tokens
+    return ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of penalty sampling. ``seed`` fixes every draw; ``last_n`` is how many of the latest tokens
+    the penalty looks back on (the vendor's runtimes pass exactly these, padded with the last one)."""
+
+    top_p: float = 0.8
+    temperature: float = 0.98
+    penalty: float = 1.1
+    last_n: int = 32
+    seed: int = 0
+
+
+def penalty_sample(
+    logits: np.ndarray, input_ids: np.ndarray, sampling: Sampling
+) -> tuple[np.ndarray, np.ndarray]:
+    """What penalty_sample_head computes: probabilities float32 [1, 50] and their tokens int32 [1, 50].
+
+    Written from the contract, independently of the exported net, so that it can judge it; it also serves
+    models whose heads run on the host.
+    """
+    scores = logits.astype(np.float32).ravel().copy()
+    seen = np.unique(input_ids)
+    scores[seen] = np.where(
+        scores[seen] < 0, scores[seen] * sampling.penalty, scores[seen] / sampling.penalty
+    )
+    best = np.argsort(-scores, kind="stable")[:TOP_K]
+    top = scores[best] / np.float32(sampling.temperature)
+    exact = np.exp(top - top.max())
+    running = np.cumsum(exact / exact.sum())
+    dropped = running >= sampling.top_p
+    dropped[:MIN_TOKENS_TO_KEEP] = False
+    exact = np.where(dropped, 0.0, exact)
+    return (exact / exact.sum()).astype(np.float32)[None], best.astype(np.int32)[None]
+
+
+def draw(probabilities: np.ndarray, tokens: np.ndarray, uniform: float) -> int:
+    """The token whose slice of the distribution holds *uniform* (in [0, 1)).
+
+    Candidates are ordered by token, so that two nearly equal distributions draw the same token.
+    """
+    order = np.argsort(tokens.ravel(), kind="stable")
+    running = np.cumsum(probabilities.ravel()[order].astype(np.float64))
+    place = int(np.searchsorted(running, uniform * running[-1], side="right"))
+    return int(tokens.ravel()[order][min(place, order.size - 1)])
+
+
+class Runtime:
+    """One conversation on one engine. ``length`` tokens are in the cache.
+
+    Raises Refused when the engine lacks a net that a step needs, Usage when the sequence does not fit in S.
+    """
+
+    def __init__(self, engine: Engine, geometry: Geometry) -> None:
+        needed = ["embedding", "embedding_cache", "lm_head"]
+        needed += [f"{kind}_{i}" for i in range(geometry.layers) for kind in ("block", "block_cache")]
+        have = set(engine.nets)
+        missing = [name for name in needed if name not in have]
+        if missing:
+            raise Refused(f"nets are missing: {', '.join(missing)}")
+        self._engine = engine
+        self._geometry = geometry
+        self._has_heads = {"greedy_head", "penalty_sample_head"} <= have
+        self._keys: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
+        self.tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read a prompt; logits float32 [1, V] after its last token."""
+        g = self._geometry
+        if not 1 <= len(tokens) <= g.seq_length:
+            raise Usage(
+                f"a prompt of {len(tokens)} tokens does not fit in an export length of {g.seq_length}"
+            )
+        length = len(tokens)
+        self.tokens = list(tokens)
+        (states,) = self._engine.run("embedding", [padded(tokens, g.seq_length)])
+        positions, mask = prefill_positions(length, g.seq_length), prefill_mask(length, g.seq_length)
+        self._keys, self._values = [], []
+        for i in range(g.layers):
+            states, key, value = self._engine.run(f"block_{i}", [states, positions, mask])
+            self._keys.append(np.array(key))
+            self._values.append(np.array(value))
+        return self._logits(states.reshape(g.seq_length, g.hidden)[length - 1])
+
+    def decode(self, token: int) -> np.ndarray:
+        """Read one more token through the cache; logits float32 [1, V] after it."""
+        g = self._geometry
+        if not self.tokens:
+            raise Usage("decode needs a prefill first")
+        if self.length >= g.seq_length:
+            raise Usage(f"the export length of {g.seq_length} is used up")
+        self.tokens.append(token)
+        slot = self.length - 1
+        (states,) = self._engine.run("embedding_cache", [np.array([[token]], dtype=np.int32)])
+        position = np.array([[slot]], dtype=np.int32)
+        mask = decode_mask(self.length, g.seq_length)
+        for i in range(g.layers):
+            inputs = [states, position, mask, self._keys[i], self._values[i]]
+            states, key, value = self._engine.run(f"block_cache_{i}", inputs)
+            self._keys[i][:, slot] = key.reshape(1, g.heads, g.head_dim)
+            self._values[i][:, slot] = value.reshape(1, g.heads, g.head_dim)
+        return self._logits(states)
+
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        (logits,) = self._engine.run("lm_head", [hidden.reshape(1, self._geometry.hidden)])
+        return logits
+
+    def greedy(self, logits: np.ndarray) -> int:
+        """The best token, by the greedy head where the engine has one."""
+        if self._has_heads:
+            return int(self._engine.run("greedy_head", [logits])[0].ravel()[0])
+        return int(np.argmax(logits))
+
+    def candidates(self, logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities and tokens to sample from, by the sampling head where the engine has one."""
+        ids = sampling_ids(self.tokens, self._geometry.seq_length, sampling.last_n)
+        if not self._has_heads:
+            return penalty_sample(logits, ids, sampling)
+        knobs = (sampling.top_p, sampling.temperature, sampling.penalty)
+        inputs = [logits, ids, *(np.array([knob], dtype=np.float32) for knob in knobs)]
+        probabilities, tokens = self._engine.run("penalty_sample_head", inputs)
+        return probabilities, tokens
+
+
+def sampling_ids(tokens: Sequence[int], seq_length: int, last_n: int) -> np.ndarray:
+    """int32 [1, S] for penalty_sample_head: the latest *last_n* tokens, then the last one again and again."""
+    latest = list(tokens)[-min(last_n, seq_length) :]
+    return np.array([latest + [latest[-1]] * (seq_length - len(latest))], dtype=np.int32)

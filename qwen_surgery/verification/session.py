@@ -1,0 +1,291 @@
+"""A whole verification: opens what is to be compared, runs the levels one after the other."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from golden import tolerances
+from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
+from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
+from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
+from qwen_surgery.verification.reference import ReferenceModel
+from qwen_surgery.verification.results import LevelResult, Report
+from qwen_surgery.verification.runtime import Sampling
+
+if TYPE_CHECKING:
+    from qwen_surgery.checkout import Sources
+    from qwen_surgery.nets import Geometry
+    from qwen_surgery.weights import WeightIndex
+
+LEVELS = ("source", "onnx", "mlir", "chip")
+MODES = ("bf16", "f16", "int8", "int4")
+_DEFAULT_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. Empty ``levels`` means every level whose parts were given."""
+
+    checkout: Path
+    onnx: tuple[Path, ...] = ()
+    bmodel: Path | None = None
+    levels: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    nets: tuple[str, ...] = ()
+    steps: int = _DEFAULT_STEPS
+    prompt_lengths: tuple[int, ...] = ()
+    seq_length: int | None = None
+    recipe: str | None = None
+    mode: str | None = None
+    seed: int = 0
+    toolchain: str | None = None
+    trust_remote_code: bool = False
+
+    def chosen(self) -> tuple[str, ...]:
+        """The levels to run, in order; raises Usage when a level lacks its part."""
+        levels = self.levels or tuple(
+            level
+            for level, given in (
+                ("source", True),
+                ("onnx", bool(self.onnx)),
+                ("chip", self.bmodel is not None),
+            )
+            if given
+        )
+        for level in levels:
+            if level not in LEVELS:
+                raise Usage(f"there is no level {level}", hint=f"levels are {', '.join(LEVELS)}")
+            if level in ("onnx", "mlir") and not self.onnx:
+                raise Usage(f"level {level} needs an exported folder", hint="give --onnx DIR")
+            if level == "chip" and self.bmodel is None:
+                raise Usage("level chip needs a bmodel", hint="give --bmodel FILE")
+        return tuple(level for level in LEVELS if level in levels)
+
+
+@dataclass
+class _Parts:
+    """Everything the levels share."""
+
+    request: Request
+    sources: Sources
+    index: WeightIndex
+    geometry: Geometry
+    selection: Selection
+    reference: ReferenceModel
+    limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
+    progress: Callable[[str], None]
+    cases: list[NetCase] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every layer and net is verified, which the end-to-end checks need."""
+        return self.request.layers is None and not self.request.nets
+
+    def limits_for(self, level: str, mode: str) -> dict[str, tolerances.Limit]:
+        try:
+            return self.limits[level, mode]
+        except KeyError:
+            raise Usage(f"no tolerances are known for level {level} in mode {mode}") from None
+
+
+def verify(request: Request, progress: Callable[[str], None] = lambda what: None) -> Report:
+    """Run the levels of *request*.
+
+    Raises Usage or Refused for parts that cannot be compared at all (no trust, another model's export, an
+    impossible selection); everything else ends up as a check in the report.
+    """
+    require_trust(request.trust_remote_code, "verify")
+    levels = request.chosen()
+    parts, folders, chip = _open(request, levels, progress)
+    report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
+    try:
+        progress("reference: the unpatched model")
+        parts.cases = list(CaseMaker(parts.reference, parts.geometry, parts.selection).cases())
+        if "source" in levels:
+            engine = TorchEngine(parts.sources, parts.index, parts.geometry)
+            report.levels.append(_level(parts, "source", "fp32", "patched torch", engine))
+        for folder in folders if "onnx" in levels else ():
+            report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
+        if "mlir" in levels:
+            report.levels.append(_mlir_level(parts, folders[-1]))
+        if chip is not None:
+            mode = _mode_of(request)
+            report.levels.append(_level(parts, "chip", mode, f"{chip.chip} emulator", chip, contract=True))
+    finally:
+        if chip is not None:
+            chip.close()
+    # Linux counts in KiB; children are the emulator and TPU-MLIR's tools.
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    report.peak_rss = max(usage) * 1024
+    report.versions = versions()
+    return report
+
+
+def _open(
+    request: Request, levels: Sequence[str], progress: Callable[[str], None]
+) -> tuple[_Parts, list[OrtEngine], Any]:
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.weights import WeightIndex
+
+    checkout = Checkout.open(request.checkout)
+    folders = [OrtEngine(folder) for folder in request.onnx]
+    chip = _open_chip(request) if "chip" in levels else None
+    seq_length = _seq_length(request, folders, chip)
+    recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
+    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    for folder in folders:
+        _refuse_other_model(folder, sources)
+    geometry = checkout.geometry(seq_length)
+    index = WeightIndex.open(request.checkout)
+    lengths = request.prompt_lengths or default_lengths(seq_length)
+    selection = Selection(lengths, request.layers, request.nets, request.seed)
+    selection.net_names(geometry)
+    reference = ReferenceModel(
+        sources.reference,
+        index,
+        modeling=sources.modeling,
+        layers=sorted({0, *selection.layer_list(geometry)}),
+    )
+    limits = tolerances.load()
+    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders, chip
+
+
+def _open_chip(request: Request) -> Any:
+    from qwen_surgery.toolchain.emulator import ChipEngine
+    from qwen_surgery.toolchain.environment import Toolchain
+
+    assert request.bmodel is not None
+    _mode_of(request)
+    return ChipEngine(request.bmodel, Toolchain.find(request.toolchain))
+
+
+def _seq_length(request: Request, folders: Sequence[OrtEngine], chip: Any) -> int:
+    """The export length that all parts agree on; 512 when nothing says one."""
+    said: dict[str, int] = {str(folder.folder): folder.manifest.seq_length for folder in folders}
+    if request.seq_length is not None:
+        said["--seq-length"] = request.seq_length
+    if chip is not None and "embedding" in chip.nets:
+        said[str(request.bmodel)] = chip.describe("embedding")[0][0].shape[-1]
+    if len(set(said.values())) > 1:
+        raise Refused("export lengths differ: " + ", ".join(f"{who} has {s}" for who, s in said.items()))
+    return next(iter(said.values()), 512)
+
+
+def _refuse_other_model(folder: OrtEngine, sources: Sources) -> None:
+    import hashlib
+
+    recorded = folder.manifest.sources.get("reference", {})
+    for name, digest in recorded.items():
+        content = sources.reference.get(name)
+        if content is None or hashlib.sha256(content).hexdigest() != digest:
+            raise Refused(
+                f"{folder.folder} was exported from another {name} than the checkout's",
+                hint="export this checkout again",
+            )
+
+
+def _mode_of(request: Request) -> str:
+    """The bmodel's mode: ``--mode``, else the part of its name that is one."""
+    assert request.bmodel is not None
+    if request.mode:
+        return request.mode
+    found = [part for part in request.bmodel.stem.split("_") if part in MODES]
+    if len(found) != 1:
+        raise Usage(
+            f"{request.bmodel.name} does not say its mode", hint=f"give --mode, one of {', '.join(MODES)}"
+        )
+    return found[0]
+
+
+def _folder_name(folder: OrtEngine) -> str:
+    return "cleaned" if folder.manifest.passes else "raw"
+
+
+def _level(
+    parts: _Parts, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+) -> LevelResult:
+    result = LevelResult(level, mode, name)
+    limits = parts.limits_for(level, mode)
+    heads = "greedy_head" in engine.nets or level != "chip"
+
+    def work() -> None:
+        if contract:
+            result.checks += check_contract(engine, parts.geometry)
+        wanted = parts.selection.net_names(parts.geometry, heads=heads)
+        result.checks += check_nets(
+            engine,
+            parts.cases,
+            parts.geometry,
+            limits,
+            wanted,
+            progress=lambda what: parts.progress(f"{level} {name}: {what}"),
+        )
+        if parts.whole and parts.request.steps:
+            checks, result.texts = check_end_to_end(
+                engine,
+                parts.reference,
+                parts.geometry,
+                limits,
+                _end_to_end_prompt(parts),
+                parts.request.steps,
+                Sampling(seed=parts.request.seed),
+                progress=lambda what: parts.progress(f"{level} {name}: {what}"),
+            )
+            result.checks += checks
+
+    return timed(result, work)
+
+
+def _end_to_end_prompt(parts: _Parts) -> list[int]:
+    """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
+    prompts = make_prompts(parts.selection, parts.geometry)
+    room = parts.geometry.seq_length - parts.request.steps
+    if room < 1:
+        raise Usage(
+            f"{parts.request.steps} steps do not fit in an export length of {parts.geometry.seq_length}",
+            hint="use fewer --steps",
+        )
+    fitting = [prompt for prompt in prompts if len(prompt) <= room]
+    return max(fitting, key=len) if fitting else prompts[0][:room]
+
+
+def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
+    """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
+    from qwen_surgery.toolchain.environment import Toolchain
+    from qwen_surgery.verification.mlir import MlirEngine
+
+    result = LevelResult("mlir", "fp32", _folder_name(folder))
+
+    def work() -> None:
+        toolchain = Toolchain.find(parts.request.toolchain)
+        wanted = parts.selection.net_names(parts.geometry)
+        with MlirEngine(folder, toolchain, parts.geometry) as engine:
+            result.checks += check_nets(
+                engine,
+                parts.cases,
+                parts.geometry,
+                parts.limits_for("mlir", "fp32"),
+                wanted,
+                expected_by=folder,
+                progress=lambda what: parts.progress(f"mlir: {what}"),
+            )
+
+    return timed(result, work)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic is compared; absent ones are left out."""
+    found = {}
+    for name in ("torch", "transformers", "onnxruntime", "onnx", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,98 @@
+"""The rich table of a verification."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from qwen_surgery.verification.results import Check, LevelResult, Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLUMNS = ("max_abs", "cosine", "kl", "agreement")
+_HEADINGS = {"max_abs": "max abs", "cosine": "1-cosine", "kl": "KL", "agreement": "tokens"}
+_AT_LEAST = ("cosine", "agreement")
+
+
+def number(name: str, value: float | None) -> str:
+    """A metric as people read it: errors in powers of ten, a cosine as its distance from 1."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "-"
+    if name == "agreement":
+        return f"{value:.0%}"
+    if name == "cosine":
+        return f"{max(0.0, 1 - value):.1e}"
+    return f"{value:.1e}"
+
+
+def _rows(level: LevelResult, *, every_net: bool) -> dict[tuple[str, str], list[Check]]:
+    """Checks that share a row: one net and run, or one kind of net and phase with all layers and lengths."""
+    rows: dict[tuple[str, str], list[Check]] = {}
+    for check in level.checks:
+        if every_net:
+            key = (check.net, check.label)
+        else:
+            key = (
+                check.net if check.layer is None else check.net.removesuffix(f"_{check.layer}"),
+                check.phase,
+            )
+        rows.setdefault(key, []).append(check)
+    return rows
+
+
+def make_table(report: Report, *, every_net: bool = False) -> Table:
+    """One table: a row for each kind of net and phase with its worst numbers over layers, lengths and outputs;
+    with *every_net* a row for each run of each net."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"verify {report.checkout}, S={report.seq_length}, recipe {report.recipe}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("net", no_wrap=True)
+    table.add_column("phase", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(_HEADINGS.get(name, name), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for level in report.levels:
+        table.add_row(f"[bold]{level.level} {level.mode}[/bold]", level.name)
+        if not level.checks:
+            table.add_row("-", "-", "0", *[""] * len(_COLUMNS), "[red]nothing was compared[/red]")
+        for (net, phase), checks in _rows(level, every_net=every_net).items():
+            worst = _worst(checks)
+            failed = [check for check in checks if not check.passed]
+            verdict = "[green]ok[/green]" if not failed else f"[red]{len(failed)} missed[/red]"
+            numbers = (number(name, worst.get(name)) for name in _COLUMNS)
+            table.add_row(f"  {net}", phase, str(len(checks)), *numbers, verdict)
+        table.add_section()
+    return table
+
+
+def _worst(checks: list[Check]) -> dict[str, float]:
+    """The worst number of each column. Distributions put their total variation where arrays have max abs."""
+    result: dict[str, float] = {}
+    for name in _COLUMNS:
+        values = [check.values[name] for check in checks if name in check.values]
+        if name == "max_abs":
+            values += [
+                check.values["total_variation"] for check in checks if "total_variation" in check.values
+            ]
+        if values:
+            result[name] = min(values) if name in _AT_LEAST else max(values)
+    return result
+
+
+def misses(report: Report, limit: int = 20) -> list[str]:
+    """One line for each missed check, at most *limit*, then how many more."""
+    lines = [
+        f"{level.level} {level.mode} {level.name}: {check.net} {check.label} {check.output}: "
+        + "; ".join(check.missed)
+        for level in report.levels
+        for check in level.missed
+    ]
+    if len(lines) > limit:
+        lines = [*lines[:limit], f"... and {len(lines) - limit} more"]
+    return lines
