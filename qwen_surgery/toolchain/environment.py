@@ -277,7 +277,8 @@ def run_guarded(
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(launcher), str(write_end), *command],
-            cwd=cwd, env=dict(env), pass_fds=(write_end,),
+            # A session of its own: whoever kills our whole group leaves the launcher alive to end the tool.
+            cwd=cwd, env=dict(env), pass_fds=(write_end,), start_new_session=True,
             stdin=subprocess.PIPE, stdout=output, stderr=output,
         )  # fmt: skip
     finally:

@@ -1,0 +1,42 @@
+"""Compare one net of two bmodels, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.packing.container import Bmodel, Region, regions
+
+
+def differences(left: Path, left_net: str, right: Path, right_net: str) -> list[str]:
+    """What differs between net *left_net* of *left* and *right_net* of *right* ('' for the only one); empty
+    when equal.
+
+    Compared are every region's bytes (coefficients, instructions, dynamic IR) and every field of the
+    description, but for where regions start and for the net's name.
+    """
+    with Bmodel(left) as a, Bmodel(right) as b:
+        one, other = a.net(left_net), b.net(right_net)
+        found = []
+        pairs = list(zip(regions(one, "Net"), regions(other, "Net"), strict=False))
+        if len(list(regions(one, "Net"))) != len(list(regions(other, "Net"))):
+            return ["the numbers of regions differ"]
+        for index, (x, y) in enumerate(pairs):
+            if x["size"] != y["size"]:
+                found.append(f"region {index} has {x['size']} and {y['size']} bytes")
+            elif a.sha256(Region.of(x)) != b.sha256(Region.of(y)):
+                found.append(f"the {x['size']} bytes of region {index} differ")
+        if _plain(one) != _plain(other):
+            found.append("the descriptions of the net differ")
+        return found
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    """*value* without the places of regions and without the net's own name."""
+    if isinstance(value, dict):
+        if set(value) == {"start", "size"}:
+            return value["size"]
+        return {k: _plain(v, k) for k, v in value.items() if not (k == "name" and "parameter" in value)}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

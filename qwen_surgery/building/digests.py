@@ -1,0 +1,89 @@
+"""Content digests of a checkpoint's tensors, remembered by the shard's size, time and inode.
+
+A build must notice when one layer's weights change and nothing else. Every tensor is hashed whole, once; a
+shard whose size, modification time and inode are as remembered is not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_surgery.building.resources import cores
+
+if TYPE_CHECKING:
+    from qwen_surgery.weights import TensorRef
+
+_CHUNK = 1 << 22
+
+
+def _stamp(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+
+
+def _digest(ref: TensorRef) -> str:
+    # sha256 releases the interpreter's lock and uses the processor's own instructions
+    digest = hashlib.sha256(repr((ref.dtype, tuple(ref.shape))).encode())
+    with ref.file.open("rb", buffering=0) as stream:
+        stream.seek(ref.offset)
+        left = ref.nbytes
+        while left and (chunk := stream.read(min(left, _CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()[:32]
+
+
+def tensor_digests(
+    refs: Iterable[TensorRef],
+    cache: Path,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[TensorRef, str]:
+    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file that this reads and rewrites."""
+    refs = list(dict.fromkeys(refs))
+    known = _load(cache)
+    stamps = {str(file): _stamp(file) for file in {ref.file for ref in refs}}
+    fresh = {file: entry["tensors"] for file, entry in known.items() if stamps.get(file) == entry["stamp"]}
+    found: dict[TensorRef, str] = {}
+    missing = []
+    for ref in refs:
+        digest = fresh.get(str(ref.file), {}).get(_label(ref))
+        if digest is None:
+            missing.append(ref)
+        else:
+            found[ref] = digest
+    if missing:
+        total, done = sum(ref.nbytes for ref in missing), 0
+        with ThreadPoolExecutor(cores()) as pool:
+            for ref, digest in zip(missing, pool.map(_digest, missing), strict=True):
+                found[ref] = digest
+                done += ref.nbytes
+                progress("read weights", done, total)
+        _save(cache, stamps, found)
+    return found
+
+
+def _label(ref: TensorRef) -> str:
+    return f"{ref.name}@{ref.offset}"
+
+
+def _load(cache: Path) -> dict[str, dict]:
+    try:
+        data = json.loads(cache.read_text())
+        return data if isinstance(data, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _save(cache: Path, stamps: dict[str, list[int]], found: dict[TensorRef, str]) -> None:
+    entries: dict[str, dict] = {file: {"stamp": stamp, "tensors": {}} for file, stamp in stamps.items()}
+    for ref, digest in found.items():
+        entries[str(ref.file)]["tensors"][_label(ref)] = digest
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(cache.name + ".part")
+    temporary.write_text(json.dumps(entries))
+    temporary.replace(cache)

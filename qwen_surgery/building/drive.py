@@ -1,0 +1,358 @@
+"""Walk the road: the front part of the graph, then the back part that its result decides.
+
+What is on disk under ``OUT/.build``: ``store`` (task results), ``logs`` (one per task and per tool run),
+``digests.json`` (what the checkpoint's tensors hold), ``finals.json`` (which build made each bmodel).
+Deleting it only costs time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery.building import resources, roadmap
+from qwen_surgery.building.digests import tensor_digests
+from qwen_surgery.building.graph import Done, Graph, Store, Task, peak_disk, stale
+from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
+from qwen_surgery.compiling.one import refuse_unsupported
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.nets import NetKind
+from qwen_surgery.toolchain import Toolchain
+
+if TYPE_CHECKING:
+    from qwen_surgery.checkout import Checkout, Sources
+    from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.weights import TensorRef, WeightIndex
+
+STATE = ".build"
+FINALS = "finals.json"
+SIDE = ".side.json"
+
+
+@dataclass(frozen=True)
+class Running:
+    """How to run: side by side (*jobs*, None: by cores and memory), on *executor* (None: this machine),
+    *watch* ing.
+
+    ``say`` gets one-line notes. ``pack`` off compiles every layer; ``prove`` layers are compiled as well
+    and compared.
+    """
+
+    jobs: int | None = None
+    executor: Executor | None = None
+    workers: int | None = None  # of an executor that is elsewhere
+    watch: Watcher = _silent
+    say: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    pack: bool = True
+    prove: int = 0
+
+
+@dataclass
+class Built:
+    """What came out: the bmodels in the order of core counts, the exported folder used, and the record per
+    task.
+    """
+
+    bmodels: list[Path]
+    folder: Path
+    manifest: Manifest
+    done: dict[str, Done] = field(default_factory=dict)
+    unpacked: dict[str, str] = field(default_factory=dict)  # kind -> why it was compiled layer by layer
+    ran: list[str] = field(default_factory=list)
+
+
+class Builder:
+    """One build into *out*. Raises before anything runs for what cannot work."""
+
+    def __init__(self, out: Path, options: CompileOptions, toolchain: Toolchain, running: Running) -> None:
+        self.out = out.absolute()
+        self.state = self.out / STATE
+        self.store = Store(self.state / "store")
+        self.logs = self.state / "logs"
+        self.options, self.toolchain, self.running = options, toolchain, running
+        self.ran: list[str] = []
+        refuse_unsupported(options, toolchain)
+
+    # ---- the parts
+    # ---------------------------------------------------------------------------------------------------
+
+    def front(
+        self, checkout: Checkout, sources: Sources, index: WeightIndex, passes: Sequence[str], *, trust: bool
+    ) -> list[Task]:
+        """The tasks that export and clean."""
+        geometry = checkout.geometry(sources.seq_length)
+        return roadmap.front(
+            checkout.path,
+            _source_digests(sources, index),
+            geometry,
+            sources.recipe,
+            self.options,
+            passes,
+            trust_remote_code=trust,
+        )
+
+    def exported(self, tasks: list[Task]) -> tuple[Path, Manifest, dict[str, Done]]:
+        """Run the front part; the folder of nets to compile."""
+        from qwen_surgery.exporting.manifest import Manifest
+
+        graph = Graph(tasks)
+        done = self._run(graph, ["export", tasks[-1].name])
+        folder = self.store.folder(graph.keys[tasks[-1].name]) / "onnx"
+        return folder, Manifest.load(folder), done
+
+    def compiling(self, folder: Path, manifest: Manifest) -> roadmap.Compiling:
+        """The exported *folder* as the back part's input; reads the weights once to know what they hold."""
+        refs = {ref for net in manifest.nets for ref in net.weights.values()}
+        digests = tensor_digests(refs, self.state / "digests.json", self.running.progress)
+        per_net = {net.name: _net_digest(net.weights, digests) for net in manifest.nets}
+        return roadmap.Compiling(
+            folder, manifest, self.options, self.toolchain, per_net, self.logs, resources.cores()
+        )
+
+    def back(self, compiling: roadmap.Compiling, config: dict[str, Any], front: list[Task]) -> Built:
+        """Compile, prove, pack, assemble; put the bmodels in place."""
+        kept = set(Graph(front).keys.values()) if front else set()
+        if self.running.pack:
+            graph, unpacked, done = self._packed(compiling, config)
+        else:
+            graph, unpacked = Graph(self._unpacked(compiling)), {}
+            targets = [name for name in graph.order if name.startswith("combine:")]
+            done = self._run(graph, targets)
+        bmodels = [self._place(graph, cores, compiling) for cores in self.options.cores]
+        self.store.retire({*kept, *graph.keys.values()})
+        return Built(bmodels, compiling.folder, compiling.manifest, done, unpacked, self.ran)
+
+    def _unpacked(self, compiling: roadmap.Compiling) -> list[Task]:
+        nets = compiling.nets
+        return [*roadmap.compile_tasks(compiling, nets, keep=False), *roadmap.combine_tasks(compiling)]
+
+    def _packed(
+        self, compiling: roadmap.Compiling, config: dict[str, Any]
+    ) -> tuple[Graph, dict[str, str], dict[str, Done]]:
+        first = self._proving(compiling, ())
+        done = self._run(first, [name for name in first.order if name.startswith("prove:")])
+        unpacked = self._unproven(compiling, done)
+        graph = self.packing_graph(compiling, config, unpacked)
+        targets = [name for name in graph.order if name.startswith(("assemble:", "compare:"))]
+        return graph, unpacked, self._run(graph, targets)
+
+    def _proving(
+        self, compiling: roadmap.Compiling, layers: Sequence[int], unpacked: frozenset[NetKind] = frozenset()
+    ) -> Graph:
+        nets = roadmap.to_compile(compiling, unpacked, layers)
+        return Graph([*roadmap.compile_tasks(compiling, nets, keep=True), *roadmap.prove_tasks(compiling)])
+
+    def packing_graph(
+        self, compiling: roadmap.Compiling, config: dict[str, Any], unpacked: dict[str, str]
+    ) -> Graph:
+        """Everything the packing road does, once it is known which kinds cannot be packed."""
+        kinds = frozenset(NetKind(kind) for kind in unpacked)
+        layers = roadmap.layers_to_prove(compiling, self.running.prove)
+        base = self._proving(compiling, layers, kinds)
+        notes = {
+            "mode": self.options.mode,
+            "target": self.options.target,
+            "tpu_mlir": self.toolchain.version,
+            "runtime": self.options.runtime or "",
+            **{f"unpacked {kind}": why for kind, why in unpacked.items()},
+        }
+        previous = self._previous()
+        tasks = [*base.tasks.values()]
+        tasks += roadmap.assemble_tasks(compiling, config, base.keys, kinds, notes, previous)
+        tasks += roadmap.check_tasks(compiling, layers)
+        return Graph(tasks)
+
+    def _unproven(self, compiling: roadmap.Compiling, done: dict[str, Done]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for cores in self.options.cores:
+            for net in roadmap.packable(compiling):
+                record = done.get(roadmap.deploy_name(net, cores).replace("deploy:", "prove:"))
+                if record is not None and not record.info["proven"]:
+                    found[net.kind.value] = record.info["reason"]
+        for kind, why in found.items():
+            if NetKind(kind).per_layer:
+                self.running.say(
+                    f"{kind}: packing is not proven ({why}); every layer of it is compiled instead"
+                )
+            else:
+                self.running.say(f"{kind}: packing is not proven ({why}); refit will not be possible")
+        return found
+
+    # ---- running
+    # -----------------------------------------------------------------------------------------------------
+
+    def jobs(self, graph: Graph) -> int:
+        """How many tasks run side by side."""
+        if self.running.jobs is not None:
+            return self.running.jobs
+        if self.running.workers is not None:
+            return self.running.workers
+        largest = max((task.memory for task in graph.tasks.values()), default=1)
+        return resources.default_jobs(largest)
+
+    def _run(self, graph: Graph, targets: Sequence[str]) -> dict[str, Done]:
+        self.ran += stale(graph, self.store, targets)
+        runner = Runner(
+            graph,
+            self.store,
+            self.logs,
+            jobs=self.jobs(graph),
+            memory=1 << 62 if self.running.workers else int(resources.free_memory() * MEMORY_SHARE),
+            executor=self.running.executor,
+            watch=self.running.watch,
+        )
+        return runner.run(targets)
+
+    # ---- results
+    # -----------------------------------------------------------------------------------------------------
+
+    def _finals(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.state / FINALS).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _previous(self) -> dict[str, roadmap.Previous]:
+        return {
+            name: roadmap.Previous(self.store.folder(entry["key"]) / name, entry["nets"])
+            for name, entry in self._finals().items()
+        }
+
+    def _place(self, graph: Graph, cores: int, compiling: roadmap.Compiling) -> Path:
+        """Give the bmodel its place under *out*: another name for the store's file, or a copy where links
+        are impossible.
+        """
+        relative = self.options.file_name(compiling.manifest.seq_length, cores)
+        task = graph.tasks[f"{'assemble' if self.running.pack else 'combine'}:{relative.name}"]
+        key = graph.keys[task.name]
+        folder = self.store.folder(key)
+        target = self.out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name in (relative.name, relative.name + SIDE):
+            if (folder / name).exists():
+                put(folder / name, target.with_name(name))
+        finals = self._finals()
+        nets = {row[0]: row[4] for row in task.params.get("nets", ())}
+        finals[relative.name] = {"key": key, "nets": nets}
+        temporary = self.state / (FINALS + ".part")
+        temporary.write_text(json.dumps(finals))
+        temporary.replace(self.state / FINALS)
+        return target
+
+
+def put(source: Path, target: Path) -> None:
+    """Make *target* the file *source*, in one step; nothing happens when it is already."""
+    if target.exists() and target.samefile(source):
+        return
+    temporary = target.with_name(f".{target.name}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+def _source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
+    """Digests of all files that decide the export, and of the places of the weights (their content is
+    looked at later).
+    """
+    digests = {
+        f"{which}/{name}": hashlib.sha256(content).hexdigest()
+        for which, files in (("reference", sources.reference), ("patched", sources.patched))
+        for name, content in files.items()
+    }
+    places = []
+    for name, ref in sorted(index.items()):
+        stat = ref.file.stat()
+        places.append(
+            [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
+        )
+    digests["weights"] = hashlib.sha256(json.dumps(places).encode()).hexdigest()
+    return digests
+
+
+def _net_digest(weights: dict[str, TensorRef], digests: dict[TensorRef, str]) -> str:
+    text = json.dumps({slot: digests[ref] for slot, ref in weights.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def upstream_config(sources: Sources) -> dict[str, Any]:
+    """config.json as upstream wrote it."""
+    return dict(json.loads(sources.reference["config.json"]))
+
+
+def compile_exported(
+    onnx_dir: Path, out_dir: Path, options: CompileOptions, toolchain: Toolchain, running: Running
+) -> Built:
+    """Compile an exported (and cleaned) folder to bmodels under *out_dir*.
+
+    *options* must be resolved. Every net goes through TPU-MLIR and its own tool joins them, unless
+    ``running.pack``: then one net of each kind does, and the other layers are packed. Raises Refused when
+    the folder's parts do not match its manifest or its nets are not those that *options* want; ToolFailed
+    when a tool fails.
+    """
+    from qwen_surgery.errors import Refused
+    from qwen_surgery.exporting.manifest import Manifest
+
+    folder = onnx_dir.absolute()
+    manifest = Manifest.load(folder)
+    manifest.check(folder)
+    have = {net.name: net.kind for net in manifest.nets}
+    for net in options.nets(manifest.geometry.layers):
+        if have.get(net.name) is not net.kind:
+            raise Refused(
+                f"{folder} lacks net {net.name} of kind {net.kind.value}, which --runtime {options.runtime} needs",
+                hint="export with" + (" --multi-device" if options.fused_head else "out --multi-device"),
+            )
+    builder = Builder(out_dir, options, toolchain, running)
+    compiling = builder.compiling(folder, manifest)
+    config = _config_of(manifest)
+    return builder.back(compiling, config, [])
+
+
+def _config_of(manifest: Manifest) -> dict[str, Any]:
+    """The unpatched config.json of the checkout an export was made from; empty when the checkout is gone."""
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.errors import SurgeryError
+
+    try:
+        checkout = Checkout.open(manifest.checkout)
+        return upstream_config(checkout.sources(recipe=manifest.recipe, seq_length=manifest.seq_length))
+    except SurgeryError:
+        return {}
+
+
+def plan_lines(
+    graph: Graph, store: Store, targets: Sequence[str], jobs: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What a run would do: a row per task that must run, and totals (RAM, disk, seconds)."""
+    todo = stale(graph, store, targets)
+    rows = [
+        {
+            "task": name,
+            "memory": graph.tasks[name].memory,
+            "disk": graph.tasks[name].disk,
+            "seconds": graph.tasks[name].seconds,
+            "command": graph.tasks[name].command,
+        }
+        for name in todo
+    ]
+    memory = sorted((graph.tasks[name].memory for name in todo), reverse=True)[:jobs]
+    totals = {
+        "tasks": len(todo),
+        "fresh": len(graph.order) - len(todo),
+        "memory": sum(memory),
+        "disk": peak_disk(graph, todo),
+        "seconds": sum(graph.tasks[name].seconds for name in todo) / max(1, jobs),
+        "jobs": jobs,
+    }
+    return rows, totals

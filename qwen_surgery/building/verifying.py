@@ -1,0 +1,71 @@
+"""The last step of a build: is what came out the unpatched model? At the depth that this machine can afford."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.building import costs
+from qwen_surgery.errors import Refused
+from qwen_surgery.nets import Geometry, NetKind
+
+#: Emulated multiply-adds a second on one core, measured; bounds what is verified without being asked.
+EMULATED_RATE = 3e8
+#: Seconds of emulation that a build spends unasked.
+PATIENCE = 240.0
+DEPTHS = ("auto", "full", "contract", "none")
+
+
+def depth(asked: str, geometry: Geometry, target: str) -> str:
+    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``contract``."""
+    if asked != "auto":
+        return asked
+    # a prefill of all positions for three prompt lengths and end to end, and some decode steps
+    work = 5 * geometry.layers * geometry.seq_length * costs.weights_of(NetKind.BLOCK, geometry)
+    return "full" if work / EMULATED_RATE < PATIENCE and geometry.layers <= 8 else "contract"
+
+
+def run(params: dict[str, Any], bmodel: Path, folder: Path) -> dict[str, Any]:
+    """Verify *bmodel* as *params* say; the report as JSON. ``contract`` opens it on the emulator and checks its nets."""
+    if params["depth"] == "contract":
+        return _contract(params, bmodel)
+    from qwen_surgery.toolchain import environment
+    from qwen_surgery.verification.session import Request, verify
+
+    environment.pin(params["toolchain"])
+    folders = tuple(Path(path) for path in params["folders"])
+    request = Request(
+        checkout=Path(params["checkout"]),
+        onnx=folders,
+        bmodel=bmodel,
+        steps=params["steps"],
+        recipe=params["recipe"],
+        mode=params["mode"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+    report = verify(request, progress=lambda what: print(what, flush=True))
+    return report.to_json()
+
+
+def _contract(params: dict[str, Any], bmodel: Path) -> dict[str, Any]:
+    """Names, order, shapes and types of every net, against the contract."""
+    from qwen_surgery import nets
+    from qwen_surgery.packing.container import Bmodel
+
+    geometry = Geometry(**params["geometry"])
+    wanted = [(net["name"], net["kind"]) for net in params["nets"]]
+    with Bmodel(bmodel) as opened:
+        found = opened.nets
+    names = [net["name"] for net in found]
+    if names != [name for name, _ in wanted]:
+        raise Refused(f"{bmodel.name}: nets are not those of the contract, or in another order")
+    for net, (name, kind) in zip(found, wanted, strict=True):
+        parameter = net["parameter"][0]
+        for key, tensors in (
+            ("input_tensor", nets.inputs(NetKind(kind), geometry)),
+            ("output_tensor", nets.outputs(NetKind(kind), geometry)),
+        ):
+            shapes = [tuple(tensor["shape"][0]["dim"]) for tensor in parameter[key]]
+            if shapes != [tensor.shape for tensor in tensors]:
+                raise Refused(f"{bmodel.name}: {name}: shapes {shapes} are not the contract's")
+    return {"passed": True, "depth": "contract", "nets": len(names)}

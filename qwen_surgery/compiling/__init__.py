@@ -1,0 +1,1 @@
+"""From exported (and cleaned) nets to a bmodel, through TPU-MLIR's own tools."""

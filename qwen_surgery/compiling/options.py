@@ -1,0 +1,232 @@
+"""What can be asked of a compile, and which combinations make no sense.
+
+Everything that cannot work is refused here, before a tool runs. Where the reference scripts accept
+something that the demos then cannot use (an f16 model whose embedding still gives bf16 bits), the reason is
+in the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwen_surgery.errors import Usage
+from qwen_surgery.nets import Geometry, Net, NetKind, nets
+
+#: --mode -> TPU-MLIR's quantisation of blocks and lm_head.
+QUANTIZE = {"bf16": "BF16", "f16": "F16", "int8": "W8BF16", "int4": "W4BF16"}
+TARGETS = ("bm1684x", "bm1688", "cv186x")
+ADDR_MODES = ("io_alone", "basic")
+#: Group size the reference scripts give int4; int8 is quantised per output channel, without groups.
+INT4_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one vendor runtime takes, as its demo and compile script show.
+
+    ``fused_head``: the lm_head ends in top-1 and gives a token, also on one device. ``count`` says how the
+    runtime finds the number of layers N from the number of nets.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    modes: tuple[str, ...]
+    fused_head: bool
+    dynamic: bool
+    count: str
+
+
+PROFILES = {
+    "llm-tpu": Profile("llm-tpu", ("bm1684x",), ("bf16", "int8", "int4"), False, True, "(nets - 5) / 2"),
+    "sophon-demo": Profile(
+        "sophon-demo", TARGETS, ("bf16", "f16", "int8", "int4"), False, True,
+        "(nets - 5) / 2 with a greedy_head, (nets - 3) / 2 without",
+    ),
+    "sophon-demo-2024.1": Profile(
+        "sophon-demo-2024.1", ("bm1684x",), ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """One compile. ``None`` means: what the runtime and target call for (see :meth:`resolved`).
+
+    ``num_core`` is bm1688's: 1, 2, or None for one file of each, as the reference script makes.
+    ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size`` counts input
+    features per scale.
+    """
+
+    mode: str = "int4"
+    target: str = "bm1684x"
+    name: str = "qwen"
+    num_device: int = 1
+    num_core: int | None = None
+    addr_mode: str = "io_alone"
+    dynamic: bool = False
+    q_group_size: int | None = None
+    symmetric: bool = False
+    lm_head_mode: str | None = None
+    runtime: str | None = None
+
+    def resolved(self, geometry: Geometry | None = None) -> CompileOptions:
+        """These options with every default filled in; raises :class:`Usage` for what cannot work."""
+        profile = self._profile()
+        if self.mode not in QUANTIZE:
+            raise Usage(f"--mode {self.mode} is unknown", hint="modes: " + ", ".join(QUANTIZE))
+        if self.target not in profile.targets:
+            raise Usage(
+                f"--runtime {profile.name} runs on {', '.join(profile.targets)}, not on {self.target}",
+                hint="bm1688 and cv186x need --runtime sophon-demo",
+            )
+        if self.mode not in profile.modes:
+            raise Usage(
+                f"--runtime {profile.name} cannot run --mode {self.mode}: it writes bf16 bits into the attention mask",
+                hint="use --runtime sophon-demo, or --mode bf16",
+            )
+        self._check_devices(profile)
+        group = self._group(geometry)
+        if self.symmetric and self.mode != "int4":
+            raise Usage(f"--symmetric has no effect on --mode {self.mode}", hint="it belongs to --mode int4")
+        self._check_head()
+        return replace(
+            self, runtime=profile.name, q_group_size=group, lm_head_mode=self.lm_head_mode or self.mode
+        )
+
+    def _profile(self) -> Profile:
+        default = "llm-tpu" if self.target == "bm1684x" and self.mode != "f16" else "sophon-demo"
+        name = self.runtime or default
+        if name not in PROFILES:
+            raise Usage(f"--runtime {name} is unknown", hint="runtimes: " + ", ".join(PROFILES))
+        return PROFILES[name]
+
+    def _check_devices(self, profile: Profile) -> None:
+        if self.num_device < 1:
+            raise Usage("--num-device must be at least 1")
+        if self.num_device > 1 and self.target != "bm1684x":
+            raise Usage(
+                f"--num-device {self.num_device} needs bm1684x; {self.target} is one chip on its board"
+            )
+        if self.num_core not in (None, 1, 2):
+            raise Usage(f"--num-core {self.num_core} is impossible", hint="1 or 2")
+        if self.num_core == 2 and self.target != "bm1688":
+            raise Usage(f"--num-core 2 needs bm1688; {self.target} has one core")
+        if self.addr_mode not in ADDR_MODES:
+            raise Usage(f"--addr-mode {self.addr_mode} is unknown", hint="modes: " + ", ".join(ADDR_MODES))
+        if self.dynamic and self.target != "bm1684x":
+            raise Usage(f"--dynamic is not supported on {self.target}", hint="it needs bm1684x")
+        if self.dynamic and not profile.dynamic:
+            raise Usage(
+                f"--runtime {profile.name} always gives the whole sequence length: --dynamic has no use"
+            )
+
+    def _group(self, geometry: Geometry | None) -> int | None:
+        if self.mode != "int4":
+            if self.q_group_size is not None:
+                raise Usage(
+                    f"--q-group-size has no effect on --mode {self.mode}: only int4 is quantised in groups",
+                    hint="leave it out, or use --mode int4",
+                )
+            return None
+        group = INT4_GROUP if self.q_group_size is None else self.q_group_size
+        if group < 1:
+            raise Usage("--q-group-size must be positive")
+        for what, size in _group_axes(geometry):
+            if size % group:
+                raise Usage(f"--q-group-size {group} does not divide the {what} of {size}")
+        return group
+
+    def _check_head(self) -> None:
+        if self.lm_head_mode is None:
+            return
+        if self.lm_head_mode not in QUANTIZE:
+            raise Usage(
+                f"--lm-head-mode {self.lm_head_mode} is unknown", hint="modes: " + ", ".join(QUANTIZE)
+            )
+        if (self.lm_head_mode == "f16") != (self.mode == "f16"):
+            raise Usage(
+                f"--lm-head-mode {self.lm_head_mode} does not go with --mode {self.mode}: "
+                "the runtime hands the blocks' output bits to the lm_head unchanged, so both must be f16 or both bf16"
+            )
+        order = list(QUANTIZE)
+        if order.index(self.lm_head_mode) > order.index(self.mode):
+            raise Usage(f"--lm-head-mode {self.lm_head_mode} is a lower precision than --mode {self.mode}")
+
+    # ---- what follows from them; on resolved options
+    # -----------------------------------------------------------
+
+    @property
+    def float_mode(self) -> str:
+        """``bf16`` or ``f16``: the type of hidden states, masks and the KV cache. Embeddings are stored in
+        it.
+        """
+        return "f16" if self.mode == "f16" else "bf16"
+
+    @property
+    def fused_head(self) -> bool:
+        """Whether the lm_head gives the token itself."""
+        return self.num_device > 1 or PROFILES[self.runtime or "llm-tpu"].fused_head
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """One bmodel is made for each of these core counts."""
+        if self.target != "bm1688":
+            return (1,)
+        return (1, 2) if self.num_core is None else (self.num_core,)
+
+    def nets(self, layers: int) -> tuple[Net, ...]:
+        """The nets of the bmodel, in its order."""
+        heads = self.target == "bm1684x" and not self.fused_head
+        return nets(layers, heads=heads, multi_device=self.fused_head)
+
+    def file_name(self, seq_length: int, cores: int = 1) -> Path:
+        """Where the bmodel goes, relative to the output folder: ``BM1684X/qwen_int4_seq512_1dev.bmodel``."""
+        chip = "" if self.target == "bm1684x" else f"_{self.target}"
+        two = "_2core" if cores == 2 else ""
+        dynamic = "_dyn" if self.dynamic else ""
+        stem = f"{self.name}_{self.mode}_seq{seq_length}{chip}_{self.num_device}dev{two}{dynamic}"
+        return Path(self.target.upper()) / f"{stem}.bmodel"
+
+
+def _group_axes(geometry: Geometry | None) -> tuple[tuple[str, int], ...]:
+    if geometry is None:
+        return ()
+    return (("hidden size", geometry.hidden), ("MLP width", geometry.intermediate // 2))
+
+
+def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str]:
+    """``model_deploy``'s flags for a net of *kind*, but for its input and output files. *options* are
+    resolved.
+    """
+    flags = _quantize_flags(kind, options)
+    embedding = kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE)
+    if embedding or kind.per_layer:
+        flags += ["--quant_input", "--quant_output"]
+    elif kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK):
+        flags += ["--quant_input"]
+    flags += ["--chip", options.target]
+    heads = kind in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
+    if options.num_device > 1 and not heads:
+        flags += ["--num_device", str(options.num_device)]
+    if cores > 1:
+        flags += ["--num_core", str(cores)]
+    if options.dynamic and kind in (NetKind.EMBEDDING, NetKind.BLOCK, NetKind.BLOCK_CACHE):
+        flags += ["--dynamic"]
+    if options.addr_mode == "io_alone" and kind is NetKind.BLOCK_CACHE:
+        flags += ["--addr_mode", "io_alone"]
+    return flags
+
+
+def _quantize_flags(kind: NetKind, options: CompileOptions) -> list[str]:
+    if kind in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD):
+        return []
+    if kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE):
+        return ["--quantize", QUANTIZE[options.float_mode]]
+    mode = options.mode if kind.per_layer else options.lm_head_mode or options.mode
+    flags = ["--quantize", QUANTIZE[mode]]
+    if mode == "int4":
+        flags += ["--q_group_size", str(options.q_group_size)]
+        if options.symmetric:
+            flags += ["--q_symmetric"]
+    return flags

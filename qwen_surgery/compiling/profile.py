@@ -1,0 +1,32 @@
+"""Read what model_deploy predicts for the chip: cycles and time, from ``compiler_profile_0.txt``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Predicted cost of one run of a net on one core of the chip. It does not depend on the machine that
+    compiled it.
+    """
+
+    cycles: int
+    milliseconds: float
+
+
+def read_profile(path: Path) -> Profile | None:
+    """The prediction in *path*; None when the file is missing or states none (a net of one memory copy has
+    none).
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return None
+    cycles = [int(found) for found in re.findall(r"^TCYC : (\d+)", text, re.MULTILINE)]
+    times = [float(found) for found in re.findall(r"runtime: ([\d.]+)ms", text)]
+    if not cycles or not times:
+        return None
+    return Profile(sum(cycles), sum(times))
