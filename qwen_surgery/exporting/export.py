@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_surgery.errors import SurgeryError
 from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.exporting.model_code import ModelCode, read_config
 from qwen_surgery.exporting.placement import WeightMode
@@ -23,7 +24,6 @@ from qwen_surgery.weights import WeightIndex
 
 if TYPE_CHECKING:
     from qwen_surgery.checkout import Sources
-    from qwen_surgery.exporting.modules import ModuleFactory
 
 
 def export(
@@ -71,22 +71,33 @@ def export(
     return write_folder(onnx_path, templates, todo, origin, progress)
 
 
-def module_factory(sources: Sources, geometry: Geometry) -> ModuleFactory:
-    """The torch nets of *sources*. Imports torch and runs the checkout's code (callers asked for trust)."""
-    from qwen_surgery.exporting.modules import ModuleFactory
-
-    patched = ModelCode.load(sources.patched, sources.modeling)
-    reference = ModelCode.load(sources.reference, sources.modeling)
-    return ModuleFactory(patched, reference, geometry)
-
-
 def trace_templates(
     sources: Sources, geometry: Geometry, kinds: Iterable[NetKind]
 ) -> dict[NetKind, Template]:
-    """One weight-free template per kind. Runs the checkout's code (callers asked for trust)."""
+    """One weight-free template per kind. Runs the checkout's code (callers asked for trust).
+
+    The code runs without transformers first, which its layers do not need. Code of a fork that does need it
+    gets the installed one; what fails then is the real reason.
+    """
+    kinds = tuple(kinds)
+    try:
+        return _trace(sources, geometry, kinds, installed=False)
+    except Exception as error:
+        try:
+            return _trace(sources, geometry, kinds, installed=True)
+        except SurgeryError as reason:
+            raise reason from error
+
+
+def _trace(
+    sources: Sources, geometry: Geometry, kinds: Iterable[NetKind], *, installed: bool
+) -> dict[NetKind, Template]:
+    from qwen_surgery.exporting.modules import ModuleFactory
     from qwen_surgery.exporting.tracing import trace
 
-    factory = module_factory(sources, geometry)
+    patched = ModelCode.load(sources.patched, sources.modeling, installed=installed)
+    reference = ModelCode.load(sources.reference, sources.modeling, installed=installed)
+    factory = ModuleFactory(patched, reference, geometry)
     return {kind: Template(kind, trace(factory.build(kind), geometry)) for kind in kinds}
 
 

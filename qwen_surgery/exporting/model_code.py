@@ -30,9 +30,15 @@ class ModelCode:
     config: Any
 
     @classmethod
-    def load(cls, files: Mapping[str, bytes], modeling: str = "modeling_qwen.py") -> ModelCode:
-        """Import the file *modeling* out of *files*. Runs the checkout's code: see remote_code."""
-        module = remote_code.load(files, modeling.removesuffix(".py"))
+    def load(
+        cls, files: Mapping[str, bytes], modeling: str = "modeling_qwen.py", *, installed: bool = True
+    ) -> ModelCode:
+        """Import the file *modeling* out of *files*. Runs the checkout's code: see remote_code.
+
+        *installed* says whether the code gets the installed transformers; its layers do not need it, its
+        whole model does.
+        """
+        module = remote_code.load(files, modeling.removesuffix(".py"), installed=installed)
         return cls(module, _config(module, read_config(files)))
 
     def _class(self, name: str) -> type[nn.Module]:

@@ -7,9 +7,10 @@ are fp32. Weights are named by *slots* (a parameter's name inside the net, such 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -130,26 +131,28 @@ def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def weightless() -> Iterator[None]:
     """Inside, every parameter that a module registers takes one element of memory, whatever its shape.
 
-    A parameter is replaced as soon as it is registered (its uninitialised memory was never touched), by a
-    meta tensor while the constructor still initialises it, at the end by one zero expanded to the shape.
+    A parameter is replaced as soon as it is registered (its uninitialised memory was never touched): by a
+    meta tensor while the constructor may still initialise it, at the end by one zero expanded to the shape.
     """
-    original = nn.Module.register_parameter
     made: list[tuple[nn.Module, str]] = []
+    register_parameter = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: Any) -> None:
         if param is not None:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
             made.append((self, name))
-        original(self, name, param)
+        register_parameter(self, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
+    # Random values for weights that are not there: torch would import its compiler to make them on meta.
+    skipped = [(nn.Linear, "reset_parameters"), (nn.Embedding, "reset_parameters")]
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(nn.Module, "register_parameter", register))
+        for owner, method in skipped:
+            patches.enter_context(mock.patch.object(owner, method, lambda self: None))
         yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-    for owner, name in made:
-        shape = owner._parameters[name].shape  # type: ignore[union-attr]
-        owner._parameters[name] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    for module, name in made:
+        shape = getattr(module, name).shape
+        module._parameters[name] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
 
 class Embedding(nn.Module):

@@ -5,6 +5,9 @@ imports (mostly for chatting, streaming and docstrings, which an export never us
 class calls. Inside the private package, and nowhere else, imports of such names are answered with stand-ins;
 the installed transformers is not touched. Nothing is fetched and nothing is written.
 
+A layer needs no transformers at all, only torch. With ``installed=False`` every transformers name is a
+stand-in, so that an export neither waits for that import nor depends on its version.
+
 Importing runs the code: callers ask for ``--trust-remote-code`` first (:func:`require_trust`).
 """
 
@@ -15,6 +18,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import itertools
+import logging
 import sys
 import types
 from collections.abc import Mapping
@@ -45,20 +49,23 @@ def require_trust(trust_remote_code: bool, what: str) -> None:
         )
 
 
-def load(sources: Mapping[str, bytes], name: str = "modeling_qwen") -> types.ModuleType:
+def load(
+    sources: Mapping[str, bytes], name: str = "modeling_qwen", *, installed: bool = True
+) -> types.ModuleType:
     """Import module *name* out of *sources* (file name -> content) as a fresh private package.
 
     Every call gives a package of its own, so patched and unpatched code can live side by side. Relative
-    imports between the files work. Raises Refused, with the file, when the code cannot be imported.
+    imports between the files work. *installed* says whether the code gets the installed transformers.
+    Raises Refused, with the file, when the code cannot be imported.
     """
-    _require_torch_and_transformers()
+    _require("torch", "transformers") if installed else _require("torch")
     package = f"_qwen_surgery_checkout_{next(_serial)}"
     files = {
         path[:-3]: content for path, content in sources.items() if path.endswith(".py") and "/" not in path
     }
     if name not in files:
         raise Refused(f"the checkout has no {name}.py")
-    finder = _Finder(package, files)
+    finder = _Finder(package, files, _import if installed else _import_without_transformers)
     sys.meta_path.insert(0, finder)
     try:
         return importlib.import_module(f"{package}.{name}")
@@ -77,8 +84,8 @@ def load(sources: Mapping[str, bytes], name: str = "modeling_qwen") -> types.Mod
         sys.meta_path.append(finder)
 
 
-def _require_torch_and_transformers() -> None:
-    for package in ("torch", "transformers"):
+def _require(*packages: str) -> None:
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise Refused(f"{package} is not installed", hint=f"pip install {package}")
 
@@ -86,20 +93,25 @@ def _require_torch_and_transformers() -> None:
 class _Finder:
     """Finds the modules of one private package in memory."""
 
-    def __init__(self, package: str, files: Mapping[str, bytes]) -> None:
+    def __init__(self, package: str, files: Mapping[str, bytes], importer: Any) -> None:
         self._package = package
         self._files = files
+        self._importer = importer
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname == self._package:
-            spec = importlib.machinery.ModuleSpec(fullname, _Loader(b"", fullname), is_package=True)
+            spec = importlib.machinery.ModuleSpec(
+                fullname, _Loader(b"", fullname, self._importer), is_package=True
+            )
             spec.submodule_search_locations = []
             return spec
         parent, _, stem = fullname.rpartition(".")
         if parent != self._package or stem not in self._files:
             return None
         origin = f"<{self._package}>/{stem}.py"
-        spec = importlib.machinery.ModuleSpec(fullname, _Loader(self._files[stem], origin), origin=origin)
+        spec = importlib.machinery.ModuleSpec(
+            fullname, _Loader(self._files[stem], origin, self._importer), origin=origin
+        )
         spec.has_location = True
         return spec
 
@@ -107,16 +119,17 @@ class _Finder:
 class _Loader(importlib.abc.Loader):
     """Runs one in-memory file with its own ``__import__``."""
 
-    def __init__(self, content: bytes, origin: str) -> None:
+    def __init__(self, content: bytes, origin: str, importer: Any) -> None:
         self._content = content
         self._origin = origin
+        self._importer = importer
 
     def create_module(self, spec: Any) -> None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
         private = dict(vars(builtins))
-        private["__import__"] = _import
+        private["__import__"] = self._importer
         module.__dict__["__builtins__"] = private
         exec(compile(self._content, self._origin, "exec", dont_inherit=True), module.__dict__)
 
@@ -148,6 +161,16 @@ def _import(
     for attribute in fromlist:
         setattr(result, attribute, _transformers_attribute(module, name, attribute))
     return result
+
+
+def _import_without_transformers(
+    name: str, globals_: Any = None, locals_: Any = None, fromlist: Any = (), level: int = 0
+) -> types.ModuleType:
+    """``__import__`` of a private package that runs without transformers."""
+    root = name.partition(".")[0]
+    if level or root != "transformers":
+        return _import(name, globals_, locals_, fromlist, level)
+    return _OptionalPackage(name if fromlist else root)
 
 
 def _transformers_attribute(module: types.ModuleType, name: str, attribute: str) -> Any:
@@ -193,7 +216,44 @@ class _OptionalPackage(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name == "get_logger":
-            import logging
-
-            return lambda *args, **kwargs: logging.getLogger(self.__name__)
+            return lambda *args, **kwargs: _Logger(self.__name__)
+        if name in ("logging", "utils"):
+            return _OptionalPackage(f"{self.__name__}.{name}")
+        if name in ("PretrainedConfig", "PreTrainedConfig"):
+            return _Config
         return _stand_in(self.__name__, name)
+
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """A logger with the methods that transformers adds to Python's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.getLogger(name), {})
+
+    def warning_once(self, *args: Any, **kwargs: Any) -> None:
+        self.warning(*args, **kwargs)
+
+    def warning_advice(self, *args: Any, **kwargs: Any) -> None:
+        self.warning(*args, **kwargs)
+
+
+class _Config:
+    """What a checkout's configuration class needs of its base: keyword arguments become attributes.
+
+    ``attribute_map`` (new name -> the name it is stored under) works as in transformers.
+    """
+
+    attribute_map: Mapping[str, str] = {}
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(type(self).attribute_map.get(name, name), value)
+
+    def __getattr__(self, name: str) -> Any:
+        stored = type(self).attribute_map.get(name)
+        if stored is None:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self, stored)

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 OPSET = 15
 #: Floating-point tensors above this many elements are not computed while tracing.
-_COMPUTED_UP_TO = 64
+_COMPUTED_UP_TO = 1 << 20
 CONSTANT_PREFIX = "constant/"
 
 
 class _ShapesOnly(TorchDispatchMode):
     """Answers operators on large floating-point tensors with a zero expanded to the right shape."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keeps torch from importing its compiler (a second and 60 MB), which no trace needs."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
