@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +56,12 @@ class Sources:
 
 @dataclass(frozen=True)
 class Checkout:
-    """An opened checkout. ``config`` is config.json as it is on disk now (patched or not)."""
+    """An opened checkout. ``config`` and ``era`` are of the files on disk now (patched or not)."""
 
     path: Path
     config: dict[str, Any]
     modeling_file: Path
+    era: str
 
     @classmethod
     def open(cls, path: Path | str) -> Checkout:
@@ -73,8 +73,7 @@ class Checkout:
         root = Path(path)
         config = _read_config(root)
         modeling = _find_modeling(root, config)
-        _check_modeling(modeling)
-        return cls(root, config, modeling)
+        return cls(root, config, modeling, _era_of(modeling))
 
     @property
     def python_files(self) -> tuple[Path, ...]:
@@ -190,30 +189,24 @@ def _find_modeling(root: Path, config: dict[str, Any]) -> Path:
 
 def is_modeling(data: bytes) -> bool:
     """Whether *data* is Qwen v1 modeling code, by content. Text that does not parse is not."""
-    import codemods
+    from qwen_surgery.patching import edits
 
-    if b"class " not in data or b"c_attn" not in data:  # spares a parse of files that cannot be it
-        return False
     try:
-        ast.parse(data)
-    except (SyntaxError, ValueError):
+        return edits.may_be_modeling(data) and bool(edits.era(data))
+    except edits.SourceError:
         return False
-    return codemods.identify(data) is not None
 
 
-def _check_modeling(path: Path) -> None:
-    import codemods
+def _era_of(path: Path) -> str:
+    from qwen_surgery.patching import edits
 
-    data = path.read_bytes()
     try:
-        ast.parse(data)
-    except SyntaxError as error:
-        line = error.lineno or 1
-        raise Refused(f"{path} does not parse: line {line}: {error.msg}") from None
-    except ValueError as error:
-        raise Refused(f"{path} does not parse: {error}") from None
-    if codemods.identify(data) is None:
+        era = edits.era(path.read_bytes())
+    except edits.SourceError as error:
+        raise Refused(f"{path}: {error}") from None
+    if not era:
         raise Refused(
             f"{path} is not Qwen v1 modeling code (judged by its content)",
             hint="this program edits the modeling_qwen.py of Qwen-1.8B/7B/14B/72B and derived models",
         )
+    return era

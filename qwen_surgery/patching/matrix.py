@@ -107,7 +107,7 @@ def _reasons(rows: Sequence[Row], recipe: str) -> list[str]:
 
 def summary(rows: Sequence[Row], recipe: str) -> str:
     """One line: how many revisions, how many are known, how many can be patched."""
-    catalogue = revisions.load()
+    catalogue = _catalogue()
     present = [row.verdict for row in rows if row.verdict]
     known = sum(verdict.sha256 in catalogue for verdict in present)
     fine = sum(not any(blocks(o) for o in verdict.outcomes[recipe]) for verdict in present)
@@ -116,9 +116,16 @@ def summary(rows: Sequence[Row], recipe: str) -> str:
     return f"{len(rows)} revisions ({known} in the catalogue); {fine} can be patched with {recipe}{tail}"
 
 
+def _catalogue() -> dict[str, revisions.Revision]:
+    try:
+        return revisions.load()
+    except ValueError as error:
+        raise ToolFailed(str(error)) from None
+
+
 def to_json(rows: Sequence[Row], recipe: str, seq_length: int) -> dict[str, Any]:
     """Everything a survey found, as plain JSON values."""
-    catalogue = revisions.load()
+    catalogue = _catalogue()
     return {
         "recipe": recipe,
         "seq_length": seq_length,
@@ -168,7 +175,7 @@ def record(rows: Iterable[Row], origin: str) -> str:
         for row in rows
         if row.verdict and row.verdict.era
     ]
-    catalogue, added = revisions.merge(revisions.load(path), new)
+    catalogue, added = revisions.merge(_catalogue(), new)
     if not os.access(path.parent, os.W_OK):
         raise ToolFailed(f"cannot write {path}", hint=f"set {revisions.VARIABLE} to a catalogue of your own")
     atomic.write_whole(path, revisions.dump(catalogue))

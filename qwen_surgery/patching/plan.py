@@ -26,7 +26,7 @@ from codemods.base import Outcome, Status
 from golden import revisions
 from golden.revisions import Revision
 from qwen_surgery.atomic import digest
-from qwen_surgery.errors import Refused
+from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.receipt import FileRecord, Receipt
 
@@ -96,11 +96,17 @@ class Plan:
 
     def known(self) -> Revision | None:
         """The catalogued revision with the bytes of the unpatched modeling file."""
-        return revisions.find(digest(self.reference[self.checkout.modeling_file.name]))
+        try:
+            return revisions.find(digest(self.reference[self.checkout.modeling_file.name]))
+        except ValueError as error:
+            raise ToolFailed(str(error)) from None
 
     def era(self) -> str:
         """The era of the unpatched modeling file, by its structure."""
-        return edits.era(self.reference[self.checkout.modeling_file.name])
+        name = self.checkout.modeling_file.name
+        if self.reference[name] == self.current[name]:
+            return self.checkout.era
+        return edits.era(self.reference[name])
 
     def revision_line(self) -> str:
         """One line: whether the catalogue knows this revision, and whether its outcomes are as recorded."""
@@ -232,11 +238,18 @@ def refuse_declined(plan: Plan) -> None:
 
 
 def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str) -> Receipt:
-    """The receipt of *plan* once it is written. Modes of files already patched stay as first recorded."""
+    """The receipt of *plan* once it is written.
+
+    Modes of files already patched stay as first recorded. A file edited by hand keeps its record, so that
+    restore goes on refusing to overwrite the edits.
+    """
     files = {}
     for name in plan.edited_files:
         old = plan.receipt.files.get(name) if plan.receipt else None
-        known = old is not None and plan.origins.get(name) in (Origin.PATCHED, Origin.EDITED)
+        if old is not None and plan.origins[name] is Origin.EDITED:
+            files[name] = old
+            continue
+        known = old is not None and plan.origins[name] is Origin.PATCHED
         mode = old.mode if old and known else stat.S_IMODE((plan.checkout.path / name).stat().st_mode)
         files[name] = FileRecord(digest(plan.reference[name]), digest(plan.result[name]), mode)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
