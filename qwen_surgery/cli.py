@@ -7,6 +7,7 @@ must stay free of heavy imports so that ``--help`` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -89,9 +90,19 @@ def main(argv: list[str] | None = None) -> Any:
             raise
         _report(error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; Python must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if "--debug" in args:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _report(ToolFailed(f"{where}{error.strerror or error}"))
+        sys.exit(ToolFailed.exit_code)
+    except Exception as error:
+        if "--debug" in args:
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        _report(ToolFailed(f"unexpected {said}", hint="a bug; run again with --debug and report it"))
         sys.exit(ToolFailed.exit_code)
