@@ -10,7 +10,7 @@ from the softmax backwards. Anything that touches the scores in a form not liste
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from codemods import tree as t
@@ -84,21 +84,25 @@ class ScorePath:
     function: ast.FunctionDef
     scores: str  #: the name of the scores, taken from the softmax
     softmax: ast.stmt  #: the top-level statement that contains the softmax
-    masks: list[Mask] = field(default_factory=list)
-    added: list[ast.stmt] = field(default_factory=list)  #: statements that add the caller's mask
-    unknown: list[ast.stmt] = field(
-        default_factory=list
-    )  #: statements that rewrite the scores some other way
 
-    def __post_init__(self) -> None:
-        for stmt in self.before:
-            kind = self._kind(stmt)
-            if isinstance(kind, Mask):
-                self.masks.append(kind)
-            elif kind == "add":
-                self.added.append(stmt)
-            elif kind == "unknown":
-                self.unknown.append(stmt)
+    @cached_property
+    def _kinds(self) -> list[tuple[ast.stmt, Mask | str]]:
+        return [(stmt, self._kind(stmt)) for stmt in self.before]
+
+    @property
+    def masks(self) -> list[Mask]:
+        """Causal-mask statements, known ones and those with a problem."""
+        return [kind for _, kind in self._kinds if isinstance(kind, Mask)]
+
+    @property
+    def added(self) -> list[ast.stmt]:
+        """Statements that add the caller's mask to the scores."""
+        return [stmt for stmt, kind in self._kinds if kind == "add"]
+
+    @property
+    def unknown(self) -> list[ast.stmt]:
+        """Statements that rewrite the scores in a form not known."""
+        return [stmt for stmt, kind in self._kinds if kind == "unknown"]
 
     @property
     def where(self) -> str:
@@ -121,20 +125,43 @@ class ScorePath:
         return body[: body.index(self.softmax)]
 
     @cached_property
+    def calls(self) -> list[tuple[ast.FunctionDef, ast.stmt, ast.Call]]:
+        """Where the class calls this method: calling method, statement, call."""
+        return self.attention.calls_to(self.function.name)
+
+    @cached_property
+    def stand_in(self) -> ScorePath | None:
+        """For a method nothing calls: one that is called and takes as many parameters."""
+        if self.calls:
+            return None
+        count = len(t.parameters(self.function))
+        alike = (p for p in self.attention.paths if p is not self and p.calls)
+        return next((p for p in alike if len(t.parameters(p.function)) == count), None)
+
+    def counterpart(self, name: str) -> str | None:
+        """The stand-in's parameter at the place of this method's parameter ``name``."""
+        names = t.parameters(self.function)
+        if self.stand_in is None or name not in names:
+            return None
+        return t.parameters(self.stand_in.function)[names.index(name)]
+
+    @cached_property
     def mask_parameter(self) -> str | None:
         """The parameter that carries the caller's additive mask, or None.
 
-        It is what ``forward`` passes its own ``attention_mask`` as; without a call, the parameter of
-        that name.
+        It is what ``forward`` passes its own ``attention_mask`` as. In a method that nothing calls, it is the
+        parameter of that name, or the one at the same place as in the stand-in.
         """
-        for caller, _, call in self.attention.calls_to(self.function.name):
+        for caller, _, call in self.calls:
             bound = t.arguments(call, self.function) or {}
             for name, value in bound.items():
                 if t.is_name(value, "attention_mask") and "attention_mask" in t.parameters(caller):
                     return name
-        called = self.attention.calls_to(self.function.name)
         names = t.parameters(self.function)
-        return "attention_mask" if "attention_mask" in names and not called else None
+        if self.calls or "attention_mask" in names:
+            return None if self.calls else "attention_mask"
+        wanted = self.stand_in.mask_parameter if self.stand_in is not None else None
+        return next((n for n in names if wanted is not None and self.counterpart(n) == wanted), None)
 
     def mask_reaches(self) -> str:
         """Whether the caller's mask arrives here unchanged: an empty string, or what is in the way."""
@@ -143,7 +170,7 @@ class ScorePath:
             return "the caller's attention_mask is not passed to this method"
         if self.function.name != "forward" and list(t.assignments(self.function.body, name)):
             return f"`{name}` is given another value inside the method"
-        for caller, stmt, call in self.attention.calls_to(self.function.name):
+        for caller, stmt, call in self.calls:
             value = (t.arguments(call, self.function) or {}).get(name)
             if not t.is_name(value, "attention_mask"):
                 return f"the call on line {call.lineno} passes something else as `{name}`"

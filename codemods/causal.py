@@ -99,15 +99,14 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: 
         return f"`{name}` is not made in {function.name} nor passed to it"
     if function.name == "forward":
         return _model_buffer_problem(path, name)
-    calls = path.attention.calls_to(function.name)
-    if (
-        not calls
-    ):  # dead code upstream (the upcast path): the parameter of that name means what it means in forward
-        forward = path.attention.forward
-        if forward is None or name not in t.parameters(forward):
+    if not path.calls:  # dead code upstream (the upcast path): its parameters mean what the called path's do
+        forward, twin = path.attention.forward, path.counterpart(name)
+        if forward is not None and name in t.parameters(forward):
+            return _model_buffer_problem(path, name)
+        if path.stand_in is None or twin is None:
             return f"`{name}` cannot be followed: nothing calls {function.name}"
-        return _model_buffer_problem(path, name)
-    for caller, _, call in calls:
+        return _name_problem(path.stand_in, path.stand_in.function, twin, depth + 1)
+    for caller, _, call in path.calls:
         value = (t.arguments(call, function) or {}).get(name)
         if value is None:
             return f"the call on line {call.lineno} does not pass `{name}`"
