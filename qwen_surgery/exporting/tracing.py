@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,12 +46,64 @@ class _ShapesOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.is_view or not any(_is_large(leaf) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
+        known = _known_result(func, args, kwargs)
+        if known is not None:
+            return known
         meta_args, meta_kwargs = tree_map(_to_meta, (args, kwargs))
         return tree_map(_from_meta, func(*meta_args, **meta_kwargs))
 
 
+def _known_result(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The result of the operators that layers are made of; None for any other.
+
+    torch could tell all of them through its meta device, but imports its compiler and sympy for that (two
+    seconds): more than the rest of an export.
+    """
+    aten = torch.ops.aten
+    if torch.Tag.pointwise in func.tags:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        one_args, one_kwargs = tree_map(_to_one_element, (args, kwargs))
+        one = func(*one_args, **one_kwargs)
+        return one.reshape(()).expand(np.broadcast_shapes(*(tuple(t.shape) for t in tensors)))
+    shapes: dict[Any, Callable[..., tuple[int, ...]]] = {
+        aten.mm.default: lambda a, b: (a.shape[0], b.shape[1]),
+        aten.addmm.default: lambda bias, a, b, **_: (a.shape[0], b.shape[1]),
+        aten.bmm.default: lambda a, b: (a.shape[0], a.shape[1], b.shape[2]),
+        aten._softmax.default: lambda x, *_: tuple(x.shape),
+        aten.clone.default: lambda x, **_: tuple(x.shape),
+        aten._unsafe_view.default: lambda x, size: tuple(x.view(size).shape),
+        aten.embedding.default: lambda weight, ids, *_: (*ids.shape, weight.shape[1]),
+        aten.mean.dim: _mean_shape,
+        aten.cat.default: _cat_shape,
+    }
+    if func not in shapes:
+        return None
+    dtype = next(leaf.dtype for leaf in tree_leaves(args) if _is_float(leaf))
+    return torch.zeros((), dtype=dtype).expand(shapes[func](*args, **kwargs))
+
+
+def _mean_shape(x: torch.Tensor, dims: list[int], keepdim: bool = False, **_: Any) -> tuple[int, ...]:
+    reduced = {dim % x.dim() for dim in dims}
+    kept = [(1 if i in reduced else size) for i, size in enumerate(x.shape) if keepdim or i not in reduced]
+    return tuple(kept)
+
+
+def _cat_shape(tensors: list[torch.Tensor], dim: int = 0) -> tuple[int, ...]:
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return tuple(shape)
+
+
+def _to_one_element(leaf: Any) -> Any:
+    return leaf.new_zeros([1] * leaf.dim()) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
 def _is_large(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() > _COMPUTED_UP_TO
+    return _is_float(leaf) and leaf.numel() > _COMPUTED_UP_TO
 
 
 def _to_meta(leaf: Any) -> Any:
