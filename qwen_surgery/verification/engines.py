@@ -5,6 +5,7 @@ All take the contract's inputs in order as numpy arrays (float32 and int32) and 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.exporting.model_code import ModelCode
 from qwen_surgery.exporting.template import make_binding, resolve
-from qwen_surgery.nets import Geometry
+from qwen_surgery.nets import Geometry, NetKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,16 @@ class Engine(Protocol):
     def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of *net*, float32 and int32, in the contract's order."""
         ...
+
+
+def has_fused_head(engine: Engine) -> bool:
+    """Whether lm_head gives a token instead of logits (multi-device models and the oldest runtime's)."""
+    if "lm_head" not in engine.nets:
+        return False
+    if isinstance(engine, OrtEngine):
+        return engine.manifest.net("lm_head").kind is NetKind.LM_HEAD_TOPK
+    describe = getattr(engine, "describe", None)  # a bmodel knows its own shapes
+    return describe is not None and math.prod(describe("lm_head")[1][0].shape) == 1
 
 
 _T = TypeVar("_T")

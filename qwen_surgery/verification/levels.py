@@ -14,6 +14,7 @@ from qwen_surgery.errors import Refused, SurgeryError, Usage
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.cases import NetCase, as_distribution
+from qwen_surgery.verification.engines import has_fused_head
 from qwen_surgery.verification.metrics import agreement, distance, kl_divergence, total_variation, worst
 from qwen_surgery.verification.results import Check, LevelResult, judge, net_check
 
@@ -25,7 +26,7 @@ END_TO_END = "end-to-end"
 
 
 def _limits_of(kind: NetKind) -> str:
-    if kind is NetKind.GREEDY_HEAD:
+    if kind in (NetKind.GREEDY_HEAD, NetKind.LM_HEAD_TOPK):
         return "exact"
     return "probabilities" if kind is NetKind.PENALTY_SAMPLE_HEAD else "net"
 
@@ -47,6 +48,7 @@ def check_nets(
     """
     checks: list[Check] = []
     have, touched = set(engine.nets), set()
+    fused = has_fused_head(engine)
     for name in wanted:
         if name not in have:
             checks.append(Check(name, None, "net", "-", {}, ("the net is missing",)))
@@ -55,12 +57,21 @@ def check_nets(
             continue
         touched.add(case.net)
         progress(f"{case.net} {case.label}")
+        if fused and case.net == "lm_head":
+            case = _fused(case)
         judged = case if expected_by is None else _re_expected(case, expected_by)
         checks += _check_case(engine, judged, geometry, limits)
     for name in wanted:
         if name in have and name not in touched:
             checks.append(Check(name, None, "net", "-", {}, ("nothing was compared",)))
     return checks
+
+
+def _fused(case: NetCase) -> NetCase:
+    """The lm_head's case for a head with the top-1 inside."""
+    token = np.argmax(case.expected[0]).astype(np.int32).reshape(1, 1, 1)
+    states = case.inputs[0].reshape(1, 1, -1)
+    return NetCase(case.net, NetKind.LM_HEAD_TOPK, None, case.label, (states,), (token,))
 
 
 def _re_expected(case: NetCase, engine: Engine) -> NetCase:
@@ -87,7 +98,11 @@ def _check_case(engine: Engine, case: NetCase, geometry: Geometry, limits: dict[
 def check_contract(engine: Engine, geometry: Geometry) -> list[Check]:
     """A bmodel's nets must be the contract's, in its order: consumers count nets and go by index."""
     found = engine.nets
-    variants = [nets.nets(geometry.layers), nets.nets(geometry.layers, heads=False)]
+    variants = [
+        nets.nets(geometry.layers),
+        nets.nets(geometry.layers, heads=False),
+        nets.nets(geometry.layers, multi_device=True),
+    ]
     if any(found == tuple(net.name for net in variant) for variant in variants):
         return [Check("all nets", None, "contract", "order", {"nets": float(len(found))}, ())]
     wanted = [net.name for net in variants[0]]
@@ -128,17 +143,19 @@ def check_end_to_end(
     except Refused as error:
         return [Check(END_TO_END, None, "greedy", "-", {}, (str(error),))], {}
     label = f"greedy {len(prompt)}+{steps}"
+    rest: list[Check] = []
     try:
         greedy, texts = _greedy(run, reference, limits, prompt, steps, label, progress)
         label = f"sampling {len(prompt)}+{steps}"
-        sampled = _sampled(run, reference, geometry, limits, prompt, steps, sampling, label, progress)
+        if not run.fused_head:
+            rest.append(_sampled(run, reference, geometry, limits, prompt, steps, sampling, label, progress))
     except SurgeryError as error:
         return [Check(END_TO_END, None, label, "-", {}, (f"does not run: {error}",))], {}
     except Exception as error:
         # As for one net: whatever a library raised, the engine did not get through.
         reason = f"does not run: {type(error).__name__}: {str(error).splitlines()[0]}"
         return [Check(END_TO_END, None, label, "-", {}, (reason,))], {}
-    return [*greedy, sampled], texts
+    return [*greedy, *rest], texts
 
 
 def _greedy(
@@ -158,29 +175,25 @@ def _greedy(
     for step in range(steps + 1):
         assert record.logits is not None
         progress(f"{END_TO_END} greedy {step}/{steps}")
-        distances.append(distance(record.logits, logits.reshape(record.logits.shape)))
-        divergences.append(kl_divergence(record.logits, logits))
+        if not run.fused_head:
+            distances.append(distance(record.logits, logits.ravel()))
+            divergences.append(kl_divergence(record.logits, logits))
         wanted.append(int(np.argmax(record.logits)))
         found.append(run.greedy(logits))
         if step < steps:
             record, logits = reference.decode(wanted[-1]), run.decode(wanted[-1])
-    whole = worst(distances)
-    values = {
-        "max_abs": whole.max_abs,
-        "relative": whole.relative,
-        "cosine": whole.cosine,
-        "kl": max(divergences),
-    }
-    missed = (*whole.faults, *judge(limits, "logits", values, whole.scale))
     tokens = {"agreement": agreement(wanted, found)}
     token_misses = judge(limits, "greedy", tokens)
     if tokens["agreement"] < 1:
         first = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
         token_misses = tuple(f"{miss} (first at step {first})" for miss in token_misses)
-    checks = [
-        Check(END_TO_END, None, label, "logits", values, missed),
-        Check(END_TO_END, None, label, "tokens", tokens, token_misses),
-    ]
+    checks = [Check(END_TO_END, None, label, "tokens", tokens, token_misses)]
+    if not run.fused_head:
+        whole = worst(distances)
+        values = {"max_abs": whole.max_abs, "relative": whole.relative, "cosine": whole.cosine}
+        values["kl"] = max(divergences)
+        missed = (*whole.faults, *judge(limits, "logits", values, whole.scale))
+        checks.insert(0, Check(END_TO_END, None, label, "logits", values, missed))
     return checks, {"reference": wanted, "candidate": found}
 
 

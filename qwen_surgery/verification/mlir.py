@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class MlirEngine:
     """The nets of an exported folder as TPU-MLIR's front end understood them, in float32.
 
-    What the compiler reads the graph as, before any lowering: a wrong fusion shows here. Transforms are made on
-    first use and deleted on leaving the ``with`` block. Raises ToolFailed with the log's tail when one fails.
+    What the compiler reads the graph as, before any lowering: a wrong fusion shows here. Transforms are made
+    on first use and deleted on leaving the ``with`` block. Raises ToolFailed with the log when one fails.
     """
 
     def __init__(self, folder: OrtEngine, toolchain: Toolchain, geometry: Geometry) -> None:
@@ -70,11 +70,11 @@ class MlirEngine:
         """Outputs of *net* in the contract's order, float32 and int32."""
         files = {"input": str(self._work / "input.npz"), "output": str(self._work / "output.npz")}
         request = {"mlir": str(self._mlir(net)), **files}
-        np.savez(files["input"], **{str(i): array for i, array in enumerate(inputs)})
+        np.savez(files["input"], *inputs)
         self._ask(request)
         specs = nets.outputs(self._folder.manifest.net(net).kind, self._geometry)
         with np.load(files["output"]) as found:
-            arrays = [found[str(i)] for i in range(len(found.files))]
+            arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
         if len(arrays) != len(specs):
             return arrays
         return [

@@ -1,31 +1,32 @@
 """Runs Top-dialect files: lives in TPU-MLIR's Python, knows nothing of qwen_surgery.
 
 One JSON request per line on stdin, ``{"mlir": file, "input": npz, "output": npz}``; the inputs are the arrays
-``0``, ``1``, ... in the order of the graph's inputs, and so are the outputs. One JSON reply per line.
+``arr_0``, ``arr_1``, ... in the order of the graph's inputs, and so are the outputs. One JSON reply per line.
 """
 
 import ctypes
 import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 
-def run(module, request):
+def run(module: Any, request: dict[str, str]) -> None:
     import numpy as np
 
     with np.load(request["input"]) as arrays:
-        inputs = [arrays[str(i)] for i in range(len(arrays.files))]
+        inputs = [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
     if len(inputs) != len(module.input_names):
-        raise ValueError("%d inputs were given, %d are wanted" % (len(inputs), len(module.input_names)))
-    for name, array in zip(module.input_names, inputs):
+        raise ValueError(f"{len(inputs)} inputs were given, {len(module.input_names)} are wanted")
+    for name, array in zip(module.input_names, inputs, strict=True):
         module.set_tensor(name, array.astype(np.float32), array.shape)
     module.invoke(True)
     tensors = module.get_all_tensor()
-    found = {str(i): tensors[name] for i, name in enumerate(module.output_names)}
-    np.savez(request["output"], **found)
+    np.savez(request["output"], *(tensors[name] for name in module.output_names))
 
 
-def main():
+def main() -> None:
     ctypes.CDLL(None).prctl(1, 9)  # die with the parent
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the interpreter's C++ code prints to stdout
@@ -39,14 +40,13 @@ def main():
             if request["mlir"] != loaded:
                 module = None
                 module = pymlir.module()
-                # weights are found beside the file
-                os.chdir(os.path.dirname(request["mlir"]))
+                os.chdir(Path(request["mlir"]).parent)  # weights are found beside the file
                 module.load(request["mlir"])
                 loaded = request["mlir"]
             run(module, request)
             reply = {}
         except Exception as error:
-            reply = {"error": "%s: %s" % (type(error).__name__, error)}
+            reply = {"error": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

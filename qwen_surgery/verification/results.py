@@ -33,6 +33,11 @@ class Check:
     def phase(self) -> str:
         return self.label.split()[0]
 
+    @property
+    def kind(self) -> str:
+        """The net's name without its layer."""
+        return self.net if self.layer is None else self.net.removesuffix(f"_{self.layer}")
+
 
 @dataclass
 class LevelResult:

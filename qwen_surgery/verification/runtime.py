@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import MASK_VALUE, MIN_TOKENS_TO_KEEP, TOP_K, Geometry
+from qwen_surgery.verification.engines import has_fused_head
 
 if TYPE_CHECKING:
     from qwen_surgery.verification.engines import Engine
@@ -98,6 +99,9 @@ def draw(probabilities: np.ndarray, tokens: np.ndarray, uniform: float) -> int:
 class Runtime:
     """One conversation on one engine. ``length`` tokens are in the cache.
 
+    With a ``fused_head`` the engine's lm_head gives the best token: what stands for logits below is that
+    token, and sampling is not possible.
+
     Raises Refused when the engine lacks a net that a step needs, Usage when the sequence does not fit in S.
     """
 
@@ -110,6 +114,7 @@ class Runtime:
             raise Refused(f"nets are missing: {', '.join(missing)}")
         self._engine = engine
         self._geometry = geometry
+        self.fused_head = has_fused_head(engine)
         self._has_heads = {"greedy_head", "penalty_sample_head"} <= have
         self._keys: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
@@ -157,17 +162,22 @@ class Runtime:
         return self._logits(states)
 
     def _logits(self, hidden: np.ndarray) -> np.ndarray:
-        (logits,) = self._engine.run("lm_head", [hidden.reshape(1, self._geometry.hidden)])
+        shape = (1, 1, self._geometry.hidden) if self.fused_head else (1, self._geometry.hidden)
+        (logits,) = self._engine.run("lm_head", [hidden.reshape(shape)])
         return logits
 
     def greedy(self, logits: np.ndarray) -> int:
         """The best token, by the greedy head where the engine has one."""
+        if self.fused_head:
+            return int(logits.ravel()[0])
         if self._has_heads:
             return int(self._engine.run("greedy_head", [logits])[0].ravel()[0])
         return int(np.argmax(logits))
 
     def candidates(self, logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities and tokens to sample from, by the sampling head where the engine has one."""
+        if self.fused_head:
+            raise Usage("this model's lm_head gives tokens: it cannot be sampled from")
         ids = sampling_ids(self.tokens, self._geometry.seq_length, sampling.last_n)
         if not self._has_heads:
             return penalty_sample(logits, ids, sampling)

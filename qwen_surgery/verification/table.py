@@ -32,20 +32,16 @@ def _rows(level: LevelResult, *, every_net: bool) -> dict[tuple[str, str], list[
     """Checks that share a row: one net and run, or one kind of net and phase with all layers and lengths."""
     rows: dict[tuple[str, str], list[Check]] = {}
     for check in level.checks:
-        if every_net:
-            key = (check.net, check.label)
-        else:
-            key = (
-                check.net if check.layer is None else check.net.removesuffix(f"_{check.layer}"),
-                check.phase,
-            )
+        key = (check.net, check.label) if every_net else (check.kind, check.phase)
         rows.setdefault(key, []).append(check)
     return rows
 
 
 def make_table(report: Report, *, every_net: bool = False) -> Table:
-    """One table: a row for each kind of net and phase with its worst numbers over layers, lengths and outputs;
-    with *every_net* a row for each run of each net."""
+    """One table: a row for each kind of net and phase with its worst numbers over layers, lengths, outputs.
+
+    With *every_net* there is a row for each run of each net. The sampling head's ``max abs`` is the total
+    variation between the two distributions."""
     from rich import box
     from rich.table import Table
 
@@ -77,9 +73,8 @@ def _worst(checks: list[Check]) -> dict[str, float]:
     for name in _COLUMNS:
         values = [check.values[name] for check in checks if name in check.values]
         if name == "max_abs":
-            values += [
-                check.values["total_variation"] for check in checks if "total_variation" in check.values
-            ]
+            other = "total_variation"
+            values += [check.values[other] for check in checks if other in check.values]
         if values:
             result[name] = min(values) if name in _AT_LEAST else max(values)
     return result

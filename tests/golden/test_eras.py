@@ -183,7 +183,7 @@ def test_the_tokenizer_reads_back_what_it_wrote(tmp_path: Path) -> None:
 
 def test_each_era_holds_the_construct_it_is_named_for() -> None:
     held = {
-        "bias_buffer": ('register_buffer("bias"', "rotary_emb(kv_seq_len)"),
+        "bias_buffer": ('"bias",', "rotary_emb(kv_seq_len)"),
         "rotary_pair": ("rotary_pos_emb: Optional", "registered_causal_mask"),
         "rotary_list": ("rotary_pos_emb_list",),
         "cache_quantised": ("quantize_cache_v",),
