@@ -8,7 +8,12 @@ from graph_passes.framework.base import GraphPass
 
 # onnxsim's optimizers that move arithmetic into weights. Weights are inputs here, so they cannot fire
 # usefully, and fusing MatMul and Add to Gemm hides the bias from TPU-MLIR's attention and rotary patterns.
-_SKIPPED = ["fuse_matmul_add_bias_into_gemm", "fuse_add_bias_into_conv", "fuse_bn_into_conv"]
+_SKIPPED = [
+    "eliminate_nop_with_unit",
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_add_bias_into_conv",
+    "fuse_bn_into_conv",
+]
 
 
 class FoldConstants(GraphPass):

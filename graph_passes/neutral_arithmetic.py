@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graph_passes.framework.base import GraphPass
-from graph_passes.framework.graphs import broadcast_neutral, constant, nodes, replace_tensor
+from graph_passes.framework.graphs import broadcast_neutral, constant, made_by, nodes, replace_tensor
 
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0}
 
@@ -25,7 +25,7 @@ class NeutralArithmetic(GraphPass):
                 # Only the second operand of a difference or quotient may be dropped.
                 for i in (1, 0) if op in ("Mul", "Add") else (1,):
                     values, kept = constant(node.inputs[i]), node.inputs[1 - i]
-                    if values is None or not np.all(values == neutral):
+                    if values is None or not np.all(values == neutral) or _is_bias(kept, values):
                         continue
                     if broadcast_neutral(kept, node.outputs[0]) and replace_tensor(
                         graph, node.outputs[0], kept
@@ -35,3 +35,8 @@ class NeutralArithmetic(GraphPass):
                         break
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
         return sites
+
+
+def _is_bias(kept: Any, values: np.ndarray) -> bool:
+    """A zero bias of a product stays: it is there for a reason (the pass zero-bias)."""
+    return values.ndim == 1 and values.size > 1 and made_by(kept, "MatMul") is not None

@@ -56,6 +56,8 @@ def compare_regions(before: onnx.ModelProto, after: onnx.ModelProto, seed: int =
     if not pairs:
         return None
     shared = set(hashes_a.values()) & set(hashes_b.values())
+    # What has to be computed on one side must not be fed on the other.
+    shared -= {hashes_a[id(x)] for x, _ in pairs} | {hashes_b[id(y)] for _, y in pairs}
     feeds: dict[str, np.ndarray] = {}
     left = _evaluate(a, [p[0] for p in pairs], hashes_a, shared, feeds, seed)
     right = _evaluate(b, [p[1] for p in pairs], hashes_b, shared, feeds, seed)
@@ -207,13 +209,13 @@ def _evaluate(
     body: list[Any] = []
     done: set[int] = set()
 
-    def visit(tensor: Any, is_root: bool = False) -> None:
+    def visit(tensor: Any) -> None:
         if id(tensor) in done or isinstance(tensor, gs.Constant) or tensor.is_empty():
             return
         done.add(id(tensor))
         node = tensor.inputs[0] if tensor.inputs else None
         key = hashes[id(tensor)]
-        if node is None or (node.op in _CUT_BEHIND and key in shared and not is_root):
+        if node is None or (node.op in _CUT_BEHIND and key in shared):
             inputs[key] = tensor
             return
         for source in node.inputs:
@@ -222,9 +224,7 @@ def _evaluate(
             body.append(node)
 
     for tensor in wanted:
-        visit(tensor, is_root=True)
-    # A root cut at its own product would be fed instead of computed; everything else fed is named by its
-    # hash.
+        visit(tensor)
     renamed = {tensor.name: f"fed_{key[:16]}" for key, tensor in inputs.items()}
     for key, tensor in inputs.items():
         name = renamed[tensor.name]

@@ -25,6 +25,9 @@ BUILT_IN = (
     "graph_passes.casts:Casts",
     "graph_passes.views:Views",
     "graph_passes.neutral_arithmetic:NeutralArithmetic",
+    "graph_passes.rotary:Rotary",
+    "graph_passes.joint_mlp:JointMlp",
+    "graph_passes.zero_bias:ZeroBias",
 )
 
 

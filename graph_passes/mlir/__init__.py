@@ -36,7 +36,10 @@ class MlirPass(ABC):
 
 def built_in() -> tuple[MlirPass, ...]:
     """The built-in passes in running order."""
-    return ()
+    from graph_passes.mlir.kv_join import KvJoin
+    from graph_passes.mlir.top_rope import TopRope
+
+    return (TopRope(), KvJoin())
 
 
 def apply(text: str, passes: Iterable[MlirPass | str] | None = None) -> tuple[str, tuple[Report, ...]]:
