@@ -128,10 +128,8 @@ class Setup:
         return "-".join((self.mode, self.chip, *(flag.strip("-") for flag in self.extra)))
 
     def flags(self, kind: NetKind) -> list[str]:
-        if kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE):
-            quantize = ["BF16"]
-        else:
-            quantize = QUANTIZE[self.mode]
+        table = kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE)
+        quantize = QUANTIZE["bf16" if table else self.mode]
         flags = ["--quantize", *quantize, "--quant_input", "--chip", self.chip]
         flags += [] if kind is NetKind.LM_HEAD else ["--quant_output"]
         flags += ["--addr_mode", "io_alone"] if kind is NetKind.BLOCK_CACHE else []
