@@ -65,11 +65,11 @@ class Model:
     """A checkout and its exported nets."""
 
     checkout: Path
-    onnx: Path
+    nets: Path
 
     @cached_property
     def manifest(self) -> Manifest:
-        return Manifest.load(self.onnx)
+        return Manifest.load(self.nets)
 
     @cached_property
     def index(self) -> WeightIndex:
@@ -79,7 +79,7 @@ class Model:
         return self.manifest.net(net)
 
     def template(self, net: str) -> onnx.ModelProto:
-        return onnx.load(str(self.onnx / self.manifest.template_file(self.entry(net).kind)))
+        return onnx.load(str(self.nets / self.manifest.template_file(self.entry(net).kind)))
 
     def config(self) -> dict[str, object]:
         return Checkout.open(self.checkout).config
@@ -154,7 +154,7 @@ class Bench:
 
     def _compile(self, net: str, work: Path) -> None:
         work.mkdir()
-        source = self.model.onnx / self.model.entry(net).file
+        source = self.model.nets / self.model.entry(net).file
         transform = ["--model_name", net, "--model_def", str(source), "--mlir", f"{net}.mlir"]
         self.toolchain.run("model_transform", transform, work, work / "transform.log")
         flags = self.setup.flags(self.model.entry(net).kind)
