@@ -43,7 +43,7 @@ def tensor_digests(
     cache: Path,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[TensorRef, str]:
-    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file that this reads and rewrites."""
+    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file, read and rewritten."""
     refs = list(dict.fromkeys(refs))
     known = _load(cache)
     stamps = {str(file): _stamp(file) for file in {ref.file for ref in refs}}

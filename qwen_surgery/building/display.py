@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
     from qwen_surgery.building.run import Progress, State
 
-_MARKS = {"waiting": "[dim]waiting[/]", "running": "[cyan]running[/]", "done": "[green]done[/]", "failed": "[red]failed[/]"}
+_MARKS = {
+    "waiting": "[dim]waiting[/]",
+    "running": "[cyan]running[/]",
+    "done": "[green]done[/]",
+    "failed": "[red]failed[/]",
+}
 #: Rows of the live table: what runs, what failed, and the last that finished.
 _ROWS = 12
 
@@ -50,7 +55,9 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -80,7 +87,10 @@ class Display:
         head = f"[{count:>{len(str(len(states)))}}/{len(states)}]"
         state = progress.states[name]
         if what == "done":
-            self.say(f"{head} {name}  {clock(state.seconds)}, {size(state.peak_rss)}; {clock(progress.eta())} to go")
+            self.say(
+                f"{head} {name}  {clock(state.seconds)}, {size(state.peak_rss)}; "
+                f"{clock(progress.eta())} to go"
+            )
         elif what == "failed":
             self.say(f"{head} {name} failed after {clock(state.seconds)}")
         else:

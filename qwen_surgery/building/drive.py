@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.building import resources, roadmap
 from qwen_surgery.building.digests import tensor_digests
-from qwen_surgery.building.graph import Done, Graph, Store, Task, peak_disk, stale
+from qwen_surgery.building.graph import Done, Graph, Store, Task, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions
@@ -67,6 +67,7 @@ class Built:
     done: dict[str, Done] = field(default_factory=dict)
     unpacked: dict[str, str] = field(default_factory=dict)  # kind -> why it was compiled layer by layer
     ran: list[str] = field(default_factory=list)
+    report: dict[str, Any] | None = None  # of the verification
 
 
 class Builder:
@@ -81,8 +82,7 @@ class Builder:
         self.ran: list[str] = []
         refuse_unsupported(options, toolchain)
 
-    # ---- the parts
-    # ---------------------------------------------------------------------------------------------------
+    # ---- the parts ----
 
     def front(
         self, checkout: Checkout, sources: Sources, index: WeightIndex, passes: Sequence[str], *, trust: bool
@@ -117,32 +117,54 @@ class Builder:
             folder, manifest, self.options, self.toolchain, per_net, self.logs, resources.cores()
         )
 
-    def back(self, compiling: roadmap.Compiling, config: dict[str, Any], front: list[Task]) -> Built:
-        """Compile, prove, pack, assemble; put the bmodels in place."""
-        kept = set(Graph(front).keys.values()) if front else set()
+    def back(
+        self,
+        compiling: roadmap.Compiling,
+        config: dict[str, Any],
+        front: list[Task],
+        verifying: roadmap.Verifying | None = None,
+    ) -> Built:
+        """Compile, prove, pack, assemble; put the bmodels in place; verify them."""
+        unpacked: dict[str, str] = {}
         if self.running.pack:
-            graph, unpacked, done = self._packed(compiling, config)
+            first = self._proving(compiling, roadmap.layers_to_prove(compiling, self.running.prove))
+            unpacked = self._unproven(compiling, self._run(first, proof_targets(first)))
+            graph = self.packing_graph(compiling, config, unpacked)
         else:
-            graph, unpacked = Graph(self._unpacked(compiling)), {}
-            targets = [name for name in graph.order if name.startswith("combine:")]
-            done = self._run(graph, targets)
-        bmodels = [self._place(graph, cores, compiling) for cores in self.options.cores]
-        self.store.retire({*kept, *graph.keys.values()})
-        return Built(bmodels, compiling.folder, compiling.manifest, done, unpacked, self.ran)
+            graph = Graph(self._unpacked(compiling))
+        done = self._run(graph, proof_targets(graph))
+        bmodels = [self._place(graph, cores, compiling, front) for cores in self.options.cores]
+        self._retire()
+        built = Built(bmodels, compiling.folder, compiling.manifest, done, unpacked, self.ran)
+        if verifying is not None:
+            self._verify(built, graph, compiling, verifying, front)
+        return built
+
+    def _verify(
+        self,
+        built: Built,
+        graph: Graph,
+        compiling: roadmap.Compiling,
+        verifying: roadmap.Verifying,
+        front: list[Task],
+    ) -> None:
+        """Verify each bmodel; a result is remembered like any other."""
+        tasks = [
+            *graph.tasks.values(),
+            *roadmap.verify_tasks(compiling, verifying, "assemble" if self.running.pack else "combine"),
+        ]
+        whole = Graph(tasks)
+        names = [name for name in whole.order if name.startswith("verify:")]
+        built.done |= self._run(whole, names)
+        reports = [
+            json.loads((self.store.folder(whole.keys[name]) / "report.json").read_text()) for name in names
+        ]
+        built.report = next((report for report in reports if not report["passed"]), reports[0])
+        self._remember({whole.keys[name] for name in names})
 
     def _unpacked(self, compiling: roadmap.Compiling) -> list[Task]:
         nets = compiling.nets
         return [*roadmap.compile_tasks(compiling, nets, keep=False), *roadmap.combine_tasks(compiling)]
-
-    def _packed(
-        self, compiling: roadmap.Compiling, config: dict[str, Any]
-    ) -> tuple[Graph, dict[str, str], dict[str, Done]]:
-        first = self._proving(compiling, ())
-        done = self._run(first, [name for name in first.order if name.startswith("prove:")])
-        unpacked = self._unproven(compiling, done)
-        graph = self.packing_graph(compiling, config, unpacked)
-        targets = [name for name in graph.order if name.startswith(("assemble:", "compare:"))]
-        return graph, unpacked, self._run(graph, targets)
 
     def _proving(
         self, compiling: roadmap.Compiling, layers: Sequence[int], unpacked: frozenset[NetKind] = frozenset()
@@ -170,6 +192,24 @@ class Builder:
         tasks += roadmap.check_tasks(compiling, layers)
         return Graph(tasks)
 
+    def planned(self, front: list[Task], config: dict[str, Any], manifest: Manifest) -> Graph:
+        """Every task of a build, for a plan. *manifest* stands for the export's own while there is none."""
+        from qwen_surgery.exporting.manifest import Manifest as Loaded
+
+        folder = self.store.folder(Graph(front).keys[front[-1].name]) / "onnx"
+        if (folder / "manifest.json").is_file():
+            compiling = self.compiling(folder, Loaded.load(folder))
+        else:
+            digests = {net.name: "" for net in manifest.nets}
+            compiling = roadmap.Compiling(folder, manifest, self.options, self.toolchain, digests, self.logs)
+        return Graph([*front, *self.whole_graph(compiling, config).tasks.values()])
+
+    def whole_graph(self, compiling: roadmap.Compiling, config: dict[str, Any]) -> Graph:
+        """Every task behind the export, for a plan: all kinds taken to be packable."""
+        if self.running.pack:
+            return self.packing_graph(compiling, config, {})
+        return Graph(self._unpacked(compiling))
+
     def _unproven(self, compiling: roadmap.Compiling, done: dict[str, Done]) -> dict[str, str]:
         found: dict[str, str] = {}
         for cores in self.options.cores:
@@ -186,8 +226,7 @@ class Builder:
                 self.running.say(f"{kind}: packing is not proven ({why}); refit will not be possible")
         return found
 
-    # ---- running
-    # -----------------------------------------------------------------------------------------------------
+    # ---- running ----
 
     def jobs(self, graph: Graph) -> int:
         """How many tasks run side by side."""
@@ -211,8 +250,7 @@ class Builder:
         )
         return runner.run(targets)
 
-    # ---- results
-    # -----------------------------------------------------------------------------------------------------
+    # ---- results ----
 
     def _finals(self) -> dict[str, Any]:
         try:
@@ -226,26 +264,53 @@ class Builder:
             for name, entry in self._finals().items()
         }
 
-    def _place(self, graph: Graph, cores: int, compiling: roadmap.Compiling) -> Path:
+    def _place(self, graph: Graph, cores: int, compiling: roadmap.Compiling, front: list[Task]) -> Path:
         """Give the bmodel its place under *out*: another name for the store's file, or a copy where links
         are impossible.
         """
         relative = self.options.file_name(compiling.manifest.seq_length, cores)
         task = graph.tasks[f"{'assemble' if self.running.pack else 'combine'}:{relative.name}"]
-        key = graph.keys[task.name]
-        folder = self.store.folder(key)
+        folder = self.store.folder(graph.keys[task.name])
         target = self.out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         for name in (relative.name, relative.name + SIDE):
             if (folder / name).exists():
                 put(folder / name, target.with_name(name))
-        finals = self._finals()
-        nets = {row[0]: row[4] for row in task.params.get("nets", ())}
-        finals[relative.name] = {"key": key, "nets": nets}
+        keys = {*graph.keys.values(), *(Graph(front).keys.values() if front else ())}
+        entry = {
+            "path": str(relative),
+            "key": graph.keys[task.name],
+            "nets": {row[0]: row[4] for row in task.params.get("nets", ())},
+            "keys": sorted(keys),
+        }
+        self._write_finals({**self._finals(), relative.name: entry})
+        return target
+
+    def _write_finals(self, finals: dict[str, Any]) -> None:
         temporary = self.state / (FINALS + ".part")
         temporary.write_text(json.dumps(finals))
         temporary.replace(self.state / FINALS)
-        return target
+
+    def _remember(self, keys: set[str]) -> None:
+        """Keep the results *keys* as long as this build's bmodels are there."""
+        finals = self._finals()
+        for entry in finals.values():
+            if keys - set(entry["keys"]):
+                entry["keys"] = sorted({*entry["keys"], *keys})
+        self._write_finals(finals)
+
+    def _retire(self) -> None:
+        """Forget the results behind bmodels that are gone or were made anew."""
+        finals = {
+            name: entry for name, entry in self._finals().items() if (self.out / entry["path"]).exists()
+        }
+        self._write_finals(finals)
+        self.store.retire(key for entry in finals.values() for key in entry["keys"])
+
+
+def proof_targets(graph: Graph) -> list[str]:
+    """What is compiled and proven before anything is packed: the ends of *graph*."""
+    return [name for name in graph.order if not graph.users(name)]
 
 
 def put(source: Path, target: Path) -> None:
@@ -300,26 +365,33 @@ def compile_exported(
     the folder's parts do not match its manifest or its nets are not those that *options* want; ToolFailed
     when a tool fails.
     """
+    builder = Builder(out_dir, options, toolchain, running)
+    compiling = open_export(builder, onnx_dir)
+    return builder.back(compiling, config_of(compiling.manifest), [])
+
+
+def open_export(builder: Builder, onnx_dir: Path) -> roadmap.Compiling:
+    """The exported folder *onnx_dir*, checked: its parts are those of its manifest and its nets those that
+    are wanted.
+    """
     from qwen_surgery.errors import Refused
     from qwen_surgery.exporting.manifest import Manifest
 
     folder = onnx_dir.absolute()
     manifest = Manifest.load(folder)
     manifest.check(folder)
+    options = builder.options
     have = {net.name: net.kind for net in manifest.nets}
     for net in options.nets(manifest.geometry.layers):
         if have.get(net.name) is not net.kind:
             raise Refused(
-                f"{folder} lacks net {net.name} of kind {net.kind.value}, which --runtime {options.runtime} needs",
-                hint="export with" + (" --multi-device" if options.fused_head else "out --multi-device"),
+                f"{folder} lacks net {net.name} ({net.kind.value}), which --runtime {options.runtime} needs",
+                hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
             )
-    builder = Builder(out_dir, options, toolchain, running)
-    compiling = builder.compiling(folder, manifest)
-    config = _config_of(manifest)
-    return builder.back(compiling, config, [])
+    return builder.compiling(folder, manifest)
 
 
-def _config_of(manifest: Manifest) -> dict[str, Any]:
+def config_of(manifest: Manifest) -> dict[str, Any]:
     """The unpatched config.json of the checkout an export was made from; empty when the checkout is gone."""
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.errors import SurgeryError
@@ -329,30 +401,3 @@ def _config_of(manifest: Manifest) -> dict[str, Any]:
         return upstream_config(checkout.sources(recipe=manifest.recipe, seq_length=manifest.seq_length))
     except SurgeryError:
         return {}
-
-
-def plan_lines(
-    graph: Graph, store: Store, targets: Sequence[str], jobs: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What a run would do: a row per task that must run, and totals (RAM, disk, seconds)."""
-    todo = stale(graph, store, targets)
-    rows = [
-        {
-            "task": name,
-            "memory": graph.tasks[name].memory,
-            "disk": graph.tasks[name].disk,
-            "seconds": graph.tasks[name].seconds,
-            "command": graph.tasks[name].command,
-        }
-        for name in todo
-    ]
-    memory = sorted((graph.tasks[name].memory for name in todo), reverse=True)[:jobs]
-    totals = {
-        "tasks": len(todo),
-        "fresh": len(graph.order) - len(todo),
-        "memory": sum(memory),
-        "disk": peak_disk(graph, todo),
-        "seconds": sum(graph.tasks[name].seconds for name in todo) / max(1, jobs),
-        "jobs": jobs,
-    }
-    return rows, totals

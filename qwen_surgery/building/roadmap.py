@@ -355,3 +355,41 @@ def layers_to_prove(compiling: Compiling, count: int) -> tuple[int, ...]:
     packed = range(1, compiling.manifest.geometry.layers)
     seed = json.dumps(sorted(compiling.digests.items()))
     return tuple(sorted(random.Random(seed).sample(packed, min(count, len(packed)))))
+
+
+@dataclass(frozen=True)
+class Verifying:
+    """What a verification compares: parameters and inputs that decide its result, places that do not."""
+
+    params: Mapping[str, Any]
+    places: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+def verify_tasks(compiling: Compiling, verifying: Verifying, maker: str) -> list[Task]:
+    """Verify each bmodel against the unpatched model; *maker* is ``assemble`` or ``combine``."""
+    tasks = []
+    for cores in compiling.options.cores:
+        file = compiling.options.file_name(compiling.manifest.seq_length, cores).name
+        made = f"{maker}:{file}"
+        tasks.append(
+            Task(
+                f"verify:{file}", f"{_ACTIONS}:verify", {**verifying.params, "file": file, "assembled": made},
+                verifying.inputs, {**verifying.places, "export": str(compiling.folder.absolute())}, (made,),
+                memory=2000 * _MB, disk=_MB, seconds=30.0, keep=True,
+                command=f"verify {file} against the unpatched model",
+            )
+        )  # fmt: skip
+    return tasks
+
+
+def planned_manifest(
+    checkout: Path, geometry: Geometry, options: CompileOptions, recipe: str, passes: Sequence[str]
+) -> Manifest:
+    """A manifest that stands in for an export that has not been made: right nets and sizes, no hashes."""
+    from qwen_surgery.exporting.manifest import Manifest, NetEntry
+
+    nets = options.nets(geometry.layers)
+    entries = tuple(NetEntry(net.name, net.kind, net.layer, f"{net.name}.onnx", "", {}) for net in nets)
+    templates = {net.kind.value: {"file": "", "sha256": ""} for net in nets}
+    return Manifest(str(checkout), recipe, 0, geometry, {}, {}, templates, entries, {}, {}, tuple(passes))

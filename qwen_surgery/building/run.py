@@ -43,7 +43,7 @@ class Progress:
     jobs: int = 1
 
     def eta(self) -> float:
-        """Seconds to go: what is left by estimate, corrected by how the finished tasks went, over the jobs."""
+        """Seconds to go: what is left by estimate, corrected by how finished tasks went, over the jobs."""
         done = [state for state in self.states.values() if state.state == "done"]
         spent = sum(state.seconds for state in done)
         planned = sum(self.expected[state.name] for state in done)

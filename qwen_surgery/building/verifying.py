@@ -1,4 +1,6 @@
-"""The last step of a build: is what came out the unpatched model? At the depth that this machine can afford."""
+"""The last step of a build: is what came out the unpatched model? At the depth that this machine can
+afford.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ def depth(asked: str, geometry: Geometry, target: str) -> str:
 
 
 def run(params: dict[str, Any], bmodel: Path, folder: Path) -> dict[str, Any]:
-    """Verify *bmodel* as *params* say; the report as JSON. ``contract`` opens it on the emulator and checks its nets."""
+    """Verify *bmodel* as *params* say; the report as JSON. ``contract`` opens it on the emulator and checks
+    its nets.
+    """
     if params["depth"] == "contract":
         return _contract(params, bmodel)
-    from qwen_surgery.toolchain import environment
     from qwen_surgery.verification.session import Request, verify
 
-    environment.pin(params["toolchain"])
     folders = tuple(Path(path) for path in params["folders"])
     request = Request(
         checkout=Path(params["checkout"]),
@@ -41,6 +43,7 @@ def run(params: dict[str, Any], bmodel: Path, folder: Path) -> dict[str, Any]:
         steps=params["steps"],
         recipe=params["recipe"],
         mode=params["mode"],
+        toolchain=params["toolchain"],
         trust_remote_code=params["trust_remote_code"],
     )
     report = verify(request, progress=lambda what: print(what, flush=True))
@@ -69,3 +72,25 @@ def _contract(params: dict[str, Any], bmodel: Path) -> dict[str, Any]:
             if shapes != [tensor.shape for tensor in tensors]:
                 raise Refused(f"{bmodel.name}: {name}: shapes {shapes} are not the contract's")
     return {"passed": True, "depth": "contract", "nets": len(names)}
+
+
+def restored(data: dict[str, Any]) -> Any:
+    """The verification's Report, made again from its JSON."""
+    from qwen_surgery.verification.results import Check, LevelResult, Report
+
+    report = Report(data["checkout"], data["seq_length"], data["recipe"])
+    report.peak_rss, report.versions = data["peak_rss_bytes"], data["versions"]
+    for level in data["levels"]:
+        checks = []
+        for row in level["checks"]:
+            fields = {key: value for key, value in row.items() if key != "passed"}
+            values = {
+                key: float("nan") if value is None else value for key, value in fields["values"].items()
+            }
+            checks.append(Check(**{**fields, "values": values, "missed": tuple(fields["missed"])}))
+        report.levels.append(
+            LevelResult(
+                level["level"], level["mode"], level["name"], checks, level["seconds"], level["greedy_tokens"]
+            )
+        )
+    return report

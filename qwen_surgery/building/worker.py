@@ -1,6 +1,7 @@
 """Run one task: in a process of its own, whichever machine that is on.
 
-:func:`run` is what executors get; it needs nothing but the store's folder (a shared one when workers are elsewhere) and a plain
+:func:`run` is what executors get; it needs nothing but the store's folder (a shared one when workers are
+elsewhere) and a plain
 description of the task, so any ``concurrent.futures.Executor`` can carry it. The task itself runs in a
 child process: its memory goes back when it ends, its peak is measured, its output is its log, and it dies
 with whoever asked for it.
@@ -57,7 +58,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(work: Path, description: Path, result: Path, log: Path) -> int:
-    """Run :func:`main` in a child process; its peak RSS. A child that dies without an answer gets one here."""
+    """Run :func:`main` in a child process; its peak RSS. One that dies without an answer gets one here."""
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "qwen_surgery.building.worker", str(work), str(description), str(result)]

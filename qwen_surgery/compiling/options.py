@@ -82,7 +82,7 @@ class CompileOptions:
             )
         if self.mode not in profile.modes:
             raise Usage(
-                f"--runtime {profile.name} cannot run --mode {self.mode}: it writes bf16 bits into the attention mask",
+                f"--runtime {profile.name} cannot run --mode {self.mode}: its masks are bf16 bits",
                 hint="use --runtime sophon-demo, or --mode bf16",
             )
         self._check_devices(profile)
@@ -147,7 +147,7 @@ class CompileOptions:
         if (self.lm_head_mode == "f16") != (self.mode == "f16"):
             raise Usage(
                 f"--lm-head-mode {self.lm_head_mode} does not go with --mode {self.mode}: "
-                "the runtime hands the blocks' output bits to the lm_head unchanged, so both must be f16 or both bf16"
+                "the blocks' output bits go to the lm_head unchanged, so both must be f16 or both bf16"
             )
         order = list(QUANTIZE)
         if order.index(self.lm_head_mode) > order.index(self.mode):

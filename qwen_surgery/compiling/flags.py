@@ -1,0 +1,117 @@
+"""The command-line options that ``compile`` and ``build`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from qwen_surgery.compiling.options import ADDR_MODES, PROFILES, QUANTIZE, TARGETS, CompileOptions
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_COMPILE = (
+    click.option(
+        "--mode",
+        type=click.Choice(list(QUANTIZE)),
+        default="int4",
+        show_default=True,
+        help="Weights of blocks.",
+    ),
+    click.option(
+        "--target", type=click.Choice(TARGETS), default="bm1684x", show_default=True, help="The chip."
+    ),
+    click.option(
+        "--runtime",
+        type=click.Choice(list(PROFILES)),
+        default=None,
+        help="Which demo will run it: fixes nets, order and flags.  [default: "
+        "llm-tpu; sophon-demo for bm1688, cv186x and f16]",
+    ),
+    click.option(
+        "--num-device",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Chips that share the model.",
+    ),
+    click.option(
+        "--num-core",
+        type=click.IntRange(1, 2),
+        default=None,
+        help="Cores of a bm1688.  [default: a file for one and a file for two]",
+    ),
+    click.option(
+        "--addr-mode",
+        type=click.Choice(ADDR_MODES),
+        default="io_alone",
+        show_default=True,
+        help="Addresses of block_cache's inputs and outputs: of their own, so that "
+        "the KV cache stays in place, or anywhere.",
+    ),
+    click.option("--dynamic", is_flag=True, help="Prefill at each prompt's own length (bm1684x)."),
+    click.option(
+        "--q-group-size", type=int, default=None, help="Input features per scale of int4.  [default: 64]"
+    ),
+    click.option("--symmetric", is_flag=True, help="Symmetric int4, without zero points."),
+    click.option(
+        "--lm-head-mode",
+        type=click.Choice(list(QUANTIZE)),
+        default=None,
+        help="Keep the lm_head at a higher precision.  [default: as --mode]",
+    ),
+    click.option("--name", default=None, help="First part of the file name.  [default: the folder's name]"),
+    click.option("--toolchain", metavar="VERSION", default=None, help="TPU-MLIR version to use."),
+)
+
+_RUN = (
+    click.option(
+        "--jobs",
+        type=click.IntRange(1),
+        default=None,
+        help="Tasks side by side.  [default: by cores and free memory]",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        default=None,
+        help="Run on a Dask cluster that shares the output folder.",
+    ),
+    click.option("--no-pack", is_flag=True, help="Compile every layer instead of packing layers 1, 2, ..."),
+    click.option(
+        "--prove",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Also compile N packed layers and compare every byte.",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print the plan: tasks, commands, memory, disk, time. Nothing is done.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON to stdout."),
+)
+
+
+def compile_options(command: Command) -> Command:
+    """Add the options that say what to compile."""
+    for option in reversed(_COMPILE):
+        command = option(command)
+    return command
+
+
+def run_options(command: Command) -> Command:
+    """Add the options that say how to run."""
+    for option in reversed(_RUN):
+        command = option(command)
+    return command
+
+
+def options_from(given: dict[str, Any], name: str) -> CompileOptions:
+    """The compile options of a command's parameters (not yet resolved); *name* where the user gave none."""
+    names = ["mode", "target", "runtime", "num_device", "num_core", "addr_mode", "dynamic", "q_group_size"]
+    names += ["symmetric", "lm_head_mode"]
+    return CompileOptions(name=given["name"] or name, **{key: given[key] for key in names})
