@@ -87,16 +87,21 @@ class DisableTorch2(Rule):
     )
 
     def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
-        for line in _hidden(source):
-            yield Site(Status.DECLINED, f"{SDPA} is reached by name, not by a call", line, line)
+        out_of_reach = [
+            Site(Status.DECLINED, f"{SDPA} is reached by name, not by a call", line, line)
+            for line in _hidden(source)
+        ]
         flags: dict[str, int] = {}
         for where, stmts, call in _calls(source):
             flag = _guard(source, stmts, call)
             if flag is None:
                 reason = f"{SDPA} is called without a module-level flag that could switch it off"
-                yield Site(Status.DECLINED, reason, call.lineno, call.end_lineno, where)
+                out_of_reach.append(Site(Status.DECLINED, reason, call.lineno, call.end_lineno, where))
             else:
                 flags.setdefault(flag, call.lineno)
+        if out_of_reach:  # turning a flag would not keep attention out of it
+            yield from out_of_reach
+            return
         for flag, used in flags.items():
             yield self._flag(source, flag, used)
 

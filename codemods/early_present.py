@@ -235,13 +235,15 @@ def _mutates(stmt: ast.stmt, name: str) -> bool:
 
 
 def _is_output(stmt: ast.stmt, name: str) -> bool:
-    """Read as a whole, as an element of a tuple that is returned or named, never looked into."""
+    """Read as a whole, as an element of a tuple that is returned or named, never looked into or renamed."""
     value = getattr(stmt, "value", None)
-    if isinstance(stmt, (ast.Assign, ast.Return, ast.AugAssign)) and value is not None:
-        inside = {id(e) for n in t.walk(value) if isinstance(n, ast.Tuple) for e in n.elts} | {id(value)}
-        uses = [n for n in t.walk(value) if t.is_name(n, name)]
-        return all(id(n) in inside for n in uses)
-    return False
+    if not isinstance(stmt, (ast.Assign, ast.Return, ast.AugAssign)) or value is None:
+        return False
+    if isinstance(stmt, ast.Assign) and not all(isinstance(target, ast.Name) for target in stmt.targets):
+        return False
+    elements = {id(e) for n in t.walk(value) if isinstance(n, ast.Tuple) for e in n.elts}
+    elements |= {id(value)} if isinstance(stmt, ast.Return) else set()
+    return all(id(n) in elements for n in t.walk(value) if t.is_name(n, name))
 
 
 RULE = EarlyPresent()
