@@ -96,6 +96,15 @@ def draw(probabilities: np.ndarray, tokens: np.ndarray, uniform: float) -> int:
     return int(tokens.ravel()[order][min(place, order.size - 1)])
 
 
+@dataclass(frozen=True)
+class State:
+    """A conversation at one moment: its tokens and each layer's cache, float32 [1, S, n, d]."""
+
+    tokens: list[int]
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+
+
 class Runtime:
     """One conversation on one engine. ``length`` tokens are in the cache.
 
@@ -119,6 +128,17 @@ class Runtime:
         self._keys: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self.tokens: list[int] = []
+
+    def saved(self) -> State:
+        """The conversation as it is now, for :meth:`restore`."""
+        copies = [[array.copy() for array in arrays] for arrays in (self._keys, self._values)]
+        return State(list(self.tokens), *copies)
+
+    def restore(self, state: State) -> None:
+        """Go back to a saved conversation; the state can be used again."""
+        self.tokens = list(state.tokens)
+        self._keys = [array.copy() for array in state.keys]
+        self._values = [array.copy() for array in state.values]
 
     @property
     def length(self) -> int:

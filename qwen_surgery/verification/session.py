@@ -110,14 +110,14 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
         parts.cases = list(CaseMaker(parts.reference, parts.geometry, parts.selection).cases())
         if "source" in levels:
             engine = TorchEngine(parts.sources, parts.index, parts.geometry)
-            report.levels.append(_level(parts, "source", "fp32", "patched torch", engine))
+            report.levels.append(_level(parts, "source", "fp32", "torch", engine))
         for folder in folders if "onnx" in levels else ():
             report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
         if "mlir" in levels:
             report.levels.append(_mlir_level(parts, folders[-1]))
         if chip is not None:
             mode = _mode_of(request)
-            report.levels.append(_level(parts, "chip", mode, f"{chip.chip} emulator", chip, contract=True))
+            report.levels.append(_level(parts, "chip", mode, chip.chip, chip, contract=True))
     finally:
         if chip is not None:
             chip.close()

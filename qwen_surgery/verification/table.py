@@ -10,8 +10,8 @@ from qwen_surgery.verification.results import Check, LevelResult, Report
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = ("max_abs", "cosine", "kl", "agreement")
-_HEADINGS = {"max_abs": "max abs", "cosine": "1-cosine", "kl": "KL", "agreement": "tokens"}
+COLUMNS = ("max_abs", "cosine", "kl", "agreement")
+HEADINGS = {"max_abs": "max abs", "cosine": "1-cosine", "kl": "KL", "agreement": "tokens"}
 _AT_LEAST = ("cosine", "agreement")
 
 
@@ -28,7 +28,7 @@ def number(name: str, value: float | None) -> str:
     return f"{value:.1e}"
 
 
-def _rows(level: LevelResult, *, every_net: bool) -> dict[tuple[str, str], list[Check]]:
+def rows_of(level: LevelResult, *, every_net: bool = False) -> dict[tuple[str, str], list[Check]]:
     """Checks that share a row: one net and run, or one kind of net and phase with all layers and lengths."""
     rows: dict[tuple[str, str], list[Check]] = {}
     for check in level.checks:
@@ -46,31 +46,31 @@ def make_table(report: Report, *, every_net: bool = False) -> Table:
     from rich.table import Table
 
     title = f"verify {report.checkout}, S={report.seq_length}, recipe {report.recipe}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("net", no_wrap=True)
     table.add_column("phase", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
-    for name in _COLUMNS:
-        table.add_column(_HEADINGS.get(name, name), justify="right", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for level in report.levels:
-        table.add_row(f"[bold]{level.level} {level.mode}[/bold]", level.name)
+        table.add_row(f"[bold]{level.level} {level.mode} {level.name}[/bold]")
         if not level.checks:
-            table.add_row("-", "-", "0", *[""] * len(_COLUMNS), "[red]nothing was compared[/red]")
-        for (net, phase), checks in _rows(level, every_net=every_net).items():
-            worst = _worst(checks)
+            table.add_row("-", "-", "0", *[""] * len(COLUMNS), "[red]nothing was compared[/red]")
+        for (net, phase), checks in rows_of(level, every_net=every_net).items():
+            worst = worst_of(checks)
             failed = [check for check in checks if not check.passed]
             verdict = "[green]ok[/green]" if not failed else f"[red]{len(failed)} missed[/red]"
-            numbers = (number(name, worst.get(name)) for name in _COLUMNS)
-            table.add_row(f"  {net}", phase, str(len(checks)), *numbers, verdict)
+            numbers = (number(name, worst.get(name)) for name in COLUMNS)
+            table.add_row(net, phase, str(len(checks)), *numbers, verdict)
         table.add_section()
     return table
 
 
-def _worst(checks: list[Check]) -> dict[str, float]:
+def worst_of(checks: list[Check]) -> dict[str, float]:
     """The worst number of each column. Distributions put their total variation where arrays have max abs."""
     result: dict[str, float] = {}
-    for name in _COLUMNS:
+    for name in COLUMNS:
         values = [check.values[name] for check in checks if name in check.values]
         if name == "max_abs":
             other = "total_variation"

@@ -1,0 +1,236 @@
+"""The HTML page of a verification: one self-contained file with plots, which opens offline."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery import __version__, atomic
+from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.verification.results import Check, LevelResult, Report
+from qwen_surgery.verification.table import COLUMNS, HEADINGS, number, rows_of, worst_of
+
+if TYPE_CHECKING:
+    from qwen_surgery.verification.session import Request
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+#: Smallest value a logarithmic axis shows; an error of zero is drawn there.
+_FLOOR = 1e-17
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: points (x, y) and, for a test or a reader, what they are."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class PassCounts:
+    """Ops of one kind of net around one pass."""
+
+    kind: str
+    name: str
+    before: int
+    after: int
+    changed: str
+
+
+def errors_by_layer(level: LevelResult) -> list[Series]:
+    """Per phase, the worst error of each layer's hidden states: max abs in float32, else 1 - cosine."""
+    exact = level.mode == "fp32"
+    found: dict[str, dict[int, float]] = {}
+    for check in level.checks:
+        if check.layer is None or check.output != "hidden_states" or not check.values:
+            continue
+        value = check.values["max_abs"] if exact else 1 - check.values["cosine"]
+        if math.isfinite(value):
+            layers = found.setdefault(check.phase, {})
+            layers[check.layer] = max(layers.get(check.layer, 0.0), value)
+    return [
+        Series(phase, tuple((float(i), max(v, _FLOOR)) for i, v in sorted(layers.items())))
+        for phase, layers in found.items()
+    ]
+
+
+def errors_by_net(report: Report) -> list[Series]:
+    """Per level, 1 - cosine of each kind of net, worst over layers and phases; x counts kinds."""
+    result = []
+    for level in report.levels:
+        worst: dict[str, float] = {}
+        for check in level.checks:
+            cosine = check.values.get("cosine")
+            if cosine is not None and math.isfinite(cosine) and check.kind != "greedy_head":
+                worst[check.kind] = max(worst.get(check.kind, 0.0), 1 - cosine)
+        points = tuple((float(i), max(v, _FLOOR)) for i, v in enumerate(worst.values()))
+        result.append(Series(f"{level.level} {level.mode} {level.name}: {', '.join(worst)}", points))
+    return result
+
+
+def write_page(report: Report, path: Path, request: Request) -> None:
+    """Write the page of *report* to *path*, whole or not at all.
+
+    Raises ToolFailed when matplotlib or jinja2 is not installed (the ``report`` extra has both).
+    """
+    atomic.write_whole(
+        path, render(report, diffs(request), pass_counts(request), predictions(request)).encode()
+    )
+
+
+def render(
+    report: Report, diff: str, passes: list[PassCounts], predicted: list[tuple[str, int, float]]
+) -> str:
+    """The page's text. *predicted* is (net kind, cycles, milliseconds)."""
+    try:
+        import jinja2
+    except ImportError:
+        raise _missing("jinja2") from None
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    plots = [
+        {
+            "title": f"{level.level} {level.mode} {level.name}",
+            "svg": plot(series, "layer", "max abs error" if level.mode == "fp32" else "1 - cosine"),
+            "series": series,
+        }
+        for level in report.levels
+        if (series := errors_by_layer(level))
+    ]
+    return template.render(
+        version=__version__,
+        report=report,
+        plots=plots,
+        overview=plot(errors_by_net(report), "kind of net", "1 - cosine") if report.levels else "",
+        levels=[{"level": level, "rows": _rows(level)} for level in report.levels],
+        columns=[HEADINGS.get(name, name) for name in COLUMNS],
+        diff=diff,
+        passes=passes,
+        predicted=predicted,
+        megabytes=report.peak_rss / 2**20,
+    )
+
+
+def _missing(package: str) -> ToolFailed:
+    return ToolFailed(f"the HTML page needs {package}", hint="pip install 'qwen-surgery[report]'")
+
+
+def _rows(level: LevelResult) -> list[dict[str, Any]]:
+    return [
+        {
+            "net": net,
+            "phase": phase,
+            "count": len(checks),
+            "numbers": [number(name, worst_of(checks).get(name)) for name in COLUMNS],
+            "missed": _sentences(checks),
+        }
+        for (net, phase), checks in rows_of(level).items()
+    ]
+
+
+def _sentences(checks: list[Check]) -> list[str]:
+    return [f"{c.net} {c.label} {c.output}: {'; '.join(c.missed)}" for c in checks if not c.passed]
+
+
+def plot(series: list[Series], x_label: str, y_label: str) -> str:
+    """An SVG with a logarithmic error axis; lines have the ids ``line-i``, points ``point-i-j``."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise _missing("matplotlib") from None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen-surgery", "font.size": 9}):
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        axes = figure.add_subplot()
+        for i, one in enumerate(series):
+            x = [point[0] for point in one.points]
+            y = [point[1] for point in one.points]
+            (line,) = axes.plot(x, y, marker="", label=one.name)
+            line.set_gid(f"line-{i}")
+            for j, (px, py) in enumerate(one.points):
+                axes.plot([px], [py], marker="o", color=line.get_color(), gid=f"point-{i}-{j}")
+        axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True, alpha=0.3)
+        if series:
+            axes.legend(fontsize=7)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": "matplotlib"})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]  # no XML prologue inside HTML
+
+
+def diffs(request: Request) -> str:
+    """The patch as a unified diff of every file that changed."""
+    from qwen_surgery.checkout import Checkout
+
+    sources = Checkout.open(request.checkout).sources(
+        recipe=request.recipe or "static", seq_length=request.seq_length or _exported_length(request)
+    )
+    lines: list[str] = []
+    for name in sorted(sources.patched):
+        before, after = (
+            files.get(name, b"").decode("utf-8", "replace").splitlines()
+            for files in (sources.reference, sources.patched)
+        )
+        lines += difflib.unified_diff(before, after, f"a/{name}", f"b/{name}", lineterm="")
+    return "\n".join(lines)
+
+
+def _exported_length(request: Request) -> int:
+    from qwen_surgery.exporting.manifest import Manifest
+
+    return next((Manifest.load(folder).seq_length for folder in request.onnx), 512)
+
+
+def pass_counts(request: Request) -> list[PassCounts]:
+    """Op counts around each pass that the cleaned export went through, from its raw neighbour's templates.
+
+    Empty when only one of the two was given: the counts before are those of the raw graphs.
+    """
+    from qwen_surgery.exporting.manifest import Manifest
+
+    manifests = {folder: Manifest.load(folder) for folder in request.onnx}
+    raw = next((folder for folder, manifest in manifests.items() if not manifest.passes), None)
+    cleaned = next((manifest for manifest in manifests.values() if manifest.passes), None)
+    if raw is None or cleaned is None:
+        return []
+    from graph_passes.framework import registry
+    from qwen_surgery.cleaning import clean_template
+    from qwen_surgery.exporting.template import Template
+
+    known = {one.name for one in registry.onnx_passes()}
+    names = [name for name in cleaned.passes if name in known]
+    result = []
+    for kind in dict.fromkeys(net.kind for net in manifests[raw].nets):
+        template = Template.load(kind, raw / manifests[raw].template_file(kind))
+        _, kind_report = clean_template(template, names, check="off")
+        for one in kind_report.passes:
+            if one.changed:
+                changed = ", ".join(f"{op} {a} to {b}" for op, (a, b) in sorted(one.ops.items()))
+                result.append(PassCounts(kind.value, one.name, one.nodes_before, one.nodes_after, changed))
+        totals = (sum(kind_report.before.values()), sum(kind_report.after.values()))
+        result.append(PassCounts(kind.value, "all passes", *totals, ""))
+    return result
+
+
+def predictions(request: Request) -> list[tuple[str, int, float]]:
+    """(net kind, cycles, milliseconds) that TPU-MLIR predicted when the bmodel was built, where its side file
+    says so."""
+    if request.bmodel is None:
+        return []
+    from qwen_surgery.packing import sidefile
+
+    try:
+        side = sidefile.load(request.bmodel)
+    except Refused:
+        return []
+    return [(kind, p.cycles, p.milliseconds) for kind, p in side.predictions.items()]
