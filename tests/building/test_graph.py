@@ -1,0 +1,214 @@
+"""The task graph: what runs, what does not run again, and what is on disk at any moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwen_surgery.building.graph import DONE, Graph, Store, Task, peak_disk, require_disk, stale
+from qwen_surgery.building.run import Progress, Runner
+from qwen_surgery.errors import Refused, SurgeryError, ToolFailed
+
+WRITE = "tests.building.actions:write"
+
+
+def chain(count: Path | None = None, **texts: str) -> Graph:
+    """a -> b -> d, a -> c -> d; c is kept, b is not."""
+    text = {"a": "a", "b": "b", "c": "c", "d": "d", **texts}
+
+    def task(name: str, *needs: str, keep: bool = False) -> Task:
+        params = {"text": text[name], "count": str(count) if count else ""}
+        return Task(name, WRITE, params, needs=needs, disk=100, keep=keep)
+
+    return Graph([task("d", "b", "c", keep=True), task("b", "a"), task("c", "a", keep=True), task("a")])
+
+
+def runner(graph: Graph, tmp_path: Path, **more: object) -> Runner:
+    return Runner(graph, Store(tmp_path / "store"), tmp_path / "logs", **{"jobs": 2, **more})  # type: ignore[arg-type]
+
+
+def counted(file: Path) -> list[str]:
+    return sorted(file.read_text().split()) if file.exists() else []
+
+
+def output(graph: Graph, tmp_path: Path, name: str) -> Path:
+    return Store(tmp_path / "store").folder(graph.keys[name]) / "out.txt"
+
+
+def test_a_graph_runs_in_order_and_gives_each_task_its_needs(tmp_path: Path) -> None:
+    graph = chain()
+    runner(graph, tmp_path).run(["d"])
+    assert output(graph, tmp_path, "d").read_text() == "d+b+a+c+a"
+
+
+def test_intermediates_go_as_soon_as_used_and_kept_ones_stay(tmp_path: Path) -> None:
+    graph = chain()
+    runner(graph, tmp_path).run(["d"])
+    assert not output(graph, tmp_path, "a").exists()
+    assert not output(graph, tmp_path, "b").exists()
+    assert output(graph, tmp_path, "c").exists()
+    store = Store(tmp_path / "store")
+    assert all(store.done(graph.keys[name]) is not None for name in "abcd"), "the records stay"
+
+
+def test_a_second_run_runs_nothing(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    runner(chain(count), tmp_path).run(["d"])
+    assert counted(count) == ["a", "b", "c", "d"]
+    runner(chain(count), tmp_path).run(["d"])
+    assert counted(count) == ["a", "b", "c", "d"]
+
+
+def test_a_change_runs_only_what_depends_on_it(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    runner(chain(count), tmp_path).run(["d"])
+    graph = chain(count, b="B")
+    runner(graph, tmp_path).run(["d"])
+    # b's need a was dropped, so a runs again; c is kept and does not.
+    assert counted(count) == ["B", "a", "a", "b", "c", "d", "d"]
+    assert output(graph, tmp_path, "d").read_text() == "d+B+a+c+a"
+
+
+def test_a_lost_or_cut_output_is_made_again(tmp_path: Path) -> None:
+    graph = chain()
+    runner(graph, tmp_path).run(["d"])
+    final = output(graph, tmp_path, "d")
+    final.write_text("d+")
+    assert stale(graph, Store(tmp_path / "store"), ["d"])[-1] == "d"
+    runner(graph, tmp_path).run(["d"])
+    assert final.read_text() == "d+b+a+c+a"
+
+
+def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
+    graph = chain()
+    runner(graph, tmp_path).run(["d"])
+    marker = Store(tmp_path / "store").folder(graph.keys["d"]) / DONE
+    marker.write_text(marker.read_text()[:20])
+    assert Store(tmp_path / "store").done(graph.keys["d"]) is None
+    runner(graph, tmp_path).run(["d"])
+    assert json.loads(marker.read_text())["info"] == {"length": 3}
+
+
+def test_places_do_not_change_a_key_and_params_do() -> None:
+    base = Task("a", WRITE, {"text": "a"}, places={"sleep": 0.0})
+    moved = Task("a", WRITE, {"text": "a"}, places={"sleep": 0.1})
+    other = Task("a", WRITE, {"text": "b"})
+    key = Graph([base]).keys["a"]
+    assert Graph([moved]).keys["a"] == key
+    assert Graph([other]).keys["a"] != key
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([Task("a", WRITE, needs=("b",)), Task("b", WRITE, needs=("a",))], "circle"),
+        ([Task("a", WRITE, needs=("x",))], "no task"),
+        ([Task("a", WRITE), Task("a", WRITE)], "two tasks"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused(tasks: list[Task], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Graph(tasks)
+
+
+@pytest.mark.parametrize(
+    ("action", "kind", "text"),
+    [
+        ("refuse", Refused, "the input is bad"),
+        ("fail", ToolFailed, "model_deploy failed"),
+        ("die", ToolFailed, "killed by signal 9"),
+        ("missing", SurgeryError, "missing"),
+    ],
+)
+def test_a_failing_task_raises_its_error_and_leaves_nothing(
+    tmp_path: Path, action: str, kind: type[SurgeryError], text: str
+) -> None:
+    graph = Graph([Task("a", f"tests.building.actions:{action}", keep=True), Task("b", WRITE, {"text": "b"}, needs=("a",))])
+    with pytest.raises(kind, match=text) as caught:
+        runner(graph, tmp_path).run(["b"])
+    assert caught.value.exit_code == kind.exit_code
+    store = Store(tmp_path / "store")
+    assert store.done(graph.keys["a"]) is None
+    assert not store.folder(graph.keys["a"]).exists()
+    assert not list(store.work.iterdir()), "no half output stays behind"
+
+
+def test_a_tools_last_words_reach_the_user(tmp_path: Path) -> None:
+    graph = Graph([Task("a", "tests.building.actions:fail")])
+    with pytest.raises(ToolFailed) as caught:
+        runner(graph, tmp_path).run(["a"])
+    assert caught.value.log_tail == "last words"
+
+
+def test_a_failure_stops_what_runs_beside_it(tmp_path: Path) -> None:
+    import time
+
+    graph = Graph([Task("slow", WRITE, {"text": "s", "sleep": 60}, seconds=99), Task("bad", "tests.building.actions:fail")])
+    started = time.monotonic()
+    with pytest.raises(ToolFailed):
+        runner(graph, tmp_path).run(["slow", "bad"])
+    assert time.monotonic() - started < 30
+
+
+def test_tasks_that_do_not_fit_in_memory_together_run_one_by_one(tmp_path: Path) -> None:
+    def seen(memory: int) -> list[int]:
+        place = tmp_path / f"place{memory}"
+        place.mkdir()
+        tasks = [
+            Task(f"t{i}-{memory}", "tests.building.actions:overlap", {"place": str(place)}, memory=memory, keep=True)
+            for i in range(3)
+        ]
+        graph = Graph(tasks)
+        done = runner(graph, tmp_path, jobs=3, memory=100).run(list(graph.order))
+        return [done[name].info["seen"] for name in graph.order]
+
+    assert seen(60) == [1, 1, 1], "60 and 60 do not go into 100"
+    assert seen(200) == [1, 1, 1], "larger than all memory: alone, but it runs"
+    assert max(seen(30)) > 1, "three times 30 go into 100"
+
+
+def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> None:
+    events: list[str] = []
+    etas: list[float] = []
+
+    def watch(progress: Progress, event: str) -> None:
+        events.append(event)
+        etas.append(progress.eta())
+
+    runner(chain(), tmp_path, watch=watch, jobs=1).run(["d"])
+    assert [event for event in events if event] == [
+        f"{what} {name}" for name in ("a", *(("b", "c") if "start b" in events[: events.index("start c")] else ("c", "b")), "d")
+        for what in ("start", "done")
+    ]  # fmt: skip
+    assert etas[0] > 0
+    assert etas[-1] == 0
+
+
+def test_peak_disk_counts_what_is_held_at_one_time() -> None:
+    long = Graph([Task(f"t{i}", WRITE, {"text": "x"}, needs=(f"t{i - 1}",) if i else (), disk=100) for i in range(9)])
+    assert peak_disk(long, long.order) == 300, "a chain holds two links; one more may be under way"
+    kept = Graph([Task(f"t{i}", WRITE, disk=100, keep=True) for i in range(9)])
+    assert peak_disk(kept, kept.order) == 1000
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_runs(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    graph = Graph([Task("a", WRITE, {"text": "a"}, disk=free * 2)])
+    with pytest.raises(ToolFailed, match="GB free"):
+        runner(graph, tmp_path).run(["a"])
+    assert not (tmp_path / "logs").exists()
+    with pytest.raises(ToolFailed, match="disk"):
+        require_disk(tmp_path, free * 2)
+
+
+def test_results_of_earlier_inputs_are_retired(tmp_path: Path) -> None:
+    old, new = chain(), chain(b="B")
+    runner(old, tmp_path).run(["d"])
+    runner(new, tmp_path).run(["d"])
+    store = Store(tmp_path / "store")
+    store.retire(new.keys.values())
+    assert not store.folder(old.keys["d"]).exists()
+    assert output(new, tmp_path, "d").exists()
