@@ -58,8 +58,9 @@ def errors_by_layer(level: LevelResult) -> list[Series]:
     ]
 
 
-def errors_by_net(report: Report) -> list[Series]:
-    """Per level, 1 - cosine of each kind of net, worst over layers and phases; x counts kinds."""
+def errors_by_net(report: Report) -> tuple[list[str], list[Series]]:
+    """Kinds of net, and per level 1 - cosine of each (x counts kinds), worst over layers and phases."""
+    kinds: list[str] = []
     result = []
     for level in report.levels:
         worst: dict[str, float] = {}
@@ -67,9 +68,10 @@ def errors_by_net(report: Report) -> list[Series]:
             cosine = check.values.get("cosine")
             if cosine is not None and math.isfinite(cosine) and check.kind != "greedy_head":
                 worst[check.kind] = max(worst.get(check.kind, 0.0), 1 - cosine)
-        points = tuple((float(i), max(v, _FLOOR)) for i, v in enumerate(worst.values()))
-        result.append(Series(f"{level.level} {level.mode} {level.name}: {', '.join(worst)}", points))
-    return result
+        kinds += [kind for kind in worst if kind not in kinds]
+        points = tuple((float(kinds.index(kind)), max(v, _FLOOR)) for kind, v in worst.items())
+        result.append(Series(f"{level.level} {level.mode} {level.name}", points))
+    return kinds, result
 
 
 def write_page(report: Report, path: Path, request: Request) -> None:
@@ -92,20 +94,21 @@ def render(
         raise _missing("jinja2") from None
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    kinds, by_net = errors_by_net(report)
     plots = [
         {
             "title": f"{level.level} {level.mode} {level.name}",
-            "svg": plot(series, "layer", "max abs error" if level.mode == "fp32" else "1 - cosine"),
+            "svg": plot(f"level{i}", series, "max abs error" if level.mode == "fp32" else "1 - cosine"),
             "series": series,
         }
-        for level in report.levels
+        for i, level in enumerate(report.levels)
         if (series := errors_by_layer(level))
     ]
     return template.render(
         version=__version__,
         report=report,
         plots=plots,
-        overview=plot(errors_by_net(report), "kind of net", "1 - cosine") if report.levels else "",
+        overview=plot("overview", by_net, "1 - cosine", kinds) if kinds else "",
         levels=[{"level": level, "rows": _rows(level)} for level in report.levels],
         columns=[HEADINGS.get(name, name) for name in COLUMNS],
         diff=diff,
@@ -136,8 +139,11 @@ def _sentences(checks: list[Check]) -> list[str]:
     return [f"{c.net} {c.label} {c.output}: {'; '.join(c.missed)}" for c in checks if not c.passed]
 
 
-def plot(series: list[Series], x_label: str, y_label: str) -> str:
-    """An SVG with a logarithmic error axis; lines have the ids ``line-i``, points ``point-i-j``."""
+def plot(name: str, series: list[Series], y_label: str, ticks: list[str] | None = None) -> str:
+    """An SVG with a logarithmic error axis; lines have the ids ``NAME-line-i``, points ``NAME-point-i-j``.
+
+    Without *ticks* the x axis counts layers; with them it names what stands at 0, 1, ...
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -145,23 +151,28 @@ def plot(series: list[Series], x_label: str, y_label: str) -> str:
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise _missing("matplotlib") from None
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen-surgery", "font.size": 9}):
+    salt = f"qwen-surgery {name}"  # ids inside the SVG must not meet those of another one on the page
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}):
         figure = Figure(figsize=(7, 3), layout="constrained")
         axes = figure.add_subplot()
         for i, one in enumerate(series):
             x = [point[0] for point in one.points]
             y = [point[1] for point in one.points]
-            (line,) = axes.plot(x, y, marker="", label=one.name)
-            line.set_gid(f"line-{i}")
+            joined = "none" if ticks else "-"
+            (line,) = axes.plot(x, y, linestyle=joined, marker="o", markersize=3, label=one.name)
+            line.set_gid(f"{name}-line-{i}")
             for j, (px, py) in enumerate(one.points):
-                axes.plot([px], [py], marker="o", color=line.get_color(), gid=f"point-{i}-{j}")
+                axes.plot([px], [py], marker="o", color=line.get_color(), gid=f"{name}-point-{i}-{j}")
         axes.set_yscale("log")
-        axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks, rotation=20, ha="right")
+        else:
+            axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if series:
-            axes.legend(fontsize=7)
+            figure.legend(loc="outside upper center", ncols=4, fontsize=7, frameon=False)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": "matplotlib"})
     text = buffer.getvalue()
