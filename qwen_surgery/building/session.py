@@ -18,11 +18,11 @@ from qwen_surgery.errors import ToolFailed, Usage
 @contextmanager
 def running(given: dict[str, Any]) -> Iterator[tuple[Running, Display]]:
     """How to run, from a command's parameters, with a display that is up while the block runs."""
-    with _executor(given["scheduler"]) as (executor, workers), Display() as display:
+    with executor(given["scheduler"]) as (chosen, workers), Display() as display:
         yield (
             Running(
                 jobs=given["jobs"],
-                executor=executor,
+                executor=chosen,
                 workers=workers,
                 watch=display,
                 say=display.say,
@@ -35,7 +35,7 @@ def running(given: dict[str, Any]) -> Iterator[tuple[Running, Display]]:
 
 
 @contextmanager
-def _executor(scheduler: str | None) -> Iterator[tuple[Any, int | None]]:
+def executor(scheduler: str | None) -> Iterator[tuple[Any, int | None]]:
     """A Dask cluster's executor and its number of workers; nothing for this machine."""
     if scheduler is None:
         yield None, None

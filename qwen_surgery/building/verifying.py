@@ -36,10 +36,13 @@ def run(params: dict[str, Any], bmodel: Path, folder: Path) -> dict[str, Any]:
     from qwen_surgery.verification.session import Request, verify
 
     folders = tuple(Path(path) for path in params["folders"])
+    geometry = Geometry(**params["geometry"])
     request = Request(
         checkout=Path(params["checkout"]),
         onnx=folders,
         bmodel=bmodel,
+        # A prompt of a third of S, which leaves room for decoding, and one that fills it.
+        prompt_lengths=(geometry.seq_length // 3 + 1, geometry.seq_length),
         steps=params["steps"],
         recipe=params["recipe"],
         mode=params["mode"],

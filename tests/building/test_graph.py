@@ -126,7 +126,12 @@ def test_a_graph_that_cannot_be_is_refused(tasks: list[Task], message: str) -> N
 def test_a_failing_task_raises_its_error_and_leaves_nothing(
     tmp_path: Path, action: str, kind: type[SurgeryError], text: str
 ) -> None:
-    graph = Graph([Task("a", f"tests.building.actions:{action}", keep=True), Task("b", WRITE, {"text": "b"}, needs=("a",))])
+    graph = Graph(
+        [
+            Task("a", f"tests.building.actions:{action}", keep=True),
+            Task("b", WRITE, {"text": "b"}, needs=("a",)),
+        ]
+    )
     with pytest.raises(kind, match=text) as caught:
         runner(graph, tmp_path).run(["b"])
     assert caught.value.exit_code == kind.exit_code
@@ -146,7 +151,12 @@ def test_a_tools_last_words_reach_the_user(tmp_path: Path) -> None:
 def test_a_failure_stops_what_runs_beside_it(tmp_path: Path) -> None:
     import time
 
-    graph = Graph([Task("slow", WRITE, {"text": "s", "sleep": 60}, seconds=99), Task("bad", "tests.building.actions:fail")])
+    graph = Graph(
+        [
+            Task("slow", WRITE, {"text": "s", "sleep": 60}, seconds=99),
+            Task("bad", "tests.building.actions:fail"),
+        ]
+    )
     started = time.monotonic()
     with pytest.raises(ToolFailed):
         runner(graph, tmp_path).run(["slow", "bad"])
@@ -158,7 +168,13 @@ def test_tasks_that_do_not_fit_in_memory_together_run_one_by_one(tmp_path: Path)
         place = tmp_path / f"place{memory}"
         place.mkdir()
         tasks = [
-            Task(f"t{i}-{memory}", "tests.building.actions:overlap", {"place": str(place)}, memory=memory, keep=True)
+            Task(
+                f"t{i}-{memory}",
+                "tests.building.actions:overlap",
+                {"place": str(place)},
+                memory=memory,
+                keep=True,
+            )
             for i in range(3)
         ]
         graph = Graph(tasks)
@@ -188,7 +204,9 @@ def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> Non
 
 
 def test_peak_disk_counts_what_is_held_at_one_time() -> None:
-    long = Graph([Task(f"t{i}", WRITE, {"text": "x"}, needs=(f"t{i - 1}",) if i else (), disk=100) for i in range(9)])
+    long = Graph(
+        [Task(f"t{i}", WRITE, {"text": "x"}, needs=(f"t{i - 1}",) if i else (), disk=100) for i in range(9)]
+    )
     assert peak_disk(long, long.order) == 300, "a chain holds two links; one more may be under way"
     kept = Graph([Task(f"t{i}", WRITE, disk=100, keep=True) for i in range(9)])
     assert peak_disk(kept, kept.order) == 1000
