@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WEIGHT_PREFIX = "weight/"
 STORED_PREFIX = "stored/"
 #: Initializers of at least this many bytes are kept once for all nets instead of in every file.
-SHARED_FROM = 4096
+SHARED_FROM = 1024
 #: protobuf's limit on one message.
 PROTOBUF_LIMIT = 2**31 - 1
 

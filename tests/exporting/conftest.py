@@ -29,9 +29,9 @@ class Tiny:
     geometry: Geometry
 
     @classmethod
-    def open(cls, path: Path, length: int = LENGTH) -> Tiny:
+    def open(cls, path: Path, length: int = LENGTH, recipe: str = "static") -> Tiny:
         opened = Checkout.open(path)
-        return cls(path, opened.sources(seq_length=length), WeightIndex.open(path), opened.geometry(length))
+        return cls(path, opened.sources(recipe, length), WeightIndex.open(path), opened.geometry(length))
 
     def export(self, folder: Path, **options: Any) -> Manifest:
         return export(self.sources, self.index, self.geometry, folder, trust_remote_code=True, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -171,16 +170,27 @@ def test_the_folder_can_be_moved(exported: Path, tmp_path: Path) -> None:
     Manifest.load(tmp_path / "moved").check(tmp_path / "moved")
 
 
-@pytest.mark.parametrize(
-    "part",
-    ["block_1.onnx", "templates/block.onnx", "constants.bin", "weights/model-00001-of-00002.safetensors"],
-)
+def flip(file: Path, offset: int) -> None:
+    """Change one bit of *file*."""
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+
+
+def test_another_fine_tunes_weights_are_refused(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    ref = Manifest.load(folder).net("block_1").weights["mlp.w1.weight"]
+    flip(ref.file, ref.offset + ref.nbytes // 2)
+    with pytest.raises(Refused, match=f"{ref.file.name} is not the file that manifest.json describes"):
+        Manifest.load(folder).check(folder)
+
+
+@pytest.mark.parametrize("part", ["block_1.onnx", "templates/block.onnx", "constants.bin"])
 def test_a_part_from_elsewhere_is_refused(exported: Path, tmp_path: Path, part: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(exported, folder)
-    content = bytearray((folder / part).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / part).write_bytes(content)
+    flip(folder / part, (folder / part).stat().st_size // 2)
     with pytest.raises(Refused, match=f"{part} is not the file that manifest.json describes"):
         Manifest.load(folder).check(folder)
     (folder / part).unlink()
@@ -230,14 +240,14 @@ def test_weights_that_do_not_fit_the_config_are_named(
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.parametrize("recipe", ["static", "documented"])
 @pytest.mark.parametrize(("switch", "other"), [("dynamic_ntk", "logn"), ("logn", "dynamic_ntk")])
 def test_a_length_that_cannot_be_exact_is_refused_with_the_reason(
-    tmp_path: Path, switch: str, other: str
+    tmp_path: Path, switch: str, other: str, recipe: str
 ) -> None:
-    options = {switch: True, other: False}
-    tiny = Tiny.open(small_checkout(tmp_path / "checkout", trained_length=LENGTH - 1, **options))
+    path = small_checkout(tmp_path / "checkout", trained_length=LENGTH - 1, **{switch: True, other: False})
     with pytest.raises(Refused, match=f"export length {LENGTH} is above the trained length {LENGTH - 1}"):
-        tiny.export(tmp_path / "onnx")
+        Tiny.open(path, recipe=recipe).export(tmp_path / "onnx")
     assert left_behind(tmp_path) == ["checkout"]
 
 
@@ -294,7 +304,7 @@ def test_the_checkout_is_never_written(own_checkout: Path, tmp_path: Path) -> No
 
 
 def test_a_72b_layer_at_length_8192_is_traced_with_almost_no_memory(tmp_path: Path) -> None:
-    """One such layer's fp32 weights are 3.5 GB, its attention scores 17 GB: nothing of the kind may be made."""
+    """One such layer's fp32 weights are 3.5 GB, its scores 17 GB: nothing of the kind may be made."""
     sizes = {"hidden": 8192, "heads": 64, "intermediate": 49152, "vocab": 1024}
     path = make_checkout(tmp_path / "big", layers=1, trained_length=8192, sparse=True, **sizes)
     big = Tiny.open(path, length=8192)
@@ -322,9 +332,15 @@ def test_large_and_small_layers_have_the_same_graph(tmp_path: Path) -> None:
 
 def test_tables_are_kept_once_for_all_layers(tiny: Tiny, exported: Path) -> None:
     table = LENGTH * tiny.geometry.head_dim * 4
-    size = (exported / "constants.bin").stat().st_size if table >= 4096 else 0
-    assert size <= 2 * (table + 4096)
-    assert all(os.stat(exported / n.file).st_size < 64 << 10 for n in Manifest.load(exported).nets)
+    assert (exported / "constants.bin").stat().st_size == 4096 + table  # cosines, padding, sines
+    for name in ("block_0", "block_1", "block_cache_0", "block_cache_1"):
+        graph = onnx.load(str(exported / f"{name}.onnx"), load_external_data=False).graph
+        places = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}
+        assert places["constant/rotary/cos"] == {
+            "location": "constants.bin",
+            "offset": "0",
+            "length": f"{table}",
+        }
 
 
 def test_nets_of_a_traced_module_keep_the_slot_names(tiny: Tiny) -> None:
