@@ -99,10 +99,25 @@ class ScorePath:
         """Statements that add the caller's mask to the scores."""
         return [stmt for stmt, kind in self._kinds if kind == "add"]
 
-    @property
+    @cached_property
     def unknown(self) -> list[ast.stmt]:
-        """Statements that rewrite the scores in a form not known."""
-        return [stmt for stmt, kind in self._kinds if kind == "unknown"]
+        """Statements that rewrite the scores in a form not known, or make them anew after a mask."""
+        found, masked = [], False
+        for stmt, kind in self._kinds:
+            masked = masked or kind == "add" or isinstance(kind, Mask)
+            if kind == "unknown" or (masked and kind == "make"):
+                found.append(stmt)
+        return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
+
+    @property
+    def _softmaxes(self) -> list[ast.stmt]:
+        """Top-level statements with a softmax; calls in one must be of the same scores to count as one."""
+        found = []
+        for stmt in self.function.body:
+            names = {_softmax_of(call) for call in t.calls(stmt, "softmax")}
+            found += [stmt] if names else []
+            found += [self.function] if len(names) > 1 else []
+        return found
 
     @property
     def where(self) -> str:
@@ -180,7 +195,7 @@ class ScorePath:
         return ""
 
     def _kind(self, stmt: ast.stmt) -> Mask | str:
-        """What one statement does to the scores: a Mask, ``add``, ``keep`` (harmless) or ``unknown``."""
+        """What one statement does to the scores: a Mask, ``add``, ``make``, ``keep`` or ``unknown``."""
         mask = self._mask(stmt)
         if mask is not None:
             return mask
@@ -189,7 +204,14 @@ class ScorePath:
         if self.scores not in t.binds(stmt):
             return "unknown" if self._mutates(stmt) else "keep"
         inner = [s for s in t.statements([stmt]) if not any(t.blocks(s)) and self.scores in t.binds(s)]
-        return "keep" if all(self._harmless(s) for s in inner) else "unknown"
+        if not all(self._harmless(s) for s in inner):
+            return "unknown"
+        return "make" if any(self._makes(s) for s in inner) else "keep"
+
+    def _makes(self, stmt: ast.stmt) -> bool:
+        """The scores are made anew: by a product, or from something else than themselves."""
+        calls = [n for n in t.walk(stmt) if isinstance(n, ast.Call) and t.last_name(n.func) in PRODUCTS]
+        return bool(calls) or self.scores not in t.reads(stmt)
 
     def _mutates(self, stmt: ast.stmt) -> bool:
         """In-place methods and subscript stores on the scores, which no plain assignment shows."""
@@ -387,12 +409,18 @@ def _softmax(function: ast.FunctionDef) -> tuple[str, ast.stmt] | None:
     """The scores' name and the top-level statement of the first softmax in a method, if there is one."""
     for stmt in function.body:
         for call in t.calls(stmt, "softmax"):
-            given = call.args[0] if t.on_torch(call) and call.args else None
-            if given is None and isinstance(call.func, ast.Attribute) and not t.on_torch(call):
-                given = call.func.value
-            if given is None:
-                given = t.keyword(call, "input")
-            name = uncast(given) if given is not None else None
-            if isinstance(name, ast.Name):
-                return name.id, stmt
+            name = _softmax_of(call)
+            if name is not None:
+                return name, stmt
     return None
+
+
+def _softmax_of(call: ast.Call) -> str | None:
+    """The name a softmax is taken of, casts aside; None when it is not a name."""
+    given: ast.expr | None = t.keyword(call, "input")
+    if t.on_torch(call) and call.args:
+        given = call.args[0]
+    elif isinstance(call.func, ast.Attribute) and not t.on_torch(call):
+        given = call.func.value
+    name = uncast(given) if given is not None else None
+    return name.id if isinstance(name, ast.Name) else None

@@ -86,6 +86,10 @@ class Rewrite:
 Edit = Drop | Insert | Move | Rewrite
 
 
+class EditError(ValueError):
+    """The edit cannot be made on this layout (two statements on one line, a one-line suite)."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One place a rule could act on, what it decided there, and the edits that would do it."""

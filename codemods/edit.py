@@ -15,12 +15,8 @@ from typing import Any
 import libcst as cst
 
 from codemods import tree as t
-from codemods.base import Drop, Edit, Insert, Move, Rewrite
+from codemods.base import Drop, Edit, EditError, Insert, Move, Rewrite
 from codemods.source import Source
-
-
-class EditError(ValueError):
-    """The edit cannot be made on this layout (two statements on one line, a one-line suite)."""
 
 
 def apply(source: Source, edits: Sequence[Edit]) -> str:
@@ -180,7 +176,7 @@ def _lead(node: Any, lines: Sequence[cst.EmptyLine]) -> Any:
 
 def _block_names(node: Any) -> list[str]:
     """The fields of a compound statement that hold blocks this module can edit."""
-    names = ["body"]
+    names = ["body"] if hasattr(node, "body") else []
     names += ["orelse"] if getattr(node, "orelse", None) is not None else []
     return names + (["finalbody"] if getattr(node, "finalbody", None) is not None else [])
 

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from codemods.base import Outcome, Plan, Rule, Site, Status
+from codemods.base import EditError, Outcome, Plan, Rule, Site, Status
 from codemods.source import Source, SourceError, Suppression, parse, read
 
 
@@ -57,14 +57,19 @@ def run_rules(data: bytes, rules: Sequence[Rule], skip: Iterable[str] = ()) -> S
     try:
         text = _edited(source, edits)
         _prove(text, rules, plan)
+    except EditError as error:
+        return SourceResult(data, _instead(outcomes, Status.DECLINED, str(error)), unused)
     except Exception as error:  # whatever goes wrong inside an edit, the user's file stays as it was
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, _Unproven) else str(error)
-        failed = tuple(
-            replace(o, status=Status.FAILED, reason=reason) if o.status is Status.APPLIED else o
-            for o in outcomes
-        )
-        return SourceResult(data, failed, unused)
+        return SourceResult(data, _instead(outcomes, Status.FAILED, reason), unused)
     return SourceResult(source.encode(text), outcomes, unused, changed=True)
+
+
+def _instead(outcomes: Sequence[Outcome], status: Status, reason: str) -> tuple[Outcome, ...]:
+    """The outcomes with every applied one turned into ``status``: one failing edit takes all of them back."""
+    return tuple(
+        replace(o, status=status, reason=reason) if o.status is Status.APPLIED else o for o in outcomes
+    )
 
 
 class _Unproven(Exception):

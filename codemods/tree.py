@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 
 #: Calls that have no effect besides their value, by the last part of their name.
 PURE_CALLS = frozenset(
@@ -74,10 +74,10 @@ def _calls_below(node: ast.AST) -> dict[str, list[ast.Call]]:
 
 
 def reads(node: ast.AST) -> frozenset[str]:
-    """Names whose value ``node`` uses; an augmented assignment uses its target."""
+    """Names whose value ``node`` needs; an augmented assignment needs its target, and so does ``del``."""
     known = node.__dict__.get("_reads")
     if known is None:
-        found = {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        found = {n.id for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
         found |= {
             n.target.id for n in walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
         }
@@ -174,8 +174,8 @@ def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
         block = getattr(node, name, None)
         if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
             yield block
-    for handler in getattr(node, "handlers", []):
-        yield handler.body
+    for inner in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+        yield inner.body
 
 
 def statements(block: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
@@ -196,16 +196,21 @@ def assignments(block: Iterable[ast.stmt], name: str) -> Iterator[tuple[ast.stmt
                     yield stmt, _value_of(target, stmt.value, name)
         elif isinstance(stmt, ast.AnnAssign) and is_name(stmt.target, name):
             yield stmt, stmt.value
-        elif (not any(blocks(stmt)) and name in binds(stmt)) or (
-            isinstance(stmt, (ast.For, ast.With)) and name in _header_binds(stmt)
-        ):
+        elif name in _binds_itself(stmt):
             yield stmt, None
 
 
-def _header_binds(stmt: ast.For | ast.With) -> Set[str]:
-    if isinstance(stmt, ast.For):
-        return binds(stmt.target)
-    return {name for item in stmt.items for name in binds(item)}
+def _binds_itself(stmt: ast.stmt) -> set[str]:
+    """Names a statement binds outside its blocks: a loop's targets, ``with``'s ``as``, ``:=`` in a test."""
+    found: set[str] = set()
+    for child in ast.iter_child_nodes(stmt):
+        if isinstance(child, (ast.ExceptHandler, ast.match_case)):
+            pattern = child.pattern if isinstance(child, ast.match_case) else None
+            captured = (getattr(n, "name", None) for n in walk(pattern or ast.Pass()))
+            found |= {name for name in (getattr(child, "name", None), *captured) if name}
+        elif not isinstance(child, ast.stmt):
+            found |= binds(child)
+    return found
 
 
 def _value_of(target: ast.expr, value: ast.expr, name: str) -> ast.expr | None:
