@@ -63,6 +63,7 @@ def _print(report: Report, every: bool) -> None:
         out.print(
             f"predicted by TPU-MLIR: first token {report.speed.first_token_ms:.2f} ms, then "
             f"{report.speed.token_ms:.2f} ms a token ({report.speed.tokens_per_second:.1f} tokens/s)"
+            + (f", without {', '.join(report.speed.uncounted)}" if report.speed.uncounted else "")
         )
     else:
         out.print("no predicted speed was recorded for it")

@@ -100,6 +100,10 @@ class _Job:
     def size(self) -> int:
         return self._regions.end
 
+    @property
+    def packed(self) -> int:
+        return self._done
+
     def copy(self, source: Bmodel, binary: dict[str, int]) -> None:
         binary["start"] = self._regions.add(source, Region.of(binary)).start
 
@@ -119,7 +123,6 @@ class _Job:
                     region, digest = self._pack(piece, source, Region.of(binary), pool)
                     binary["start"] = region.start
                     parameter["coeff_mem"]["check_code"] = list(digest)
-                    self._done += piece.plan.weights if piece.plan else 0
                     if progress is not None:
                         progress(piece.name, self._done, self._total)
                 else:
@@ -144,6 +147,7 @@ class _Job:
                     write_at(self._file, chunk, position + offset)
                     offset += len(chunk)
             pack(plan, tensors, sink, pool)
+            self._done += plan.weights
             digest = _digest(self._file, position, old.size)
             self._packed[key] = self._regions.settle(region, digest), digest
         return self._packed[key]
@@ -158,8 +162,21 @@ def _weights_key(plan: Plan, tensors: Tensors, source: Bmodel, old: Region) -> s
     for offset, size in plan.rest():
         for chunk in source.chunks(Region(old.start + offset, size)):
             rest.update(chunk)
+    return _tensors_key(plan, tensors) + rest.hexdigest()
+
+
+def _tensors_key(plan: Plan, tensors: Tensors) -> str:
     refs = [(slot, str(t.file), t.offset, t.dtype, list(t.shape)) for slot, t in sorted(tensors.items())]
-    return json.dumps([plan.to_json(), refs, rest.hexdigest()])
+    return json.dumps([plan.to_json(), refs])
+
+
+def _distinct_weights(pieces: Sequence[Piece]) -> int:
+    """How many weights there are to pack, those that two nets share counted once."""
+    return sum(
+        {
+            _tensors_key(p.plan, p.tensors): p.plan.weights for p in pieces if p.pack and p.plan and p.tensors
+        }.values()
+    )
 
 
 def _digest(file: BinaryIO, position: int, size: int) -> bytes:
@@ -272,7 +289,7 @@ def write(
             model["time"] = created
         first = sources[pieces[0].source]
         base = head_size(model, paged=first.paged)
-        total = sum(piece.plan.weights for piece in pieces if piece.pack and piece.plan)
+        total = _distinct_weights(pieces)
         threads = workers or len(os.sched_getaffinity(0))
         with replacing(output, _needed(model), before_replace) as file, ThreadPoolExecutor(threads) as pool:
             job = _Job(file, base, sources, first.paged, total)
@@ -282,6 +299,6 @@ def write(
                 job.net(piece, net["parameter"], pool, progress)
             job.finish()
             write_head(file, model, base, job.size)
-        return Written(output, base + job.size, total)
+        return Written(output, base + job.size, job.packed)
     finally:
         sources.close()

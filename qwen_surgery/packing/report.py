@@ -46,11 +46,15 @@ class NetReport:
 @dataclass(frozen=True)
 class Speed:
     """Predicted times in milliseconds: the first token (prefill of S positions), each further one, and
-    tokens/s."""
+    tokens/s.
+
+    ``uncounted`` are the nets without a prediction of their own.
+    """
 
     first_token_ms: float
     token_ms: float
     tokens_per_second: float
+    uncounted: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -171,25 +175,24 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     return problems
 
 
-def speed(predictions: Mapping[str, Prediction], layers: int) -> Speed | None:
-    """Predicted speed of a model with *layers* layers; None where a needed prediction is missing."""
+def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
+    """Predicted speed of a model of *layers* layers, greedy decoding; None without a prediction for its
+    blocks.
 
-    def total(*kinds: str) -> float | None:
-        values = [predictions.get(kind) for kind in kinds]
-        if any(value is None for value in values):
-            return None
-        return sum(
-            v.milliseconds * (layers if k.startswith("block") else 1)
-            for k, v in zip(kinds, values, strict=True)
-            if v
-        )
-
-    heads = [kind for kind in ("lm_head", "greedy_head") if kind in predictions]
-    first = total("embedding", "block", "lm_head", *heads[1:])
-    each = total("embedding_cache", "block_cache", "lm_head", *heads[1:])
-    if first is None or each is None or each <= 0:
+    TPU-MLIR states no time for nets that are one memory copy (the embeddings): those are left out and named.
+    """
+    blocks = ("block", "block_cache", "lm_head")
+    if any(kind not in predictions for kind in blocks) or not layers:
         return None
-    return Speed(first, each, 1000 / each)
+    tail = ("lm_head", "greedy_head") if heads else ("lm_head",)
+
+    def total(kinds: tuple[str, ...]) -> float:
+        counted = [(kind, predictions[kind]) for kind in kinds if kind in predictions]
+        return sum(p.milliseconds * (layers if k.startswith("block") else 1) for k, p in counted)
+
+    first, each = ("embedding", "block", *tail), ("embedding_cache", "block_cache", *tail)
+    missing = dict.fromkeys(kind for kind in first + each if kind not in predictions)
+    return Speed(total(first), total(each), 1000 / total(each), tuple(missing))
 
 
 def _side(path: Path) -> tuple[SideFile | None, str]:
@@ -218,7 +221,9 @@ def inspect(path: Path) -> Report:
         layers=layers,
         nets=reports,
         contract=tuple(_contract(reports, layers)),
-        speed=speed(side.predictions, layers) if side else None,
+        speed=speed(side.predictions, layers, any(r.name == "greedy_head" for r in reports))
+        if side
+        else None,
         notes=side.notes if side else {},
         refit=refit,
     )
