@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from qwen_surgery.building.digests import tensor_digests
 from qwen_surgery.building.graph import Done, Graph, Store, Task, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
 from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
 
@@ -78,6 +78,9 @@ class Builder:
         self.state = self.out / STATE
         self.store = Store(self.state / "store")
         self.logs = self.state / "logs"
+        if options.num_device > 1 and running.pack:
+            running.say("several chips share every net: layers are compiled one by one, not packed")
+            running = replace(running, pack=False)
         self.options, self.toolchain, self.running = options, toolchain, running
         self.ran: list[str] = []
         refuse_unsupported(options, toolchain)
@@ -381,6 +384,7 @@ def open_export(builder: Builder, onnx_dir: Path) -> roadmap.Compiling:
     manifest = Manifest.load(folder)
     manifest.check(folder)
     options = builder.options
+    refuse_uncleaned(options, manifest.passes)
     have = {net.name: net.kind for net in manifest.nets}
     for net in options.nets(manifest.geometry.layers):
         if have.get(net.name) is not net.kind:

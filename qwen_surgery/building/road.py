@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building import roadmap, session, verifying
 from qwen_surgery.building.drive import Builder, Built, Running, proof_targets, upstream_config
 from qwen_surgery.building.graph import Graph, Task
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def _start(
     index = WeightIndex.open(checkout)
     builder = Builder(out, resolved, toolchain, running)
     passes = () if given["no_clean"] else _passes(given, toolchain)
+    refuse_uncleaned(resolved, passes)
     front = builder.front(opened, sources, index, passes, trust=given["trust_remote_code"])
-    depth = verifying.depth(given["depth"], geometry, resolved.target)
+    depth = verifying.depth(given["depth"], geometry, resolved)
     planned = roadmap.planned_manifest(checkout, geometry, resolved, given["recipe"], passes)
     return _Start(builder, front, config, depth, checkout, given["recipe"], planned)
 
@@ -105,10 +106,17 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
             verify = _verify_tasks(start, compiling, given)
         built = builder.back(compiling, start.config, start.front, verify)
         built.done = {**done, **built.done}
+        if start.depth == "none" and given["depth"] != "none":
+            display.say("not verified: the emulator is one chip, this bmodel needs several")
+        elif 2 in builder.options.cores:
+            display.say(
+                "the two-core bmodel is checked for nets, shapes and types only: on two cores, TPU-MLIR's "
+                "emulator gives other numbers from run to run"
+            )
         if start.depth == "contract" and given["depth"] == "auto":
             display.say(
-                "verified: nets, shapes and types. The emulator would need long for this size; sample it with "
-                f"`qwen-surgery verify {checkout} --bmodel {built.bmodels[0]} --layers 0 --nets block_cache`"
+                "verified: nets, shapes and types. The emulator would need long for this size; "
+                f"sample it with `qwen-surgery verify {checkout} --bmodel {built.bmodels[0]} --layers 0 --nets block_cache`"
             )
     return Outcome(built, start.depth, built.report)
 

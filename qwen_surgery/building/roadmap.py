@@ -372,9 +372,11 @@ def verify_tasks(compiling: Compiling, verifying: Verifying, maker: str) -> list
     for cores in compiling.options.cores:
         file = compiling.options.file_name(compiling.manifest.seq_length, cores).name
         made = f"{maker}:{file}"
+        only = {"depth": "contract"} if cores > 1 else {}
         tasks.append(
             Task(
-                f"verify:{file}", f"{_ACTIONS}:verify", {**verifying.params, "file": file, "assembled": made},
+                f"verify:{file}", f"{_ACTIONS}:verify",
+                {**verifying.params, **only, "file": file, "assembled": made},
                 verifying.inputs, {**verifying.places, "export": str(compiling.folder.absolute())}, (made,),
                 memory=2000 * _MB, disk=_MB, seconds=30.0, keep=True,
                 command=f"verify {file} against the unpatched model",

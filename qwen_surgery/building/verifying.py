@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_surgery.building import costs
-from qwen_surgery.errors import Refused
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, NetKind
 
 #: Emulated multiply-adds a second on one core, measured; bounds what is verified without being asked.
@@ -18,8 +19,14 @@ PATIENCE = 240.0
 DEPTHS = ("auto", "full", "contract", "none")
 
 
-def depth(asked: str, geometry: Geometry, target: str) -> str:
-    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``contract``."""
+def depth(asked: str, geometry: Geometry, options: CompileOptions) -> str:
+    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``contract``;
+    ``none`` for several chips, which the emulator does not have. Raises Usage when that was asked for.
+    """
+    if options.num_device > 1 and asked not in ("auto", "none"):
+        raise Usage(f"--verify {asked} is impossible: the emulator is one chip", hint="use --verify none")
+    if options.num_device > 1:
+        return "none"
     if asked != "auto":
         return asked
     # a prefill of all positions for three prompt lengths and end to end, and some decode steps

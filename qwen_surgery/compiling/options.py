@@ -195,6 +195,24 @@ def _group_axes(geometry: Geometry | None) -> tuple[tuple[str, int], ...]:
     return (("hidden size", geometry.hidden), ("MLP width", geometry.intermediate // 2))
 
 
+#: What needs the graph passes, and why: found by compiling the raw graphs with TPU-MLIR 1.30.2.
+_NEEDS_PASSES = {
+    "--dynamic": "compiled from the raw graphs, dynamic nets crash or give wrong numbers",
+    "--num-device": "TPU-MLIR cannot split the raw graphs over several chips (it fails an assertion)",
+}
+
+
+def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
+    """Raise :class:`Usage` for options that only work on nets that the pass ``rotary`` has been over."""
+    asked = {"--dynamic": options.dynamic, "--num-device": options.num_device > 1}
+    for option, why in _NEEDS_PASSES.items():
+        if asked[option] and "rotary" not in passes:
+            raise Usage(
+                f"{option} needs cleaned nets: {why}",
+                hint="run `qwen-surgery clean` on the export first, with the pass rotary",
+            )
+
+
 def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str]:
     """``model_deploy``'s flags for a net of *kind*, but for its input and output files. *options* are
     resolved.
