@@ -8,7 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -18,6 +18,8 @@ from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.patching.receipt import STATE
 
 _GITLINK = "160000"
+# Set inside git hooks (pre-commit runs in one); they would point git at another repository.
+_GIT_LOCATIONS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,10 @@ class GitSource:
         wanted = sorted({(c.commit, c.path) for c in changes})
         names = [f"{commit}:{PurePosixPath(path).with_name(CONFIG)}" for commit, path in wanted]
         usable = [i for i, name in enumerate(names) if "\n" not in name]
-        with _lines_file(names[i] for i in usable) as stdin:
-            answer = self._git("cat-file", "--batch-check", stdin=stdin).decode("utf-8", "replace")
+        with _lines_file(names[i] for i in usable) as stdin, self._objects_only() as only:
+            answer = self._git("cat-file", "--batch-check", stdin=stdin, extra=only).decode(
+                "utf-8", "replace"
+            )
         found = {}
         for i, line in zip(usable, answer.splitlines(), strict=True):
             parts = line.split(" ")
@@ -146,7 +150,8 @@ class GitSource:
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         with (
             _lines_file(keys) as stdin,
-            self._start("cat-file", "--batch", stdin=stdin) as process,
+            self._objects_only() as only,
+            self._start("cat-file", "--batch", stdin=stdin, extra=only) as process,
         ):
             assert process.stdout is not None
             while header := process.stdout.readline():
@@ -161,19 +166,34 @@ class GitSource:
     def _command(self, *arguments: str) -> list[str]:
         return ["git", "-C", str(self.path), "--no-pager", *arguments]
 
-    def _start(self, *arguments: str, stdin: int) -> subprocess.Popen[bytes]:
+    @contextlib.contextmanager
+    def _objects_only(self) -> Iterator[dict[str, str]]:
+        """The environment that makes git see this repository's objects and nothing of its configuration.
+
+        In a partial clone git would otherwise ask the remote for each object it lacks, or die trying.
+        """
+        objects = self.path / self._git("rev-parse", "--git-path", "objects").decode().strip("\n")
+        form = self._git("rev-parse", "--show-object-format").decode().strip()
+        with tempfile.TemporaryDirectory(prefix="qwen-surgery-") as bare:
+            self._git("init", "--quiet", "--bare", "--template=", f"--object-format={form}", bare)
+            yield {"GIT_DIR": bare, "GIT_OBJECT_DIRECTORY": str(objects.absolute())}
+
+    def _start(self, *arguments: str, stdin: int, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             self._command(*arguments),
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=_environment(),
+            env={**_environment(), **extra},
         )
 
-    def _run(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
+    def _run(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, extra: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        environment = {**_environment(), **(extra or {})}
         try:
             return subprocess.run(
-                self._command(*arguments), stdin=stdin, capture_output=True, env=_environment(), check=False
+                self._command(*arguments), stdin=stdin, capture_output=True, env=environment, check=False
             )
         except FileNotFoundError:
             raise ToolFailed(
@@ -181,8 +201,10 @@ class GitSource:
                 hint="install git, or survey a folder of files",
             ) from None
 
-    def _git(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> bytes:
-        done = self._run(*arguments, stdin=stdin)
+    def _git(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, extra: Mapping[str, str] | None = None
+    ) -> bytes:
+        done = self._run(*arguments, stdin=stdin, extra=extra)
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
             raise ToolFailed(f"git {arguments[0]} failed in {self.path}: {said[0]}")
@@ -190,9 +212,9 @@ class GitSource:
 
 
 def _environment() -> dict[str, str]:
-    """git's surroundings: no lazy download of what a partial clone lacks, no prompt, no lock taken."""
+    """git's surroundings: the repository that PATH is, whatever GIT_DIR says; no prompt, no lock taken."""
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in _GIT_LOCATIONS},
         "GIT_NO_LAZY_FETCH": "1",
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_OPTIONAL_LOCKS": "0",
