@@ -28,6 +28,7 @@ BUILT_IN = (
     "graph_passes.rotary:Rotary",
     "graph_passes.joint_mlp:JointMlp",
     "graph_passes.zero_bias:ZeroBias",
+    "graph_passes.token_lanes:TokenLanes",
 )
 
 

@@ -36,10 +36,11 @@ class MlirPass(ABC):
 
 def built_in() -> tuple[MlirPass, ...]:
     """The built-in passes in running order."""
+    from graph_passes.mlir.grouped_norm import GroupedNorm
     from graph_passes.mlir.kv_join import KvJoin
     from graph_passes.mlir.top_rope import TopRope
 
-    return (TopRope(), KvJoin())
+    return (TopRope(), KvJoin(), GroupedNorm())
 
 
 def apply(text: str, passes: Iterable[MlirPass | str] | None = None) -> tuple[str, tuple[Report, ...]]:

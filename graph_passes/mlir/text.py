@@ -181,12 +181,13 @@ class Module:
         numbers = [int(op.result[1:]) for op in self.ops if op.result[1:].isdigit()]
         return f"%{max(numbers, default=0) + 1}"
 
-    def none_value(self) -> str:
-        """The ``top.None`` value; raises :class:`NotTopText` when the module has none."""
-        for op in self.ops:
-            if op.name == "top.None":
-                return op.result
-        raise NotTopText("no top.None in the module")
+    def new_location(self, name: str) -> str:
+        """An alias for a new location called *name*, written at the end of the text."""
+        numbers = [int(alias[4:]) for alias in self._names if alias[4:].isdigit()]
+        alias = f"#loc{max(numbers, default=0) + 1}"
+        self._names[alias] = name
+        self.tail.append(f'{alias} = loc("{name}")')
+        return alias
 
     def drop_dead(self) -> int:
         """Remove operations whose result nobody uses (inputs stay: they are the interface). Returns how
