@@ -116,7 +116,8 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
         if start.depth == "contract" and given["depth"] == "auto":
             display.say(
                 "verified: nets, shapes and types. The emulator would need long for this size; "
-                f"sample it with `qwen-surgery verify {checkout} --bmodel {built.bmodels[0]} --layers 0 --nets block_cache`"
+                f"sample it with `qwen-surgery verify {checkout} --bmodel {built.bmodels[0]} "
+                "--layers 0 --nets block_cache`"
             )
     return Outcome(built, start.depth, built.report)
 

@@ -1,0 +1,199 @@
+"""What a whole build costs at real sizes, and what a second one costs.
+
+    python benchmarks/build.py 1.8B --layers 4     wall time, peak RSS, bytes written; then again, nothing changed
+    python benchmarks/build.py 1.8B                all 24 layers
+    python benchmarks/build.py 7B                  all 32 layers
+    python benchmarks/build.py 7B --refit          also refit to other weights and back
+
+Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included; bytes
+written are what all of them passed to write(2) (``wchar`` of /proc/PID/io; memory-mapped writes are not
+in it), both sampled 20 times a second. ``cpu`` is processor seconds, which other work on the machine changes
+little. Nothing runs on the emulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from golden.eras import make_checkout
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes, as in its config.json."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    shards: int
+
+
+GEOMETRIES = {
+    "tiny": Sizes(2, 128, 2, 512, 1),
+    "1.8B": Sizes(24, 2048, 16, 11008, 2),
+    "7B": Sizes(32, 4096, 32, 22016, 8),
+    "14B": Sizes(40, 5120, 40, 27392, 15),
+}
+VOCABULARY = {"tiny": 512}
+
+
+class Written:
+    """Bytes written by a process and all its descendants, sampled from /proc while they live."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.last: dict[int, int] = {}
+        self.rss = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            total = 0
+            for pid in self._tree():
+                try:
+                    text = Path(f"/proc/{pid}/io").read_text()
+                    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                except (OSError, ValueError, IndexError):
+                    continue
+                total += pages * os.sysconf("SC_PAGE_SIZE")
+                self.last[pid] = int(text.split("wchar: ")[1].split()[0])
+            self.rss = max(self.rss, total)
+
+    def _tree(self) -> list[int]:
+        parents: dict[int, int] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                except (OSError, ValueError, IndexError):
+                    continue
+        found, todo = [], [self.pid]
+        while todo:
+            pid = todo.pop()
+            found.append(pid)
+            todo += [child for child, parent in parents.items() if parent == pid]
+        return found
+
+    def stop(self) -> int:
+        """Bytes written in all."""
+        self._stop.set()
+        self._thread.join()
+        return sum(self.last.values())
+
+
+def run(command: list[str], log: Path) -> dict[str, float]:
+    """Run *command*: seconds, peak RSS of all its processes together, bytes written."""
+    started, before = time.perf_counter(), _processor()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+        written = Written(process.pid)
+        status = process.wait()
+    seconds = time.perf_counter() - started
+    total = written.stop()
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")
+    return {
+        "seconds": round(seconds, 1),
+        "cpu": round(_processor() - before, 1),
+        "rss_gb": round(written.rss / 1e9, 2),
+        "written_gb": round(total / 1e9, 2),
+    }
+
+
+def _processor() -> float:
+    """Processor seconds of all finished children."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def checkpoint(work: Path, name: str, layers: int, seed: int) -> Path:
+    """A checkout of random weights, made once."""
+    folder = work / f"ckpt-{name}-{layers}-{seed}"
+    if not (folder / "config.json").exists():
+        sizes = GEOMETRIES[name]
+        shutil.rmtree(folder, ignore_errors=True)
+        make_checkout(
+            folder, era="sdpa", layers=layers, hidden=sizes.hidden, heads=sizes.heads,
+            intermediate=sizes.intermediate, vocab=VOCABULARY.get(name, 151936), trained_length=8192,
+            shards=min(sizes.shards, 2 * layers), seed=seed,
+        )  # fmt: skip
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("geometry", choices=GEOMETRIES)
+    parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--mode", default="int4")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--work", type=Path, default=Path("bench-build"))
+    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the output")
+    args = parser.parse_args()
+    layers = args.layers or GEOMETRIES[args.geometry].layers
+    args.work.mkdir(parents=True, exist_ok=True)
+    work = args.work.resolve()
+    source, out = (
+        checkpoint(work, args.geometry, layers, 0),
+        work / f"out-{args.geometry}-{layers}-{args.mode}",
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    tool = [sys.executable, "-m", "qwen_surgery"]
+    build = [
+        *tool,
+        "build",
+        str(source),
+        "--out",
+        str(out),
+        "--mode",
+        args.mode,
+        "--seq-length",
+        str(args.seq_length),
+    ]
+    build += ["--verify", "contract", "--trust-remote-code", "--json"]
+    result: dict[str, object] = {"geometry": args.geometry, "layers": layers, "mode": args.mode}
+    result["build"] = run(build, work / "build.log")
+    result["again"] = run(build, work / "again.log")
+    result["load"] = os.getloadavg()
+    (bmodel,) = out.glob("BM1684X/*.bmodel")
+    result["bmodel_gb"] = round(bmodel.stat().st_size / 1e9, 3)
+    if args.refit:
+        result |= refit(tool, bmodel, source, checkpoint(work, args.geometry, layers, 1), work)
+    print(json.dumps(result))
+    if not args.keep:
+        shutil.rmtree(out)
+        for folder in work.glob("ckpt-*"):
+            shutil.rmtree(folder)
+    return 0
+
+
+def refit(tool: list[str], bmodel: Path, source: Path, other: Path, work: Path) -> dict[str, object]:
+    """Refit to *other* and back to *source*: costs, and whether the first file's bytes came back."""
+    there, back = work / "there.bmodel", work / "back.bmodel"
+    costs = run([*tool, "refit", str(bmodel), str(other), "--out", str(there)], work / "refit.log")
+    run([*tool, "refit", str(there), str(source), "--out", str(back)], work / "refit-back.log")
+    same = subprocess.run(["cmp", "-s", str(bmodel), str(back)], check=False).returncode == 0
+    for file in work.glob("*.bmodel*"):
+        file.unlink()
+    return {"refit": costs, "refit_back_gives_the_same_bytes": same}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
