@@ -1,6 +1,6 @@
 """What a whole build costs at real sizes, and what a second one costs.
 
-    python benchmarks/build.py 1.8B --layers 4     wall time, peak RSS, bytes written; then again, nothing changed
+    python benchmarks/build.py 1.8B --layers 4     wall, RSS, bytes written; then again, nothing changed
     python benchmarks/build.py 1.8B                all 24 layers
     python benchmarks/build.py 7B                  all 32 layers
     python benchmarks/build.py 7B --refit          also refit to other weights and back

@@ -1,0 +1,160 @@
+"""Compile options: the reference scripts' flags for every combination that works, one clear refusal for the
+rest.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qwen_surgery.compiling.one import refuse_unsupported
+from qwen_surgery.compiling.options import CompileOptions, deploy_flags, refuse_uncleaned
+from qwen_surgery.errors import Usage
+from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.toolchain import Toolchain
+
+QWEN_7B = Geometry(32, 4096, 32, 128, 151936, 22016, 512)
+
+
+def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
+    resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
+    return " ".join(deploy_flags(kind, resolved, cores))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (NetKind.BLOCK, {"mode": "int8"}, "--quantize W8BF16 --quant_input --quant_output --chip bm1684x"),
+        (
+            NetKind.BLOCK_CACHE,
+            {"mode": "int4"},
+            "--quantize W4BF16 --q_group_size 64 --quant_input --quant_output --chip bm1684x --addr_mode io_alone",
+        ),
+        (
+            NetKind.BLOCK_CACHE,
+            {"mode": "bf16", "addr_mode": "basic", "dynamic": True},
+            "--quantize BF16 --quant_input --quant_output --chip bm1684x --dynamic",
+        ),
+        (NetKind.LM_HEAD, {"mode": "int8"}, "--quantize W8BF16 --quant_input --chip bm1684x"),
+        (
+            NetKind.LM_HEAD,
+            {"mode": "int4", "lm_head_mode": "bf16"},
+            "--quantize BF16 --quant_input --chip bm1684x",
+        ),
+        (NetKind.EMBEDDING, {"mode": "int4"}, "--quantize BF16 --quant_input --quant_output --chip bm1684x"),
+        (
+            NetKind.EMBEDDING_CACHE,
+            {"mode": "f16"},
+            "--quantize F16 --quant_input --quant_output --chip bm1684x",
+        ),
+        (NetKind.GREEDY_HEAD, {"mode": "int4"}, "--chip bm1684x"),
+        (NetKind.PENALTY_SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x"),
+        (
+            NetKind.BLOCK,
+            {"mode": "int4", "q_group_size": 32, "symmetric": True},
+            "--quantize W4BF16 --q_group_size 32 --q_symmetric --quant_input --quant_output --chip bm1684x",
+        ),
+        (
+            NetKind.LM_HEAD_TOPK,
+            {"mode": "int8", "num_device": 8},
+            "--quantize W8BF16 --quant_input --chip bm1684x --num_device 8",
+        ),
+    ],
+)
+def test_flags_are_those_of_the_reference_scripts(
+    kind: NetKind, options: dict[str, object], expected: str
+) -> None:
+    assert flags(kind, **options) == expected
+
+
+def test_two_cores_are_bm1688s() -> None:
+    assert "--num_core 2" in flags(NetKind.BLOCK, 2, target="bm1688")
+    assert CompileOptions(target="bm1688").resolved(QWEN_7B).cores == (1, 2)
+    assert CompileOptions(target="bm1688", num_core=2).resolved(QWEN_7B).cores == (2,)
+    assert CompileOptions(target="cv186x").resolved(QWEN_7B).cores == (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "count"),
+    [
+        ({}, ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head"], 5),
+        ({"target": "bm1688"}, ["embedding", "embedding_cache", "lm_head"], 3),
+        ({"num_device": 2}, ["embedding", "embedding_cache", "lm_head"], 3),
+        ({"runtime": "sophon-demo-2024.1"}, ["embedding", "embedding_cache", "lm_head"], 2),
+    ],
+)
+def test_a_runtime_counts_the_right_number_of_layers(
+    options: dict[str, object], names: list[str], count: int
+) -> None:
+    resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
+    nets = [net.name for net in resolved.nets(32)]
+    assert nets[: len(names)] == names
+    assert nets[len(names) : len(names) + 2] == ["block_0", "block_cache_0"]
+    assert (len(nets) - count) // 2 == 32, "the demo would look for another number of layers"
+
+
+def test_the_oldest_runtime_gets_a_token_from_its_lm_head() -> None:
+    resolved = CompileOptions(runtime="sophon-demo-2024.1").resolved(QWEN_7B)
+    assert resolved.nets(1)[2].kind is NetKind.LM_HEAD_TOPK
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({}, "BM1684X/qwen_int4_seq512_1dev.bmodel"),
+        ({"mode": "int8", "num_device": 2, "dynamic": True}, "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel"),
+        ({"target": "bm1688", "mode": "f16"}, "BM1688/qwen_f16_seq512_bm1688_1dev.bmodel"),
+        ({"target": "cv186x", "name": "q"}, "CV186X/q_int4_seq512_cv186x_1dev.bmodel"),
+    ],
+)
+def test_names_are_those_of_the_reference_scripts(options: dict[str, object], path: str) -> None:
+    resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
+    assert resolved.file_name(512) == Path(path)
+    if resolved.target == "bm1688":
+        assert resolved.file_name(512, 2).name.endswith("_1dev_2core.bmodel")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "llm-tpu", "target": "bm1688"}, "runs on bm1684x, not on bm1688"),
+        ({"runtime": "llm-tpu", "mode": "f16"}, "cannot run --mode f16"),
+        ({"runtime": "sophon-demo-2024.1", "dynamic": True}, "--dynamic has no use"),
+        ({"target": "bm1688", "dynamic": True}, "--dynamic is not supported on bm1688"),
+        ({"target": "cv186x", "num_device": 2}, "--num-device 2 needs bm1684x"),
+        ({"num_core": 2}, "--num-core 2 needs bm1688"),
+        ({"target": "cv186x", "num_core": 2}, "--num-core 2 needs bm1688"),
+        ({"mode": "int8", "q_group_size": 64}, "no effect on --mode int8"),
+        ({"mode": "bf16", "symmetric": True}, "--symmetric has no effect"),
+        ({"q_group_size": 100}, "does not divide the hidden size of 4096"),
+        ({"q_group_size": 0}, "must be positive"),
+        ({"mode": "bf16", "lm_head_mode": "int8"}, "lower precision"),
+        ({"mode": "int4", "lm_head_mode": "f16"}, "does not go with"),
+        ({"mode": "w8a8"}, "unknown"),
+    ],
+)
+def test_impossible_combinations_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(Usage, match=re.escape(message)) as caught:
+        CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("options", [{"dynamic": True}, {"num_device": 2}])
+def test_what_raw_graphs_cannot_carry_is_refused(options: dict[str, object]) -> None:
+    resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
+    with pytest.raises(Usage, match="needs cleaned nets"):
+        refuse_uncleaned(resolved, ("fold-constants",))
+    refuse_uncleaned(resolved, ("fold-constants", "rotary"))
+
+
+def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    tools = tmp_path / "python/tools"
+    tools.mkdir(parents=True)
+    (tools / "model_deploy.py").write_text('parser.add_argument("--num_device")\n')
+    old = Toolchain(tmp_path / "python3", tmp_path, "1.6")
+    with pytest.raises(Usage, match="TPU-MLIR 1.6 has no --addr_mode") as caught:
+        refuse_unsupported(CompileOptions().resolved(), old)
+    assert "--addr-mode basic" in caught.value.hint
+    refuse_unsupported(CompileOptions(addr_mode="basic").resolved(), old)
