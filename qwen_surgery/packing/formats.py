@@ -65,19 +65,28 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     """float32 -> bfloat16 bits (uint16), as TPU-MLIR rounds."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    rounded = np.where(np.isnan(values), (bits >> 16).astype(np.uint16) | 0x40, rounded)
-    return _flush(rounded, (bits & 0x7F800000) == 0)
+    special = (bits & 0x7F800000) == 0x7F800000
+    if special.any():  # rounding up must not turn a NaN into something else
+        nan = special & ((bits & 0x7FFFFF) != 0)
+        rounded[nan] = (bits[nan] >> 16).astype(np.uint16) | 0x40
+    subnormal = (bits & 0x7F800000) == 0
+    if subnormal.any():
+        rounded[subnormal] &= 0x8000
+    return rounded
 
 
-def _flush(bits: np.ndarray, subnormal: np.ndarray) -> np.ndarray:
-    return np.where(subnormal, bits & 0x8000, bits).astype(np.uint16)
+def _without_subnormals(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 *bits* with subnormals turned into zero of their sign; a copy only where there are any."""
+    mantissa_only = ((bits & 0x7FFF) - np.uint16(1)) < 0x7F  # true zeros wrap round and stay out
+    if not mantissa_only.any():
+        return bits
+    return np.where(mantissa_only, bits & 0x8000, bits).astype(np.uint16)
 
 
 def convert(values: np.ndarray, source: str, target: str) -> np.ndarray:
     """Stored *values* of dtype *source* in the plain format *target*; same shape, contiguous."""
     if source == target == "BF16":
-        bits = np.ascontiguousarray(values)
-        return _flush(bits, (bits & 0x7F80) == 0)
+        return _without_subnormals(np.ascontiguousarray(values))
     if source == target:
         return np.ascontiguousarray(values)
     wide = to_float32(values, source)

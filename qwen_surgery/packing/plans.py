@@ -20,6 +20,8 @@ from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
 
 #: Elements handled at once: small enough to stay in a core's cache through all passes over them.
 _BLOCK = 1 << 17
+#: Columns turned into rows at once.
+_STRIP = 64
 
 
 class Tensor(Protocol):
@@ -193,6 +195,15 @@ def _finite(scale: np.ndarray, tensors: Tensors, expression: Expression) -> None
         raise Refused(f"tensor {names} holds values that are not finite; it cannot be quantised")
 
 
+def _columns(values: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Columns *first* to *last* as rows. numpy's own transposed copy takes five times as long."""
+    strip = np.ascontiguousarray(values[:, first:last])
+    result = np.empty((last - first, values.shape[0]), values.dtype)
+    for index in range(last - first):
+        result[index] = strip[:, index]
+    return result
+
+
 def _plain_jobs(placement: Plain, matrix: Matrix, sink: Sink) -> Iterator[Callable[[], None]]:
     item = formats.STORAGE[placement.target].itemsize
     rows, columns = placement.stop - placement.start, placement.shape[1]
@@ -209,10 +220,10 @@ def _plain_jobs(placement: Plain, matrix: Matrix, sink: Sink) -> Iterator[Callab
     whole = matrix.rows(placement.start, placement.stop)
 
     def by_columns(first: int, last: int) -> None:
-        packed = formats.convert(whole.array[:, first:last].T, whole.dtype, placement.target)
+        packed = formats.convert(_columns(whole.array, first, last), whole.dtype, placement.target)
         sink(placement.offset + first * rows * item, packed)
 
-    for first, last in _blocks(0, columns, rows):
+    for first, last in ((first, min(first + _STRIP, columns)) for first in range(0, columns, _STRIP)):
         yield lambda a=first, b=last: by_columns(a, b)  # type: ignore[misc]
 
 
