@@ -19,8 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from golden.eras import make_checkout
+from qwen_surgery.weights import WeightIndex
 
 #: name -> layers, hidden, heads, config.json's intermediate size
 GEOMETRIES = {
@@ -56,14 +59,35 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _fill(checkout: Path) -> None:
+    """Give a checkout of zeros random bfloat16 weights, different in every tensor: slices of one random
+    pool."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    pool = (values.view(np.uint32) >> 16).astype(np.uint16)
+    for ref in WeightIndex.open(checkout).values():
+        with ref.file.open("r+b", buffering=0) as file:
+            file.seek(ref.offset)
+            left = ref.numel
+            while left:
+                start = int(rng.integers(0, len(pool) // 2))
+                piece = pool[start : start + min(left, len(pool) // 2)]
+                file.write(piece.tobytes())
+                left -= len(piece)
+
+
 def _checkout(path: Path, geometry: str, layers: int, *, zeros: bool) -> Path:
-    if not path.exists():
-        _, hidden, heads, intermediate = GEOMETRIES[geometry]
-        make_checkout(
-            path, layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, vocab=VOCAB,
-            shards=8, sparse=zeros,
-        )  # fmt: skip
-    return path
+    if path.exists():
+        return path
+    _, hidden, heads, intermediate = GEOMETRIES[geometry]
+    new = path.with_name(path.name + ".new")
+    make_checkout(
+        new, layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, vocab=VOCAB, shards=8,
+        sparse=True,
+    )  # fmt: skip
+    if not zeros:
+        _fill(new)
+    return new.rename(path)
 
 
 def measure(geometry: str, layers: int, mode: str, work: Path) -> dict[str, object]:
