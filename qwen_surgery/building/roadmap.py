@@ -7,6 +7,7 @@ compiles, packs and assembles what came out of it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ def front(
         "seq_length": geometry.seq_length,
         "fused_head": options.fused_head,
         "version": __version__,
+        "code": code_digest("qwen_surgery.exporting", "graph_passes"),
     }
     tables = 8 * geometry.seq_length * geometry.head_dim * (2 * geometry.layers + 4)
     graphs = (2 * geometry.layers + 10) * 100_000 + tables
@@ -213,14 +215,20 @@ def prove_tasks(compiling: Compiling) -> list[Task]:
     return tasks
 
 
-def packer_digest() -> str:
-    """Of the packer's own code: a changed packer proves itself again and packs again."""
-    import qwen_surgery.packing as packing
-
+def code_digest(*packages: str) -> str:
+    """Of the packages' own code: what it made is made anew when it changes."""
     digest = hashlib.sha256()
-    for file in sorted(Path(packing.__path__[0]).glob("*.py")):
-        digest.update(file.read_bytes())
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            for file in sorted(Path(root).rglob("*.py")):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def packer_digest() -> str:
+    """A changed packer proves itself again and packs again."""
+    return code_digest("qwen_surgery.packing")
 
 
 def combine_tasks(compiling: Compiling) -> list[Task]:

@@ -30,7 +30,8 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         (
             NetKind.BLOCK_CACHE,
             {"mode": "int4"},
-            "--quantize W4BF16 --q_group_size 64 --quant_input --quant_output --chip bm1684x --addr_mode io_alone",
+            "--quantize W4BF16 --q_group_size 64 --quant_input --quant_output --chip bm1684x "
+            "--addr_mode io_alone",
         ),
         (
             NetKind.BLOCK_CACHE,
@@ -154,7 +155,7 @@ def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> 
     tools.mkdir(parents=True)
     (tools / "model_deploy.py").write_text('parser.add_argument("--num_device")\n')
     old = Toolchain(tmp_path / "python3", tmp_path, "1.6")
-    with pytest.raises(Usage, match="TPU-MLIR 1.6 has no --addr_mode") as caught:
+    with pytest.raises(Usage, match=r"TPU-MLIR 1\.6 has no --addr_mode") as caught:
         refuse_unsupported(CompileOptions().resolved(), old)
     assert "--addr-mode basic" in caught.value.hint
     refuse_unsupported(CompileOptions(addr_mode="basic").resolved(), old)

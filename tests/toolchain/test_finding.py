@@ -62,10 +62,10 @@ def test_a_pyenv_shim_is_passed_over(tmp_path: Path) -> None:
 
 def test_no_python_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python310, "candidates", lambda env: iter(()))
-    with pytest.raises(ToolFailed, match="needs Python 3.10 and none was found") as caught:
+    with pytest.raises(ToolFailed, match=r"needs Python 3\.10 and none was found") as caught:
         python310.find({"HOME": str(tmp_path)})
     assert "QWEN_SURGERY_PYTHON310" in caught.value.hint
-    with pytest.raises(ToolFailed, match="is not a working Python 3.10"):
+    with pytest.raises(ToolFailed, match=r"is not a working Python 3\.10"):
         python310.find({"QWEN_SURGERY_PYTHON310": str(tmp_path / "nothing")})
 
 
@@ -90,7 +90,7 @@ def test_versions_lie_side_by_side_and_the_default_wins(tmp_path: Path) -> None:
     assert [chain.version for chain in Toolchain.installed(env)] == ["1.6", "1.30.2"]
     assert Toolchain.find(environ=env).version == "1.30.2"
     assert Toolchain.find("1.6", env).version == "1.6"
-    with pytest.raises(ToolFailed, match="TPU-MLIR 1.9 is not installed") as caught:
+    with pytest.raises(ToolFailed, match=r"TPU-MLIR 1\.9 is not installed") as caught:
         Toolchain.find("1.9", env)
     assert "toolchain install --version 1.9" in caught.value.hint
 
@@ -137,7 +137,7 @@ def test_an_existing_environment_can_be_used_instead(tmp_path: Path) -> None:
     assert (chain.version, chain.python) == ("1.28", folder / "bin/python")
     with pytest.raises(ToolFailed, match=r"1\.6 was asked for"):
         Toolchain.find("1.6", env)
-    with pytest.raises(ToolFailed, match="not a Python 3.10 environment"):
+    with pytest.raises(ToolFailed, match=r"not a Python 3\.10 environment"):
         Toolchain.find(environ={**env, "QWEN_SURGERY_TOOLCHAIN": str(tmp_path)})
 
 
@@ -155,7 +155,7 @@ def test_a_sourced_envsetup_is_used_when_nothing_is_installed(tmp_path: Path) ->
     chain = Toolchain.find(environ=env)
     assert (chain.root, chain.python, chain.origin) == (root, python, "envsetup.sh")
     assert chain.environ()["LD_LIBRARY_PATH"].endswith("/its/own/libraries")
-    with pytest.raises(ToolFailed, match="holds no python/tools/model_transform.py"):
+    with pytest.raises(ToolFailed, match=r"holds no python/tools/model_transform\.py"):
         Toolchain.find(environ={**env, "TPUC_ROOT": str(tmp_path)})
 
 
