@@ -98,8 +98,8 @@ def tensor_values(name: str, shape: tuple[int, ...], seed: int, ordinary: int) -
     if name == "lm_head.weight":
         values[ordinary:] *= 0.1
         embedding = _random("transformer.wte.weight", shape, seed)
-        values[_next_token(ordinary, seed)] += 0.75 * embedding[:ordinary]
-        return values / np.float32(width)
+        values[_next_token(ordinary, seed)] += 2.5 * embedding[:ordinary]
+        return values * np.float32(0.5 / width)
     gain = 1.5 if "c_attn" in name else 0.8
     return np.asarray(values * np.float32(gain / width), dtype=np.float32)
 
