@@ -79,7 +79,7 @@ def _start(
     passes = () if given["no_clean"] else _passes(given, toolchain)
     refuse_uncleaned(resolved, passes)
     front = builder.front(opened, sources, index, passes, trust=given["trust_remote_code"])
-    depth = verifying.depth(given["depth"], geometry, resolved)
+    depth = verifying.depth(given["depth"], geometry, resolved, given["steps"])
     planned = roadmap.planned_manifest(checkout, geometry, resolved, given["recipe"], passes)
     return _Start(builder, front, config, depth, checkout, given["recipe"], planned)
 

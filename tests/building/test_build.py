@@ -1,0 +1,265 @@
+"""``build`` and ``compile`` as a user calls them, with the real TPU-MLIR on a tiny checkout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from golden.eras import make_checkout
+from qwen_surgery.building.compare import differences
+from qwen_surgery.packing.container import Bmodel
+
+ROOT = Path(__file__).parents[2]
+
+
+def cli(*args: object, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwen_surgery", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **more)
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}: {done.stderr[-3000:]}")
+    return done
+
+
+def build(checkout: Path, out: Path, *more: object) -> dict[str, Any]:
+    flags = ("--seq-length", 32, "--trust-remote-code", "--json", "--name", "tiny", "--verify", "contract")
+    return json.loads(cli("build", checkout, "--out", out, *flags, *more).stdout)
+
+
+def make(path: Path) -> Path:
+    """Three layers, a shard each and some."""
+    return make_checkout(path, layers=3, hidden=128, heads=2, vocab=320, shards=3, seed=0)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("build") / "Qwen-tiny")
+
+
+@pytest.fixture(scope="module")
+def first(checkout: Path) -> tuple[dict[str, Any], Path, dict[str, str]]:
+    """A finished build: its result, its folder, and what the checkout held before."""
+    before = contents(checkout)
+    out = checkout.parent / "out"
+    return build(checkout, out, "--prove", 1), out, before
+
+
+@pytest.mark.tpu
+def test_a_build_makes_the_contracts_bmodel(first: tuple[dict[str, Any], Path, dict[str, str]]) -> None:
+    result, out, _ = first
+    bmodel = out / "BM1684X/tiny_int4_seq32_1dev.bmodel"
+    assert result["bmodels"] == [str(bmodel)]
+    assert result["passed"]
+    assert result["unpacked"] == {}, "every kind of net must be packable"
+    with Bmodel(bmodel) as opened:
+        names = [net["name"] for net in opened.nets]
+    layers = [name for i in range(3) for name in (f"block_{i}", f"block_cache_{i}")]
+    assert names == ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head", *layers]
+
+
+@pytest.mark.tpu
+def test_one_net_of_each_kind_is_compiled_and_the_proof_ran(
+    first: tuple[dict[str, Any], Path, dict[str, str]],
+) -> None:
+    ran = first[0]["tasks"]
+    compiled = {name.split(":")[1] for name in ran if name.startswith("deploy:")}
+    layer = {
+        name.removeprefix("compare:block_").removeprefix("cache_")
+        for name in ran
+        if name.startswith("compare:")
+    }
+    assert len(layer) == 1, "--prove 1 compares one layer, both its nets"
+    proven = {f"block_{i}" for i in layer} | {f"block_cache_{i}" for i in layer}
+    heads = {"embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head"}
+    assert compiled == heads | {"block_0", "block_cache_0"} | proven
+
+
+@pytest.mark.tpu
+def test_the_checkout_is_never_written(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    assert contents(checkout) == first[2]
+
+
+@pytest.mark.tpu
+def test_logs_are_kept_per_tool_run(first: tuple[dict[str, Any], Path, dict[str, str]]) -> None:
+    log = (first[1] / ".build/logs/block_0.deploy.log").read_text()
+    assert "--quantize W4BF16 --q_group_size 64 --quant_input --quant_output --chip bm1684x" in log
+
+
+@pytest.mark.tpu
+def test_a_second_build_runs_nothing(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    bmodel = Path(first[0]["bmodels"][0])
+    stamp = bmodel.stat().st_mtime_ns
+    again = build(checkout, first[1], "--prove", 1)
+    assert not [name for name, task in again["tasks"].items() if task["ran"]]
+    assert bmodel.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.tpu
+def test_a_plan_writes_nothing(checkout: Path, tmp_path: Path) -> None:
+    flags = ("--seq-length", 32, "--trust-remote-code", "--dry-run", "--json")
+    plan = json.loads(cli("build", checkout, "--out", tmp_path / "new", *flags).stdout)
+    assert not (tmp_path / "new").exists()
+    tasks = {row["task"]: row for row in plan["tasks"]}
+    assert {"export", "clean", "transform:block_0", "prove:block_cache_0"} <= set(tasks)
+    assert "--addr_mode io_alone" in tasks["deploy:block_cache_0"]["command"]
+    assert plan["disk"] > 0 and plan["memory"] > 0 and plan["seconds"] > 0
+
+
+@pytest.mark.tpu
+def test_one_layers_new_weights_pack_that_layer_alone(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    """And the result is what a build from nothing makes of the new weights."""
+    from qwen_surgery.weights import WeightIndex
+
+    ref = WeightIndex.open(checkout)["transformer.h.2.mlp.w1.weight"]
+    with ref.file.open("r+b") as stream:
+        stream.seek(ref.offset)
+        data = stream.read(ref.nbytes)
+        stream.seek(ref.offset)
+        stream.write(data[2:] + data[:2])
+    again = build(checkout, first[1])
+    ran = {name for name, task in again["tasks"].items() if task["ran"]}
+    assert not [name for name in ran if name.startswith(("transform:", "deploy:", "prove:"))], (
+        "compiled again"
+    )
+    (record,) = (first[1] / ".build/store").glob("*/tiny_int4_seq32_1dev.bmodel")
+    assert json.loads((record.parent / "done.json").read_text())["info"]["packed"] == [
+        "block_2",
+        "block_cache_2",
+    ]
+    fresh = build(checkout, checkout.parent / "fresh")
+    assert Path(again["bmodels"][0]).read_bytes() == Path(fresh["bmodels"][0]).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, exported raw."""
+    folder = tmp_path_factory.mktemp("compile")
+    make_checkout(folder / "Qwen-two", layers=2, hidden=128, heads=2, vocab=320, seed=5)
+    cli(
+        "export",
+        folder / "Qwen-two",
+        "--onnx-path",
+        folder / "onnx",
+        "--seq-length",
+        32,
+        "--trust-remote-code",
+    )
+    return folder / "onnx"
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("flags", [("--mode", "int8"), ("--mode", "bf16", "--target", "cv186x")])
+def test_packing_equals_compiling_every_layer(exported: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Net by net: every byte of every region and every field, from the tools' own --combine."""
+    packed = json.loads(cli("compile", exported, "--out", tmp_path / "a", *flags, "--json").stdout)
+    whole = json.loads(
+        cli("compile", exported, "--out", tmp_path / "b", *flags, "--no-pack", "--json").stdout
+    )
+    left, right = Path(packed["bmodels"][0]), Path(whole["bmodels"][0])
+    assert left.name == right.name
+    with Bmodel(left) as one, Bmodel(right) as other:
+        names = [net["name"] for net in one.nets]
+        assert names == [net["name"] for net in other.nets]
+    assert [name for name in names if differences(left, name, right, name)] == []
+
+
+def failing_toolchain(folder: Path) -> Path:
+    """An environment whose model_transform fails for the embedding and works for nothing else either."""
+    tools = folder / "lib/python3.10/site-packages/tpu_mlir/python/tools"
+    tools.mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin/python").symlink_to(sys.executable)
+    (folder / "lib/python3.10/site-packages/tpu_mlir-1.30.2.dist-info").mkdir()
+    (tools / "model_transform.py").write_text(
+        '"--do_onnx_sim"\nprint("unsupported op: Frobnicate")\nraise SystemExit(1)\n'
+    )
+    (tools / "model_deploy.py").write_text('"--addr_mode"\n')
+    return folder
+
+
+def test_a_failing_tool_says_which_net_the_command_and_the_last_words(exported: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "QWEN_SURGERY_TOOLCHAIN": str(failing_toolchain(tmp_path / "env"))}
+    done = cli("compile", exported, "--out", tmp_path / "out", check=False, env=env)
+    assert done.returncode == 4
+    assert "model_transform failed with status 1" in done.stderr
+    assert "--model_name" in done.stderr
+    assert "unsupported op: Frobnicate" in done.stderr
+    assert not list((tmp_path / "out").glob("BM1684X/*"))
+
+
+def test_no_toolchain_is_said_before_anything_is_written(exported: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "QWEN_SURGERY_HOME": str(tmp_path / "home")}
+    for name in ("QWEN_SURGERY_TOOLCHAIN", "TPUC_ROOT"):
+        env.pop(name, None)
+    done = cli("compile", exported, "--out", tmp_path / "out", check=False, env=env)
+    assert done.returncode == 4
+    assert "toolchain install" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.tpu
+def test_a_full_disk_ends_cleanly_and_the_build_resumes(exported: Path, tmp_path: Path) -> None:
+    """No file may grow past a limit: the tools fail as on a full disk; nothing half made is taken for
+    whole.
+    """
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = cli(
+        "compile", exported, "--out", tmp_path / "out", "--name", "t", check=False, preexec_fn=small_files
+    )
+    assert done.returncode == 4, done.stderr
+    assert not list((tmp_path / "out").glob("BM1684X/*.bmodel"))
+    result = json.loads(cli("compile", exported, "--out", tmp_path / "out", "--name", "t", "--json").stdout)
+    fresh = json.loads(cli("compile", exported, "--out", tmp_path / "fresh", "--name", "t", "--json").stdout)
+    assert Path(result["bmodels"][0]).read_bytes() == Path(fresh["bmodels"][0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--mode", "bf16", "--symmetric"), 2, "--symmetric has no effect"),
+        (("--num-core", "2"), 2, "--num-core 2 needs bm1688"),
+        (("--dynamic",), 2, "needs cleaned nets"),
+        (("--num-device", "2"), 3, "lacks net lm_head (lm_head_topk)"),
+        (("--scheduler", "tcp://127.0.0.1:1"), 4, "no Dask scheduler answers"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    exported: Path, tmp_path: Path, flags: tuple[str, ...], code: int, message: str
+) -> None:
+    started = time.monotonic()
+    done = cli("compile", exported, "--out", tmp_path / "out", *flags, check=False)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "out/BM1684X").exists()
+    assert time.monotonic() - started < 60
+
+
+def test_without_trust_nothing_of_the_checkout_runs(checkout: Path, tmp_path: Path) -> None:
+    done = cli("build", checkout, "--out", tmp_path / "out", check=False)
+    assert done.returncode in (2, 3)
+    assert "--trust-remote-code" in done.stderr
+    assert not (tmp_path / "out").exists()
