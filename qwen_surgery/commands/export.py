@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,16 @@ from qwen_surgery import console
 @click.option(
     "--onnx-path", required=True, type=click.Path(path_type=Path), help="Folder to write; replaced whole."
 )
-@click.option("--seq-length", type=click.IntRange(min=2), default=None, help="Export length S (default 512).")
 @click.option(
-    "--recipe", default="static", show_default=True, help="Source edits that the nets are traced with."
+    "--seq-length",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Export length S (default: the one CHECKOUT was patched for, else 512).",
+)
+@click.option(
+    "--recipe",
+    default=None,
+    help="Source edits to trace the nets with (default: those CHECKOUT was patched with, else static).",
 )
 @click.option(
     "--weights",
@@ -36,23 +46,36 @@ def command(
     checkout: Path,
     onnx_path: Path,
     seq_length: int | None,
-    recipe: str,
+    recipe: str | None,
     weights: str | None,
     wanted: str,
     multi_device: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
     from qwen_surgery.exporting.export import export
+    from qwen_surgery.exporting.meanwhile import meanwhile
     from qwen_surgery.exporting.placement import WeightMode
     from qwen_surgery.exporting.remote_code import require_trust
+    from qwen_surgery.patching.receipt import Receipt
     from qwen_surgery.weights import WeightIndex
 
     require_trust(trust_remote_code, "export")
     opened = Checkout.open(checkout)
-    sources = opened.sources(recipe=recipe, seq_length=seq_length or 512)
+    receipt = Receipt.load(checkout)
+    patching = meanwhile(
+        partial(
+            opened.sources,
+            recipe=recipe or (receipt.recipe if receipt else DEFAULT_RECIPE),
+            seq_length=seq_length or (receipt.seq_length if receipt else DEFAULT_SEQ_LENGTH),
+        )
+    )
     index = WeightIndex.open(checkout)
+    if find_spec("torch") and find_spec("onnx"):  # what is missing is told when it is needed
+        import_module("torch")
+        import_module("onnx")
+    sources = patching()
     with _Progress() as progress:
         manifest = export(
             sources,

@@ -1,7 +1,7 @@
 """Export a checkout: plan the bindings, trace each kind of net once, write the folder.
 
-The order of work is the order of cost: everything that can be refused is refused before torch is imported or
-a byte is written.
+The order of work is the order of cost: everything that can be refused is refused before the checkout's code
+runs or a byte is written.
 """
 
 from __future__ import annotations

@@ -216,6 +216,19 @@ def test_without_trust_nothing_of_the_checkout_runs(own_checkout: Path, tmp_path
     assert json.loads(trusted.stdout)["seq_length"] == 512
 
 
+def test_a_patched_checkout_is_exported_as_it_was_patched(own_checkout: Path, tmp_path: Path) -> None:
+    """Not for 512, and with the original files as the reference."""
+    patched = run("patch", own_checkout, "--seq-length", 40, "--recipe", "documented")
+    assert patched.returncode == 0, patched.stderr
+    done = run(
+        *("export", own_checkout, "--onnx-path", tmp_path / "onnx", "--trust-remote-code"),
+        *("--nets", "embedding"),
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(tmp_path / "onnx")
+    assert (manifest.seq_length, manifest.recipe, manifest.trained_length) == (40, "documented", 2048)
+
+
 def change_config(checkout: Path, **values: Any) -> None:
     path = checkout / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
