@@ -13,7 +13,7 @@ import re
 import tokenize
 import warnings
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 _NEWLINE = re.compile("\r\n|\r|\n")
 _SKIP = re.compile(r"qwen-surgery:\s*skip\[([^\]]*)\]")
@@ -90,8 +90,9 @@ def parse(text: str) -> Source:
             raise SourceError(f"does not parse: {error}") from error
 
 
+@lru_cache(maxsize=4)  # a patch asks what a file is, then edits it: one parse serves both
 def read(data: bytes) -> Source:
-    """Decode and parse ``data``; raises :class:`SourceError` for what is not Python text."""
+    """Decode and parse ``data``; raises :class:`SourceError` for what is no Python text. Do not edit it."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         bom = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
