@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graph_passes.framework.base import GraphPass
-from graph_passes.framework.graphs import constant_of, make, made_by, nodes, replace_tensor, shape
+from graph_passes.framework.graphs import constant_of, made_by, make, nodes, replace_tensor, shape
 
 #: Lanes of a bm1684x; a multiple of the 32 that smaller chips have.
 LANES = 64
@@ -16,7 +16,10 @@ LANES = 64
 class TokenLanes(GraphPass):
     name = "token-lanes"
     summary = "computes the MLP's activation of a single token as 64 rows instead of one"
-    why = "rows are what the chip spreads over its lanes; [1, 1, w] keeps one of 64 busy (1.8B, one token: 2,000 cycles)"
+    why = (
+        "rows are what the chip spreads over its lanes; [1, 1, w] keeps one of 64 busy (1.8B, one token: "
+        "2,000 cycles)"
+    )
     precondition = "a * (b * Sigmoid(b)) on [1, 1, w] with w a multiple of 64"
 
     def rewrite(self, graph: Any) -> list[str]:

@@ -25,6 +25,7 @@ from graph_passes.framework.feeds import random_feed
 
 #: float32 results may differ by this much, relative to the largest absolute value in the tensor.
 RELATIVE_TOLERANCE = 2e-5
+_COMMUTATIVE = {"Add", "Mul"}
 _CUT_BEHIND = {"MatMul", "Gemm", "Softmax"}
 
 
@@ -55,6 +56,26 @@ def compare_regions(before: onnx.ModelProto, after: onnx.ModelProto, seed: int =
     pairs = _frontier(a, b, hashes_a, hashes_b)
     if not pairs:
         return None
+    odd = _compare_pairs(a, b, hashes_a, hashes_b, pairs, seed)
+    outputs = list(zip(a.outputs, b.outputs, strict=True))
+    if odd is None or pairs == outputs:
+        return odd
+    # Equal parts make equal outputs, but the outputs may be equal without: the outputs decide.
+    a, b = gs.import_onnx(before), gs.import_onnx(after)
+    hashes_a, hashes_b = _hashes(a), _hashes(b)
+    outputs = list(zip(a.outputs, b.outputs, strict=True))
+    return odd if _compare_pairs(a, b, hashes_a, hashes_b, outputs, seed) is not None else None
+
+
+def _compare_pairs(
+    a: Any,
+    b: Any,
+    hashes_a: dict[int, str],
+    hashes_b: dict[int, str],
+    pairs: list[tuple[Any, Any]],
+    seed: int,
+) -> Difference | None:
+    """Run both graphs up to *pairs*; uses the graphs up."""
     shared = set(hashes_a.values()) & set(hashes_b.values())
     # What has to be computed on one side must not be fed on the other.
     shared -= {hashes_a[id(x)] for x, _ in pairs} | {hashes_b[id(y)] for _, y in pairs}
@@ -176,7 +197,13 @@ def _frontier(a: Any, b: Any, hashes_a: dict[int, str], hashes_b: dict[int, str]
         if not same or _slot(m, x) != _slot(n, y):
             return False
         pairs_before, memo_before = dict(pairs), dict(memo)
-        if all(need(u, v) for u, v in zip(m.inputs, n.inputs, strict=True)):
+        theirs = list(n.inputs)
+        if m.op in _COMMUTATIVE and hashes_a.get(id(m.inputs[0])) != hashes_b.get(id(theirs[0])):
+            ops = [[t.inputs[0].op if t.inputs else "" for t in side] for side in (m.inputs, theirs)]
+            crossed = hashes_a.get(id(m.inputs[0])) == hashes_b.get(id(theirs[1]))
+            if crossed or (ops[0] != ops[1] and ops[0] == ops[1][::-1]):
+                theirs.reverse()
+        if all(need(u, v) for u, v in zip(m.inputs, theirs, strict=True)):
             return True
         pairs.clear()
         pairs.update(pairs_before)

@@ -12,7 +12,8 @@ class GroupedNorm(MlirPass):
         "puts a product with one in front of the norm of a single token that comes straight from the input"
     )
     why = (
-        "TPU-MLIR keeps groups of operations in local memory, but a lone RMSNorm runs through its slow global kernel; "
+        "TPU-MLIR keeps groups of operations in local memory, but a lone RMSNorm runs through its slow "
+        "global kernel; "
         "with a neighbour it is a group (1.8B, one token: 2,269 cycles against 3,853)"
     )
     precondition = "a top.RMSNorm of one row whose operand is an input of the net"

@@ -1,0 +1,166 @@
+"""What the chip makes of cleaned nets: the same numbers, in no more cycles than recorded, from one set of
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from golden import cycles
+from graph_passes.framework import recipe
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.exporting.template import Template
+from qwen_surgery.nets import MASK_VALUE, Geometry, NetKind
+from qwen_surgery.predicting import (
+    Prediction,
+    compile_template,
+    random_weights,
+    templates_of,
+    with_weights,
+)
+from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.emulator import ChipEngine
+from tests.graph_passes.conftest import SEQ_LENGTH
+
+pytestmark = pytest.mark.tpu
+
+Templates = Callable[[str], dict[NetKind, Template]]
+MODES = ("bf16", "int8", "int4")
+KINDS = (NetKind.BLOCK, NetKind.BLOCK_CACHE)
+#: How many tokens the prompt has; the rest of the slots is padding.
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    templates: Templates, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[NetKind, str, bool], tuple[Path, Prediction]]:
+    """A layer's net at the tiny geometry, cleaned or as exported, compiled once per run."""
+    made: dict[tuple[NetKind, str, bool], tuple[Path, Prediction]] = {}
+
+    def of(kind: NetKind, mode: str, cleaned: bool) -> tuple[Path, Prediction]:
+        key = (kind, mode, cleaned)
+        if key not in made:
+            made[key] = compile_template(
+                templates("sdpa")[kind],
+                recipe.without(()) if cleaned else None,
+                CompileOptions(mode=mode).resolved(),
+                toolchain,
+                tmp_path_factory.mktemp(f"{kind.value}-{mode}"),
+            )
+        return made[key]
+
+    return of
+
+
+def feeds(kind: NetKind, template: Template) -> list[np.ndarray]:
+    """A padded prompt, or its next token, with values that bfloat16 holds exactly."""
+    rng = np.random.default_rng(3)
+    result = []
+    for value in template.model.graph.input:
+        shape = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        if value.name == "position_ids":
+            positions = np.arange(SEQ_LENGTH) * (np.arange(SEQ_LENGTH) < LENGTH)
+            result.append(
+                positions[None].astype(np.int32) if kind is NetKind.BLOCK else np.asarray([[LENGTH - 1]])
+            )
+        elif value.name == "attention_mask":
+            result.append(_mask(kind, shape))
+        elif not value.name.startswith("weight/"):
+            bits = rng.standard_normal(shape, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+            result.append(bits.view(np.float32))
+    return result
+
+
+def _mask(kind: NetKind, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.full(shape, MASK_VALUE, np.float32)
+    if kind is NetKind.BLOCK:
+        rows = np.arange(SEQ_LENGTH)
+        mask[0, 0][(rows[None] <= rows[:, None]) & (rows[:, None] < LENGTH)] = 0
+    else:
+        mask[..., : LENGTH - 1] = 0
+        mask[..., -1] = 0
+    return mask
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    x, y = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cleaned_nets_are_as_exact_as_exported_ones(
+    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    templates: Templates,
+    toolchain: Toolchain,
+    kind: NetKind,
+    mode: str,
+) -> None:
+    """On the emulator, against float32: passes on the Top dialect have no other proof than this."""
+    import onnxruntime as ort
+
+    template = templates("sdpa")[kind]
+    inputs = feeds(kind, template)
+    bound = with_weights(template, random_weights(template)).SerializeToString()
+    session = ort.InferenceSession(bound, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    wanted = session.run(
+        None, {n: v.astype(np.int32) if "ids" in n else v for n, v in zip(names, inputs, strict=True)}
+    )
+    kept = slice(0, LENGTH) if kind is NetKind.BLOCK else slice(None)
+    got = {}
+    for cleaned in (False, True):
+        with ChipEngine(compiled(kind, mode, cleaned)[0], toolchain) as chip:
+            got[cleaned] = chip.run(kind.value, inputs)
+    for want, exported, cleaned_out in zip(wanted, got[False], got[True], strict=True):
+        assert cleaned_out.shape == want.shape
+        reached = cosine(cleaned_out[:, kept], want[:, kept])
+        assert reached >= cosine(exported[:, kept], want[:, kept]) - 2e-6
+        assert reached > {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_net_needs_more_cycles_than_recorded(
+    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    toolchain: Toolchain,
+    kind: NetKind,
+    mode: str,
+) -> None:
+    """TPU-MLIR's prediction is exact arithmetic: more than 1 % over the record is a pass that got worse."""
+    record = cycles.load()["tiny", kind.value, SEQ_LENGTH, mode, toolchain.version]
+    assert not cycles.worse(record, compiled(kind, mode, True)[1].cycles)
+
+
+def test_block_and_block_cache_share_one_set_of_weights(
+    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]], toolchain: Toolchain, tmp_path: Path
+) -> None:
+    """A pass that packs weights differently for prefill and decode would double the model's memory."""
+    files = [compiled(kind, "int4", True)[0] for kind in KINDS]
+    args = ["--combine", *map(str, files), "-o", str(tmp_path / "both.bmodel")]
+    toolchain.run("model_tool", args, tmp_path, tmp_path / "log", net="both")
+    combined = (tmp_path / "both.bmodel").stat().st_size
+    assert combined < 1.1 * max(f.stat().st_size for f in files)
+
+
+SLOW = [r for r in cycles.load().values() if r.geometry != "tiny"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", SLOW, ids=lambda r: f"{r.geometry}-{r.kind}-{r.seq_length}-{r.mode}")
+def test_real_geometry_needs_no_more_cycles_than_recorded(
+    record: cycles.Record, toolchain: Toolchain, tmp_path: Path
+) -> None:
+    sizes = cycles.GEOMETRIES[record.geometry]
+    head_dim = sizes.hidden // sizes.heads
+    g = Geometry(1, sizes.hidden, sizes.heads, head_dim, sizes.vocab, sizes.intermediate, record.seq_length)
+    kind = NetKind(record.kind)
+    template = templates_of(g, [kind], tmp_path / "checkout")[kind]
+    options = CompileOptions(mode=record.mode).resolved()
+    _, found = compile_template(template, recipe.without(()), options, toolchain, tmp_path / "work")
+    assert not cycles.worse(record, found.cycles)

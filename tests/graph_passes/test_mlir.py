@@ -1,0 +1,127 @@
+"""Passes on the Top dialect's text: what they match, what they leave alone, what they write."""
+
+from __future__ import annotations
+
+import pytest
+
+from graph_passes import mlir
+from graph_passes.mlir.text import Module, NotTopText
+
+LOCATIONS = "\n".join(f'#loc{i} = loc("value{i}")' for i in range(1, 21))
+X, TABLE, HALF = "tensor<1x1x2x8xf32>", "tensor<1x1x1x8xf32>", "tensor<1x1x2x4xf32>"
+PLAIN = "do_relu = false, is_scalar = false, relu_limit = -1.000000e+00 : f64"
+
+
+def module(*body: str, result: str = "%9", kind: str = X) -> str:
+    lines = "\n".join(f"    {line}" for line in body)
+    return f"""#loc = loc(unknown)
+module @net attributes {{module.chip = "ALL", module.weight_file = "net_top_f32_all_weight.npz"}} {{
+  func.func @main(%arg0: {X} loc(unknown)) -> ({kind}) {{
+{lines}
+    return {result} : {kind} loc(#loc)
+  }} loc(#loc)
+}} loc(#loc)
+{LOCATIONS}
+"""
+
+
+def rotary(upper: int = 4, negative: str = "-1.000000e+00", steps: str = "[1, 1, 1, 1]") -> str:
+    half = f"axes = [], ends = [1, 1, 2, 8], hasparamConvert_axes = [3], steps = {steps}"
+    joined = 'axis = 3 : si32, do_relu = false, only_merge = false, round_mode = "HalfAwayFromZero"'
+    return module(
+        '%0 = "top.None"() : () -> none loc(#loc)',
+        f'%1 = "top.Input"(%arg0) {{do_preprocess = true}} : ({X}) -> {X} loc(#loc1)',
+        f'%2 = "top.Weight"() : () -> {TABLE} loc(#loc2)',
+        f'%3 = "top.Weight"() : () -> {TABLE} loc(#loc3)',
+        f'%4 = "top.Mul"(%1, %2) {{{PLAIN}}} : ({X}, {TABLE}) -> {X} loc(#loc4)',
+        f'%5 = "top.Slice"(%1, %0, %0, %0) {{{half}, offset = [0, 0, 0, {upper}]}} : '
+        f"({X}, none, none, none) -> {HALF} loc(#loc5)",
+        f'%6 = "top.MulConst"(%5) {{const_val = {negative} : f64, {PLAIN}}} : ({HALF}) -> {HALF} loc(#loc6)',
+        f'%7 = "top.Slice"(%1, %0, %0, %0) {{{half}, offset = [0, 0, 0, {4 - upper}]}} : '
+        f"({X}, none, none, none) -> {HALF} loc(#loc7)",
+        f'%8 = "top.Concat"(%6, %7) {{{joined}}} : ({HALF}, {HALF}) -> {X} loc(#loc8)',
+        f'%10 = "top.Mul"(%8, %3) {{{PLAIN}}} : ({X}, {TABLE}) -> {X} loc(#loc10)',
+        f'%9 = "top.Add"(%4, %10) {{{PLAIN}}} : ({X}, {X}) -> {X} loc(#loc9)',
+    )
+
+
+def concat(axis: int, first: str = "top.Input") -> str:
+    out = "tensor<1x2x2x8xf32>"
+    return module(
+        f'%1 = "{first}"(%arg0) {{do_preprocess = true}} : ({X}) -> {X} loc(#loc1)',
+        f'%2 = "top.Abs"(%1) : ({X}) -> {X} loc(#loc2)',
+        f'%9 = "top.Concat"(%1, %2) {{axis = {axis} : si32, do_relu = false, only_merge = false}} : '
+        f"({X}, {X}) -> {out} loc(#loc9)",
+        kind=out,
+    )
+
+
+def norm(rows: int) -> str:
+    kind = f"tensor<1x{rows}x2048xf32>"
+    return module(
+        f'%1 = "top.Input"(%arg0) {{do_preprocess = true}} : ({kind}) -> {kind} loc(#loc1)',
+        '%2 = "top.Weight"() : () -> tensor<1x1x2048xf32> loc(#loc2)',
+        f'%9 = "top.RMSNorm"(%1, %2) {{eps = 1.0E-6 : f64, weight_keep_f32 = false}} : '
+        f"({kind}, tensor<1x1x2048xf32>) -> {kind} loc(#loc9)",
+        kind=kind,
+    )
+
+
+def sites(text: str, name: str) -> tuple[str, ...]:
+    _, reports = mlir.apply(text, [name])
+    return reports[0].sites
+
+
+def test_text_comes_back_character_for_character() -> None:
+    """The compiler must get what model_transform wrote wherever no pass has business."""
+    for text in (rotary(), concat(1), norm(4)):
+        assert Module.parse(text).text() == text
+        assert mlir.apply(text, ["casts"]) == (text, ())
+
+
+def test_rotary_becomes_one_operation_with_sin_before_cos() -> None:
+    text, (report,) = mlir.apply(rotary(), ["top-rope"])
+    assert report.sites == ("value9",)
+    (rope,) = [op for op in Module.parse(text).ops if op.name == "top.Rope"]
+    assert rope.operands == ["%1", "%3", "%2"]  # x, sin, cos
+    assert rope.attrs == {"rope_mode": '"contiguous_halves"'}
+    assert rope.loc == "#loc9"  # the tensor keeps its name
+    assert not [op for op in Module.parse(text).ops if op.name in ("top.Slice", "top.Concat", "top.Add")]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        rotary(upper=0),
+        rotary(negative="1.000000e+00"),
+        rotary(steps="[1, 1, 1, 2]"),
+        rotary().replace("do_relu = false, is_scalar", "do_relu = true, is_scalar"),
+    ],
+    ids=["halves swapped", "no sign", "interleaved", "rectified"],
+)
+def test_what_only_looks_like_rotary_stays(other: str) -> None:
+    assert sites(other, "top-rope") == ()
+
+
+def test_history_is_joined_in_place_and_nothing_else() -> None:
+    text, _ = mlir.apply(concat(axis=1), ["kv-join"])
+    assert "only_merge = true" in text
+    assert sites(concat(axis=3), "kv-join") == ()
+    assert sites(concat(axis=1, first="top.Abs"), "kv-join") == ()
+
+
+def test_a_single_row_gets_a_neighbour_for_its_norm() -> None:
+    text, _ = mlir.apply(norm(rows=1), ["grouped-norm"])
+    parsed = Module.parse(text)
+    (product,) = [op for op in parsed.ops if op.name == "top.MulConst"]
+    (after,) = [op for op in parsed.ops if op.name == "top.RMSNorm"]
+    assert after.operands[0] == product.result and product.operands == ["%1"]
+    assert float(product.attrs["const_val"].split()[0]) == 1.0
+    assert parsed.location_name(product) not in ("", "value1", "value9")
+    assert sites(norm(rows=512), "grouped-norm") == ()
+
+
+@pytest.mark.parametrize("text", ["", "not mlir", rotary().replace("return", "yield")])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(NotTopText):
+        mlir.apply(text)

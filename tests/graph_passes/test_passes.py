@@ -1,0 +1,224 @@
+"""Every built-in pass on real nets: it acts where it should, changes no result, and comes to rest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+
+from graph_passes import clean
+from graph_passes.framework import equality, registry
+from graph_passes.framework.runner import apply, infer_shapes
+from qwen_surgery.exporting.template import Template
+from qwen_surgery.nets import NetKind
+from tests.graph_passes.graphs import model, node
+
+Templates = Callable[[str], dict[NetKind, Template]]
+EVERYTHING_OFF = ("fold-constants", "dead-code")
+
+
+def interface(proto: onnx.ModelProto) -> list[tuple[str, list[int]]]:
+    values = [*proto.graph.input, *proto.graph.output]
+    return [(v.name, [d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
+
+
+@pytest.mark.parametrize("kind", [NetKind.BLOCK, NetKind.BLOCK_CACHE])
+def test_a_cleaned_layer_has_the_same_interface_and_results(
+    templates: Templates, era: str, kind: NetKind
+) -> None:
+    """Otherwise the demos, or the numbers, would break: run whole, not region by region."""
+    _cleans_exactly(templates(era)[kind].model)
+
+
+@pytest.mark.parametrize("kind", [k for k in NetKind if not k.per_layer and k is not NetKind.LM_HEAD_TOPK])
+def test_a_cleaned_head_has_the_same_interface_and_results(templates: Templates, kind: NetKind) -> None:
+    _cleans_exactly(templates("sdpa")[kind].model)
+
+
+def _cleans_exactly(before: onnx.ModelProto) -> None:
+    result = clean(before, check="each")
+    assert interface(result.model) == interface(before)
+    assert equality.compare_whole(before, result.model) is None
+    assert len(result.model.graph.node) <= len(before.graph.node)
+
+
+def test_every_era_ends_in_the_same_block(templates: Templates, era: str) -> None:
+    """The passes see through each era's way of writing a block; one that slipped by would cost cycles."""
+    newest, this = (clean(templates(e)[NetKind.BLOCK_CACHE].model, check="off").model for e in ("sdpa", era))
+    assert Counter(n.op_type for n in this.graph.node) == Counter(n.op_type for n in newest.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fold-constants", NetKind.BLOCK),
+        ("casts", NetKind.BLOCK),
+        ("views", NetKind.BLOCK),
+        ("rotary", NetKind.BLOCK),
+        ("joint-mlp", NetKind.BLOCK),
+        ("zero-bias", NetKind.BLOCK),
+        ("token-lanes", NetKind.BLOCK_CACHE),
+    ],
+)
+def test_a_pass_acts_on_upstreams_own_form(templates: Templates, name: str, kind: NetKind) -> None:
+    needs = {"rotary": "views"}.get(name)
+    names = [*EVERYTHING_OFF, *([needs] if needs else []), name]
+    if name == "casts":  # onnxsim drops the same casts where it runs
+        names = ["casts"]
+    result = clean(templates("rotary_list")[kind].model, names)
+    assert name in result.applied
+
+
+def test_cleaning_twice_changes_nothing_more(templates: Templates) -> None:
+    once = clean(templates("sdpa")[NetKind.BLOCK].model, check="off")
+    again = clean(once.model, check="off")
+    assert again.applied == ()
+    assert [n.op_type for n in again.model.graph.node] == [n.op_type for n in once.model.graph.node]
+
+
+def test_the_input_model_is_left_alone(templates: Templates) -> None:
+    """Passes are pure: whoever holds the exported template still has it."""
+    before = templates("sdpa")[NetKind.BLOCK].model
+    bytes_before = before.SerializeToString(deterministic=True)
+    clean(before, check="off")
+    assert before.SerializeToString(deterministic=True) == bytes_before
+
+
+def test_weights_stay_inputs_and_are_only_moved(templates: Templates) -> None:
+    """The packer evaluates what is between a weight and its product: concat and transpose, no arithmetic."""
+    cleaned = clean(templates("sdpa")[NetKind.BLOCK].model, check="off").model
+    follows = {i.name for i in cleaned.graph.input if i.name.startswith("weight/") and "weight" in i.name}
+    constants = {t.name for t in cleaned.graph.initializer}
+    moved = set()
+    for one in cleaned.graph.node:
+        data = [i for i in one.input if i not in constants]
+        if data and all(i in follows for i in data):
+            follows |= set(one.output)
+            moved.add(one.op_type)
+    assert moved == {"Transpose", "Concat"}
+
+
+def test_logn_ones_are_dropped_and_other_factors_kept() -> None:
+    x = {"x": (1, 4, 8)}
+    for factor, nodes in ((1.0, 0), (1.5, 1)):
+        table = np.full((1, 4, 8), factor, np.float32)
+        before = model(
+            [node("Mul", ["x", "table"], "y"), node("Neg", ["y"], "z")], x, {"z": (1, 4, 8)}, {"table": table}
+        )
+        after = clean(before, ["neutral-arithmetic"]).model
+        assert sum(n.op_type == "Mul" for n in after.graph.node) == nodes
+
+
+def test_a_neutral_factor_that_broadcasts_is_kept() -> None:
+    before = model(
+        [node("Mul", ["x", "ones"], "y"), node("Neg", ["y"], "z")],
+        {"x": (1, 1, 8)},
+        {"z": (1, 4, 8)},
+        {"ones": np.ones((1, 4, 8), np.float32)},
+    )
+    assert clean(before, ["neutral-arithmetic"]).applied == ()
+
+
+def test_a_reversing_slice_is_no_view() -> None:
+    ends = {k: np.asarray([v], np.int64) for k, v in (("s", -1), ("e", -9), ("a", 1), ("t", -1))}
+    before = model(
+        [node("Slice", ["x", "s", "e", "a", "t"], "y"), node("Neg", ["y"], "z")],
+        {"x": (2, 8)},
+        {"z": (2, 8)},
+        ends,
+    )
+    assert clean(before, ["views"]).applied == ()
+
+
+def test_narrowing_casts_are_kept() -> None:
+    """float32 to float16 and back rounds; joining it away would change numbers."""
+    before = model(
+        [node("Cast", ["x"], "h", to=10), node("Cast", ["h"], "f", to=1), node("Neg", ["f"], "z")],
+        {"x": (8,)},
+        {"z": (8,)},
+    )
+    assert clean(before, ["casts"]).applied == ()
+
+
+def rotary_model(first: str, second: str, steps: int = 1) -> onnx.ModelProto:
+    """x*cos + Concat(-first, second)*sin with parts of x called upper and lower."""
+    index = {"zero": 0, "half": 4, "end": 8, "axis": 2, "step": steps}
+    constants = {k: np.asarray([v], np.int64) for k, v in index.items()}
+    nodes = [
+        node("Slice", ["x", "zero", "half", "axis", "step"], "lower"),
+        node("Slice", ["x", "half", "end", "axis", "step"], "upper"),
+        node("Neg", [first], "negative"),
+        node("Concat", ["negative", second], "rotated", axis=2),
+        node("Mul", ["x", "cos"], "a"),
+        node("Mul", ["rotated", "sin"], "b"),
+        node("Add", ["b", "a"], "y"),
+    ]
+    shape = (1, 4, 8)
+    return model(nodes, {"x": shape, "cos": shape, "sin": shape}, {"y": shape}, constants)
+
+
+def test_rotary_is_recognised_by_what_it_takes_not_by_its_looks() -> None:
+    """Sin first is put in order; the same operators on swapped halves are something else and stay as they
+    are.
+    """
+    assert clean(rotary_model("upper", "lower"), ["rotary"]).applied == ("rotary",)
+    assert clean(rotary_model("lower", "upper"), ["rotary"]).applied == ()
+
+
+def mlp(w2_shape: tuple[int, int], activation: str = "Sigmoid", same_input: bool = True) -> onnx.ModelProto:
+    nodes = [
+        node("Transpose", ["weight/w1"], "t1", perm=[1, 0]),
+        node("Transpose", ["weight/w2"], "t2", perm=[1, 0]),
+        node("MatMul", ["x", "t1"], "a"),
+        node("MatMul", ["x" if same_input else "other", "t2"], "b"),
+        node(activation, ["b"], "s"),
+        node("Mul", ["b", "s"], "g"),
+        node("Mul", ["a", "g"], "y"),
+    ]
+    inputs = {"x": (1, 4, 16), "other": (1, 4, 16), "weight/w1": (32, 16), "weight/w2": w2_shape}
+    return model(nodes, inputs, {"y": (1, 4, 32)})
+
+
+def test_joint_mlp_joins_only_a_gated_pair() -> None:
+    assert clean(mlp((32, 16)), ["joint-mlp"]).applied == ("joint-mlp",)
+    assert clean(mlp((32, 16), activation="Tanh"), ["joint-mlp"]).applied == ()
+    assert clean(mlp((32, 16), same_input=False), ["joint-mlp"]).applied == ()
+    assert clean(mlp((1, 16)), ["joint-mlp"]).applied == ()
+
+
+def test_zero_bias_leaves_narrowing_products_and_biased_ones_alone() -> None:
+    def product(out: int, biased: bool) -> onnx.ModelProto:
+        nodes = [node("MatMul", ["x", "weight/w"], "m"), node("Add", ["m", "weight/b"], "y")]
+        inputs = {"x": (1, 4, 16), "weight/w": (16, out), "weight/b": (out,)}
+        if not biased:
+            nodes[1] = node("Neg", ["m"], "y")
+        return model(nodes, inputs, {"y": (1, 4, out)})
+
+    assert clean(product(16, False), ["zero-bias"]).applied == ("zero-bias",)
+    assert clean(product(8, False), ["zero-bias"]).applied == ()
+    assert clean(product(16, True), ["zero-bias"]).applied == ()
+
+
+def test_every_pass_describes_itself_and_has_its_own_file() -> None:
+    passes = registry.all_passes()
+    homes = [type(one).__module__ for one in passes]
+    assert len(set(homes)) == len(homes)
+    for one in passes:
+        assert one.summary and one.why and one.precondition, one.name
+        assert type(one).__module__.rsplit(".", 1)[-1] == one.name.replace("-", "_")
+
+
+def test_a_single_pass_gives_shapes_for_every_tensor(templates: Templates) -> None:
+    fold = next(p for p in registry.onnx_passes() if p.name == "fold-constants")
+    folded, _ = apply(fold, infer_shapes(_copy(templates("sdpa")[NetKind.BLOCK].model)))
+    known = {v.name for v in folded.graph.value_info} | {o.name for o in folded.graph.output}
+    assert all(out in known for one in folded.graph.node for out in one.output)
+
+
+def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
