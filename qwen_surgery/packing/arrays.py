@@ -35,11 +35,14 @@ class Array:
 
 @dataclass(frozen=True)
 class GroupedMatMul:
-    """The weight, scale and zero-point arrays of one 4- or 8-bit matrix product, with its attributes."""
+    """The weight, scale and zero-point arrays of one 4- or 8-bit matrix product, with its attributes.
+
+    ``zero`` is None for signed codes, which have no zero points; ``group`` is then a whole row.
+    """
 
     weight: Array
     scale: Array
-    zero: Array
+    zero: Array | None
     bits: int
     group: int
 
@@ -57,13 +60,15 @@ def grouped_matmuls(mlir: str) -> list[GroupedMatMul]:
     """The grouped matrix products of a final MLIR text whose weight lies row by output channel."""
     result = []
     for attributes, types in _A16.findall(mlir):
-        operands = [_array(*match) for match in _TYPE.findall(types) if match[0]]
+        operands = [_array(*match) if match[0] else None for match in _TYPE.findall(types)]
         bits, group = _attribute(attributes, "weight_bits"), _attribute(attributes, "q_group_size")
         if len(operands) < 4 or bits is None or _attribute(attributes, "w_transpose") != "true":
             continue
-        _, weight, scale, zero = operands[:4]
+        weight, scale, zero = operands[1:4]
+        if weight is None or scale is None or (zero is None) != (weight.type == "si8"):
+            continue
         columns = weight.shape[-1] * 8 // int(bits)
-        groups = scale.shape[-1]
+        groups = 1 if zero is None else scale.shape[-1]
         result.append(GroupedMatMul(weight, scale, zero, int(bits), int(group or 0) or columns // groups))
     return result
 

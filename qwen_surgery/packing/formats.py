@@ -15,6 +15,9 @@ Quantised formats (W4BF16, W8BF16, W4F16, W8F16), per row (output channel) and g
     ``code = clip(round(w / scale) + zero, 0, top)``; rounding is half away from zero; two 4-bit codes share a
     byte, the first in the low half. Scales are stored in the 16-bit type and zeros as uint8, by lanes:
     ``[rows / lanes, lanes, groups] -> [lanes, rows / lanes, groups]``.
+Signed (int8 of TPU-MLIR 1.6): one group is a whole row, ``scale = max(|lo|, |hi|) / 127``, codes from -128 to
+127
+    without zero points; a scale too small is 0, and its row's codes are -128. Scales are stored row by row.
 """
 
 from __future__ import annotations
@@ -46,10 +49,17 @@ class Quantisation:
     symmetric: bool
     scale: str
     lanes: int
+    signed: bool = False
 
     @property
     def top(self) -> int:
-        return (1 << self.bits) - 1
+        """The largest code."""
+        return (1 << (self.bits - self.signed)) - 1
+
+    @property
+    def bottom(self) -> int:
+        """The smallest code."""
+        return -self.top - 1 if self.signed else 0
 
 
 def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -111,9 +121,9 @@ def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndar
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     top = np.float32(form.top)
     if form.symmetric:
-        scale = np.maximum(np.abs(low), np.abs(high)) * np.float32(2) / top
+        scale = np.maximum(np.abs(low), np.abs(high)) * np.float32(1 if form.signed else 2) / top
         scale[scale < _SMALLEST_NORMAL] = 0
-        return scale, np.full_like(scale, 1 << (form.bits - 1))
+        return scale, np.full_like(scale, 0 if form.signed else 1 << (form.bits - 1))
     scale = np.maximum(high - low, _LEAST_RANGE) / top
     zero = -low / scale
     _round_in_place(zero, np.empty(zero.shape, np.uint32))
@@ -135,8 +145,8 @@ def quantise(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.nda
         if form.symmetric and not scale.all():
             groups[scale == 0] = -np.inf  # what the compiler's conversion makes of x / 0
         np.add(groups, zero[:, None], out=groups)
-        np.clip(groups, 0, form.top, out=groups)
-        codes = groups.astype(np.uint8).reshape(rows, columns)
+        np.clip(groups, form.bottom, form.top, out=groups)
+        codes = groups.astype(np.int8 if form.signed else np.uint8).view(np.uint8).reshape(rows, columns)
     if form.bits == 4:
         pairs = codes.view("<u2")  # low byte: even column, high byte: odd column
         codes = (pairs | (pairs >> 4)).astype(np.uint8)
@@ -152,4 +162,5 @@ def by_lanes(values: np.ndarray, lanes: int) -> np.ndarray:
 
 def store_scales(scale: np.ndarray, form: Quantisation) -> np.ndarray:
     """Float32 scales [rows, groups] as they are stored: 16-bit, by lanes."""
-    return by_lanes(convert(scale, "F32", form.scale), form.lanes)
+    stored = convert(scale, "F32", form.scale)
+    return stored if form.signed else by_lanes(stored, form.lanes)

@@ -75,7 +75,7 @@ class Quantised:
 
     offset: int
     scales: int
-    zeros: int
+    zeros: int | None
     expression: Expression
     shape: tuple[int, int]
     start: int
@@ -86,11 +86,11 @@ class Quantised:
         """(offset, size) of the runs of bytes that this placement writes."""
         rows, columns = self.stop - self.start, self.shape[1]
         groups = rows * columns // self.form.group
-        return [
+        runs = [
             (self.offset, rows * columns * self.form.bits // 8),
             (self.scales, groups * formats.STORAGE[self.form.scale].itemsize),
-            (self.zeros, groups),
         ]
+        return runs if self.zeros is None else [*runs, (self.zeros, groups)]
 
 
 Placement = Plain | Quantised
@@ -254,7 +254,8 @@ def _pack_quantised(
     _run((lambda a=a, b=b: job(a, b) for a, b in _blocks(placement.start, placement.stop, columns)), pool)  # type: ignore[misc]
     _finite(scale, tensors, placement.expression)
     sink(placement.scales, formats.store_scales(scale, form))
-    sink(placement.zeros, formats.by_lanes(zero, form.lanes))
+    if placement.zeros is not None:
+        sink(placement.zeros, formats.by_lanes(zero, form.lanes))
 
 
 def pack(plan: Plan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:

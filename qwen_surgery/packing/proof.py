@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import onnx
 
 _MAX_HITS = 64
+_PROBE = 1 << 22  # elements quantised at once while searching
+_ELEMENTS = {"bf16": "<u2", "f16": "<f2", "f32": "<f4", "ui8": "u1", "si8": "u1"}
 
 
 class Unproven(Exception):
@@ -104,7 +106,7 @@ class _Search:
 
     def stored(self, array: Array) -> np.ndarray:
         """The compiler's elements of *array*: BF16 as uint16, other types as themselves."""
-        kind = {"bf16": "<u2", "f16": "<f2", "f32": "<f4", "ui8": "u1"}[array.type]
+        kind = _ELEMENTS[array.type]
         count = int(np.prod(array.shape))
         return np.frombuffer(self._section, kind, count, array.address - self._base).reshape(array.shape)
 
@@ -129,12 +131,9 @@ class _Search:
         """Where a grouped *matmul*'s weight comes from, and the format it is in."""
         for tier in self._tiers:
             hits = []
-            for symmetric in (False, True):
-                form = formats.Quantisation(
-                    matmul.bits, matmul.group, symmetric, FLOATS[matmul.scale.type], matmul.scale.shape[0]
-                )
+            for form in _forms(matmul):
                 hits += [
-                    (_Hit(candidate, start, symmetric=symmetric), form)
+                    (_Hit(candidate, start, symmetric=form.symmetric), form)
                     for candidate in tier
                     for start in self._find_grouped(candidate, matmul, form)
                 ]
@@ -164,14 +163,31 @@ class _Search:
         rows = codes.shape[0]
         if codes.shape[1] * 8 != columns * form.bits or columns % form.group or candidate.shape[0] < rows:
             return
-        head = np.ascontiguousarray(candidate.values.array[:, : form.group])
-        packed, _, _ = formats.quantise(formats.to_float32(head, candidate.values.dtype), form)
-        starts = np.flatnonzero((packed == codes[0, : packed.shape[1]]).all(axis=1))
-        for start in _limited(starts[starts + rows <= candidate.shape[0]]):
+        last = candidate.shape[0] - rows
+        for start in _limited(_rows_like(candidate, codes[0], form, last)):
             ends = candidate.values.array[[start, start + rows - 1]]
             both, _, _ = formats.quantise(formats.to_float32(ends, candidate.values.dtype), form)
             if (both == codes[[0, rows - 1]]).all():
                 yield start
+
+
+def _rows_like(candidate: _Candidate, codes: np.ndarray, form: formats.Quantisation, last: int) -> np.ndarray:
+    """Rows of *candidate*, up to row *last*, whose first group is packed as the first group of *codes*."""
+    found = []
+    step = max(1, _PROBE // form.group)
+    for first in range(0, last + 1, step):
+        head = np.ascontiguousarray(candidate.values.array[first : min(first + step, last + 1), : form.group])
+        packed, _, _ = formats.quantise(formats.to_float32(head, candidate.values.dtype), form)
+        found.append(first + np.flatnonzero((packed == codes[: packed.shape[1]]).all(axis=1)))
+    return np.concatenate(found)
+
+
+def _forms(matmul: GroupedMatMul) -> list[formats.Quantisation]:
+    """The formats that the codes of *matmul* may be in."""
+    bits, group, scale = matmul.bits, matmul.group, FLOATS[matmul.scale.type]
+    if matmul.zero is None:
+        return [formats.Quantisation(bits, group, True, scale, 0, signed=True)]
+    return [formats.Quantisation(bits, group, sym, scale, matmul.scale.shape[0]) for sym in (False, True)]
 
 
 def _without_mirrors(hits: list[_Hit]) -> list[_Hit]:
@@ -240,11 +256,8 @@ def _placements(
         found = search.grouped(matmul)
         if found is not None:
             hit, form = found
-            codes, scales, zeros = (p.address - base for p in (matmul.weight, matmul.scale, matmul.zero))
-            expression, shape = hit.candidate.expression, hit.candidate.shape
-            stop = hit.start + matmul.weight.shape[0]
-            placements.append(Quantised(codes, scales, zeros, expression, shape, hit.start, stop, form))
-            taken |= {part.address for part in (matmul.weight, matmul.scale, matmul.zero)}
+            placements.append(_quantised(matmul, hit, form, base))
+            taken |= {part.address for part in (matmul.weight, matmul.scale, matmul.zero) if part}
     unexplained = []
     for array in arrays(mlir):
         if array.address in taken or max(array.shape) == 1 or "i32" in array.type:
@@ -255,6 +268,19 @@ def _placements(
         elif array.type not in FLOATS or tables.plain(array) is None:
             unexplained.append(array)
     return placements, unexplained
+
+
+def _quantised(matmul: GroupedMatMul, hit: _Hit, form: formats.Quantisation, base: int) -> Quantised:
+    return Quantised(
+        offset=matmul.weight.address - base,
+        scales=matmul.scale.address - base,
+        zeros=matmul.zero.address - base if matmul.zero else None,
+        expression=hit.candidate.expression,
+        shape=hit.candidate.shape,
+        start=hit.start,
+        stop=hit.start + matmul.weight.shape[0],
+        form=form,
+    )
 
 
 def _plain(array: Array, hit: _Hit, base: int) -> Plain:

@@ -33,10 +33,11 @@ def _slow_group(group: np.ndarray, form: Quantisation) -> tuple[list[int], np.fl
     low, high = min(group), max(group)
     with np.errstate(all="ignore"):
         if form.symmetric:
-            scale = f32(f32(max(abs(low), abs(high)) * f32(2)) / f32(top))
-            zero = 1 << (form.bits - 1)
+            reach = f32(max(abs(low), abs(high)) * f32(1 if form.signed else 2))
+            scale = f32(reach / f32(top))
+            zero = 0 if form.signed else 1 << (form.bits - 1)
             if scale < np.finfo(f32).smallest_normal:
-                return [0] * len(group), f32(0), zero
+                return [form.bottom] * len(group), f32(0), zero
         else:
             scale = f32(max(f32(high - low), f32(1e-5)) / f32(top))
             ratio = float(f32(-low / scale))
@@ -45,7 +46,7 @@ def _slow_group(group: np.ndarray, form: Quantisation) -> tuple[list[int], np.fl
         for weight in group:
             ratio = float(f32(weight / scale))
             code = _round(ratio) + zero if math.isfinite(ratio) else ratio
-            codes.append(int(min(max(code, 0), top)))
+            codes.append(int(min(max(code, form.bottom), top)))
     return codes, scale, zero
 
 
@@ -55,12 +56,20 @@ def _unpack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(codes.shape[0], -1)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+_FORMS = {
+    "int4": Quantisation(4, 8, False, "BF16", 2),
+    "int4 symmetric": Quantisation(4, 8, True, "BF16", 2),
+    "int8": Quantisation(8, 8, False, "BF16", 2),
+    "int8 symmetric": Quantisation(8, 8, True, "BF16", 2),
+    "int8 signed": Quantisation(8, 8, True, "BF16", 0, signed=True),
+}
+
+
+@pytest.mark.parametrize("name", _FORMS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_quantise_equals_the_slow_reference(bits: int, symmetric: bool, data: st.DataObject) -> None:
-    form = Quantisation(bits, 8, symmetric, "BF16", 2)
+def test_quantise_equals_the_slow_reference(name: str, data: st.DataObject) -> None:
+    form = _FORMS[name]
     elements = data.draw(st.sampled_from([_USUAL, _GRID, _NORMAL]))
     values = data.draw(hnp.arrays(np.float32, (4, 16), elements=elements))
     with np.errstate(over="ignore"):
@@ -71,7 +80,9 @@ def test_quantise_equals_the_slow_reference(bits: int, symmetric: bool, data: st
     for row in range(4):
         for group in range(2):
             want = _slow_group(values[row, group * 8 : group * 8 + 8], form)
-            have = _unpack(codes, bits)[row, group * 8 : group * 8 + 8]
+            have = _unpack(codes.view(np.int8) if form.signed else codes, form.bits)[
+                row, group * 8 : group * 8 + 8
+            ]
             assert (list(have), scale[row, group], zero[row, group]) == want
 
 
