@@ -69,12 +69,13 @@ def show(rows: Sequence[Row], recipe: str) -> None:
 
     names = columns(rows, recipe)
     table = Table(box=None, pad_edge=False, header_style="bold")
+    narrow = sys.stdout.isatty()  # headings break at their hyphens there, nowhere else
     for heading in ("revision", "date", "era", *names):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading.replace("-", "-\n") if narrow else heading, overflow="fold")
     for row in rows:
         cells = [cell(row, recipe, name) for name in names]
         table.add_row(*_head(row), *(Text(text, STYLES[s] if s else "dim") for text, s in cells))
-    wide = None if sys.stdout.isatty() else 10_000  # a pipe has no width: never fold there
+    wide = None if narrow else 10_000  # a pipe has no width: never fold there
     console = Console(highlight=False, width=wide)
     console.print(table)
     for line in (*_reasons(rows, recipe), summary(rows, recipe)):
