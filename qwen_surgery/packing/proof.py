@@ -335,7 +335,9 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pl
     """
     mlir = compiled.final_mlir.read_text(encoding="utf-8", errors="replace")
     with Bmodel(compiled.bmodel) as bmodel:
-        parameter = bmodel.net("")["parameter"][0]
+        if len(bmodel.nets) != 1 or len(bmodel.nets[0].get("parameter", [])) != 1:
+            raise Unproven("it is compiled to several nets or stages")
+        parameter = bmodel.nets[0]["parameter"][0]
         if "coeff_mem" not in parameter:
             return Plan(0, ())
         region = Region.of(parameter["coeff_mem"]["binary_coeff"])
