@@ -48,11 +48,12 @@ def _equal(a: Bmodel, x: dict[str, int], b: Bmodel, y: dict[str, int], *, stray:
 
 
 def _plain(value: Any, key: str = "") -> Any:
-    """*value* without the places of regions and without the net's own name."""
+    """*value* without the places of regions, the net's own name, and empty lists (combining drops those)."""
     if isinstance(value, dict):
         if set(value) == {"start", "size"}:
             return value["size"]
-        return {k: _plain(v, k) for k, v in value.items() if not (k == "name" and "parameter" in value)}
+        kept = {k: v for k, v in value.items() if v != [] and not (k == "name" and "parameter" in value)}
+        return {k: _plain(v, k) for k, v in kept.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value
