@@ -15,6 +15,23 @@ import sys
 import threading
 
 
+#: From linux/personality.h.
+ADDR_NO_RANDOMIZE = 0x0040000
+
+
+def fix_addresses() -> None:
+    """Load this process and its children at the same addresses every time.
+
+    TPU-MLIR writes a byte of padding it never set into the description of nets with a dynamic part
+    (penalty_sample_head): a piece of some address. With fixed addresses equal builds give equal files. A
+    system that does not allow it (some containers) loses that and nothing else.
+    """
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)
+
+
 def main() -> int:
     result = int(sys.argv[1])
     command = sys.argv[2:]
@@ -23,6 +40,7 @@ def main() -> int:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
+        fix_addresses()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         try:
