@@ -74,7 +74,7 @@ def clean(params: Params, needs: Needs, work: Path) -> Params:
     """Run the graph passes over the exported templates and bind every net again."""
     from qwen_surgery.cleaning import clean_export
 
-    cleaning = clean_export(needs["export"] / ONNX, work / ONNX, passes=params["passes"], check="end")
+    cleaning = clean_export(needs["export"] / ONNX, work / ONNX, passes=params["passes"], check="each")
     nodes = {
         report.kind.value: [sum(report.before.values()), sum(report.after.values())]
         for report in cleaning.kinds

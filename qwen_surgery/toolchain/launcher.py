@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 
-
 #: From linux/personality.h.
 ADDR_NO_RANDOMIZE = 0x0040000
 
