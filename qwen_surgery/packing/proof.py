@@ -148,10 +148,8 @@ class _Search:
         first = hits[0]
         for other in hits[1:]:
             one, two = ((hit.candidate.expression, hit.start) for hit in (first, other))
-            if (first.transposed, first.symmetric) != (
-                other.transposed,
-                other.symmetric,
-            ) or not self._sources.same(one, two, rows):
+            alike = (first.transposed, first.symmetric) == (other.transposed, other.symmetric)
+            if not alike or not self._sources.same(one, two, rows):
                 names = sorted(slots(one[0]) | slots(two[0]))
                 raise Unproven(f"two explanations fit one compiled array (weights {', '.join(names)})")
         return first
@@ -208,7 +206,7 @@ def _find_plain(candidate: _Candidate, view: np.ndarray, target: str) -> Iterato
     rows, columns = view.shape
     if candidate.shape[1] != columns or candidate.shape[0] < rows:
         return
-    wanted = view.view(f"<u{view.dtype.itemsize}") if view.flags.c_contiguous else _bits(view)
+    wanted = view.view(f"<u{view.dtype.itemsize}")
     last = candidate.shape[0] - rows
     starts = np.arange(last + 1)
     probes = [(0, 0), (rows - 1, columns - 1), (rows // 2, columns // 2), (rows // 3, columns // 3)]
@@ -232,9 +230,8 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def _converted(candidate: _Candidate, rows: np.ndarray, columns: list[int] | None, target: str) -> np.ndarray:
-    block = candidate.values.array[rows]
-    if columns is not None:
-        block = block[:, columns]
+    values = candidate.values.array
+    block = values[rows] if columns is None else values[:, columns][rows]
     return _bits(formats.convert(np.ascontiguousarray(block), candidate.values.dtype, target))
 
 
