@@ -203,7 +203,7 @@ class ScorePath:
             return "add"
         if self.scores not in t.binds(stmt):
             return "unknown" if self._mutates(stmt) else "keep"
-        inner = [s for s in t.statements([stmt]) if not any(t.blocks(s)) and self.scores in t.binds(s)]
+        inner = [s for s in t.statements([stmt]) if self.scores in t.binds_itself(s)]
         if not all(self._harmless(s) for s in inner):
             return "unknown"
         return "make" if any(self._makes(s) for s in inner) else "keep"

@@ -8,7 +8,7 @@ result again and lets every rule prove its postcondition. Each site ends in exac
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -132,12 +132,3 @@ class Rule:
     def sites(self, source: Source, plan: Plan) -> Iterable[Site]:
         """Every place in ``source`` this rule could act on, with its decision; empty means absent."""
         raise NotImplementedError
-
-    def holds(self, source: Source, acted: Sequence[str]) -> str:
-        """What is wrong with the postcondition on the edited source; empty when nothing is.
-
-        ``acted`` names the functions this rule edited. The runner has already asked the rule for its
-        sites again
-        and found each of them ``already``; a rule with more to prove overrides this.
-        """
-        return ""

@@ -13,6 +13,7 @@ from codemods.command import lazy_command
 from codemods.source import Source
 
 SDPA = "scaled_dot_product_attention"
+NEVER = "False"  #: the guard of a branch that a literal False keeps from running
 
 #: Calls a version test is made of; anything else might be run for its effect.
 _TESTS = frozenset(
@@ -94,7 +95,10 @@ class DisableTorch2(Rule):
         flags: dict[str, int] = {}
         for where, stmts, call in _calls(source):
             flag = _guard(source, stmts, call)
-            if flag is None:
+            if flag == NEVER:
+                reason = f"the branch that calls {SDPA} is never taken"
+                yield Site(Status.ALREADY, reason, call.lineno, call.end_lineno, where)
+            elif flag is None:
                 reason = f"{SDPA} is called without a module-level flag that could switch it off"
                 out_of_reach.append(Site(Status.DECLINED, reason, call.lineno, call.end_lineno, where))
             else:
@@ -154,7 +158,7 @@ def _hidden(source: Source) -> list[int]:
 
 
 def _guard(source: Source, body: list[ast.stmt], call: ast.Call) -> str | None:
-    """The module-level name that must be true for ``call`` to run, or None."""
+    """The module-level name that must be true for ``call`` to run, :data:`NEVER`, or None."""
     stmt = next((s for s in t.statements(body) if not any(t.blocks(s)) and call in t.walk(s)), None)
     if stmt is None:
         return None
@@ -162,6 +166,8 @@ def _guard(source: Source, body: list[ast.stmt], call: ast.Call) -> str | None:
     for node, arm in t.path_to(body, stmt):
         if isinstance(node, ast.If) and arm == "body":
             for part in t.conjuncts(node.test):
+                if isinstance(part, ast.Constant) and part.value is False:
+                    return NEVER
                 if isinstance(part, ast.Name) and part.id in known:
                     return part.id
     return None

@@ -196,11 +196,11 @@ def assignments(block: Iterable[ast.stmt], name: str) -> Iterator[tuple[ast.stmt
                     yield stmt, _value_of(target, stmt.value, name)
         elif isinstance(stmt, ast.AnnAssign) and is_name(stmt.target, name):
             yield stmt, stmt.value
-        elif name in _binds_itself(stmt):
+        elif name in binds_itself(stmt):
             yield stmt, None
 
 
-def _binds_itself(stmt: ast.stmt) -> set[str]:
+def binds_itself(stmt: ast.stmt) -> set[str]:
     """Names a statement binds outside its blocks: a loop's targets, ``with``'s ``as``, ``:=`` in a test."""
     found: set[str] = set()
     for child in ast.iter_child_nodes(stmt):

@@ -11,8 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 
 from codemods import tree as t
-from codemods.attention import attentions
-from codemods.source import parse
 
 NOISE = ("# a note", "# qwen: `key = quantise(key)` was here", "", "#", "# if attention_mask is not None:")
 
@@ -128,7 +126,3 @@ def mutated(text: str, change: Callable[[ast.AST], ast.AST | None]) -> str | Non
 
 def expression(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
-
-
-def score_names(text: str) -> set[str]:
-    return {path.scores for attention in attentions(parse(text)) for path in attention.paths}
