@@ -14,7 +14,6 @@ weights.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.packing import flat
+from qwen_surgery.packing.check_code import CheckCode
 
 MAGIC = 0xFF55AAEE
 HEADER = struct.Struct("<4I48x")
@@ -134,8 +134,10 @@ class Bmodel:
             yield self.read(Region(region.start + offset, min(size, region.size - offset)))
 
     def sha256(self, region: Region) -> bytes:
-        """The SHA-256 of *region* (32 bytes): what a net's ``check_code`` holds for its coefficients."""
-        digest = hashlib.sha256()
+        """The SHA-256 of *region* as TPU-MLIR computes it (32 bytes): what a net's ``check_code`` holds for
+        its coefficients.
+        """
+        digest = CheckCode(region.size)
         for chunk in self.chunks(region):
             digest.update(chunk)
         return digest.digest()

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.packing.check_code import CheckCode
 from qwen_surgery.packing.container import (
     Bmodel,
     Region,
@@ -180,7 +181,7 @@ def _distinct_weights(pieces: Sequence[Piece]) -> int:
 
 
 def _digest(file: BinaryIO, position: int, size: int) -> bytes:
-    digest = hashlib.sha256()
+    digest = CheckCode(size)
     while size:
         chunk = os.pread(file.fileno(), min(size, _CHUNK), position)
         if not chunk:  # a region that ends in padding never written: the file is shorter, the rest is zeros
