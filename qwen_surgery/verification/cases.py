@@ -225,7 +225,9 @@ class CaseMaker:
         best = np.array([[int(np.argmax(logits))]], dtype=np.int32)
         yield NetCase("greedy_head", NetKind.GREEDY_HEAD, None, label, (logits,), (best,))
         settings = runtime.Sampling()
-        ids = runtime.sampling_ids(record.tokens, g.seq_length, settings.last_n)
+        # As if the three best tokens had just been said: a head that forgets the penalty must show.
+        said = [*record.tokens, *(int(token) for token in np.argsort(logits[0])[-3:])]
+        ids = runtime.sampling_ids(said, g.seq_length, settings.last_n)
         knobs = (settings.top_p, settings.temperature, settings.penalty)
         inputs = (logits, ids, *(np.array([knob], dtype=np.float32) for knob in knobs))
         expected = runtime.penalty_sample(logits, ids, settings)

@@ -1,0 +1,107 @@
+"""The verify command as a user meets it: exit codes, JSON alone on stdout, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwen_surgery.cli import main
+from qwen_surgery.verification.reference import ReferenceModel
+from tests.verification.conftest import SEQ_LENGTH, Bench
+
+TRUST = "--trust-remote-code"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    out = capsys.readouterr()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code, out.out, out.err
+
+
+def test_a_clean_chain_passes(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "verify", bench.path, "--onnx", bench.folder, "--steps", 4, "--json", TRUST)
+    report = json.loads(out)
+    assert code == 0 and report["passed"] and report["seq_length"] == SEQ_LENGTH
+    assert [level["level"] for level in report["levels"]] == ["source", "onnx"]
+    for level in report["levels"]:
+        nets = {check["net"] for check in level["checks"]}
+        assert {
+            "embedding",
+            "block_0",
+            "block_cache_1",
+            "lm_head",
+            "penalty_sample_head",
+            "end-to-end",
+        } <= nets
+        assert level["greedy_tokens"]["reference"] == level["greedy_tokens"]["candidate"]
+        assert len(level["greedy_tokens"]["reference"]) == 5
+
+
+def test_no_trust_no_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "verify", bench.path)
+    assert code == 2 and not out and "--trust-remote-code" in err
+
+
+def test_sampling_layers_and_nets(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--seq-length", SEQ_LENGTH, "--layers", "1", "--nets", "block,lm_head", "--json", TRUST)
+    code, out, _ = run(capsys, "verify", bench.path, *args)
+    (level,) = json.loads(out)["levels"]
+    assert code == 0 and {check["net"] for check in level["checks"]} == {"block_1", "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "word"),
+    [
+        (("--layers", "7"), 2, "layer 7"),
+        (("--nets", "blok"), 2, "blok"),
+        (("--level", "onnx"), 2, "--onnx"),
+        (("--level", "chip"), 2, "--bmodel"),
+        (("--prompt-lengths", "99"), 2, "99"),
+        (("--steps", "16"), 2, "steps"),
+    ],
+)
+def test_impossible_requests(
+    args: tuple[str, ...], code: int, word: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = run(capsys, "verify", bench.path, "--seq-length", SEQ_LENGTH, TRUST, *args)
+    assert (found, out) == (code, "") and word in err
+
+
+def test_another_models_export_is_refused(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    run(capsys, "demo-checkout", other, "--era", "tril")
+    code, _, err = run(capsys, "verify", other, "--onnx", bench.folder, TRUST)
+    assert code == 3 and "exported from another" in err
+
+
+def test_a_damaged_export_is_refused(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "nets"
+    shutil.copytree(bench.folder, copy)
+    net = copy / "block_0.onnx"
+    net.write_bytes(net.read_bytes()[:-8] + b"\0" * 8)
+    code, _, err = run(capsys, "verify", bench.path, "--onnx", copy, TRUST)
+    assert code == 3 and "block_0.onnx" in err
+
+
+def test_a_streamed_reference_gives_the_same_numbers(bench: Bench) -> None:
+    """Models that do not fit in memory run layer by layer; the reference must not depend on that."""
+    streamed = ReferenceModel(bench.sources.reference, bench.index, whole_model_bytes=0)
+    assert streamed.streamed and not bench.reference.streamed
+    prompt = [5, 300, 17]
+    for one, other in ((bench.reference.prefill(prompt), streamed.prefill(prompt)),):
+        assert one.logits is not None and other.logits is not None
+        assert abs(one.logits - other.logits).max() < 1e-5
+    one, other = bench.reference.decode(9), streamed.decode(9)
+    for layer in (0, 1):
+        assert abs(one.keys[layer] - other.keys[layer]).max() < 1e-5
+        assert one.past_keys[layer].shape == (3, 2, 64)
