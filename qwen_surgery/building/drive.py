@@ -137,10 +137,10 @@ class Builder:
             graph = Graph(self._unpacked(compiling))
         done = self._run(graph, proof_targets(graph))
         bmodels = [self._place(graph, cores, compiling, front) for cores in self.options.cores]
-        self._retire()
         built = Built(bmodels, compiling.folder, compiling.manifest, done, unpacked, self.ran)
         if verifying is not None:
             self._verify(built, graph, compiling, verifying, front)
+        self._retire()  # last: what the verification left is part of the build
         return built
 
     def _verify(
