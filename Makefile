@@ -35,7 +35,8 @@ toolchain: $(VENV)/.installed
 demo: toolchain
 	rm -rf $(DEMO)
 	$(BIN)/qwen-surgery demo-checkout $(DEMO)/Qwen-tiny-Chat
-	$(BIN)/qwen-surgery build $(DEMO)/Qwen-tiny-Chat --mode int4 --out $(DEMO)/build --trust-remote-code
+	$(BIN)/qwen-surgery build $(DEMO)/Qwen-tiny-Chat --mode int4 --seq-length 64 \
+		--verify full --out $(DEMO)/build --trust-remote-code
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -50,7 +51,7 @@ unit: toolchain
 test: lint types unit
 
 test-slow: toolchain
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
