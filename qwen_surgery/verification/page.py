@@ -80,7 +80,7 @@ def write_page(report: Report, path: Path, request: Request) -> None:
     Raises ToolFailed when matplotlib or jinja2 is not installed (the ``report`` extra has both).
     """
     atomic.write_whole(
-        path, render(report, diffs(request), pass_counts(request), predictions(request)).encode()
+        path, render(report, diffs(report), pass_counts(request), predictions(request)).encode()
     )
 
 
@@ -179,13 +179,11 @@ def plot(name: str, series: list[Series], y_label: str, ticks: list[str] | None 
     return text[text.index("<svg") :]  # no XML prologue inside HTML
 
 
-def diffs(request: Request) -> str:
-    """The patch as a unified diff of every file that changed."""
+def diffs(report: Report) -> str:
+    """The patch that was verified, as a unified diff of every file that changed."""
     from qwen_surgery.checkout import Checkout
 
-    sources = Checkout.open(request.checkout).sources(
-        recipe=request.recipe or "static", seq_length=request.seq_length or _exported_length(request)
-    )
+    sources = Checkout.open(report.checkout).sources(recipe=report.recipe, seq_length=report.seq_length)
     lines: list[str] = []
     for name in sorted(sources.patched):
         before, after = (
@@ -194,12 +192,6 @@ def diffs(request: Request) -> str:
         )
         lines += difflib.unified_diff(before, after, f"a/{name}", f"b/{name}", lineterm="")
     return "\n".join(lines)
-
-
-def _exported_length(request: Request) -> int:
-    from qwen_surgery.exporting.manifest import Manifest
-
-    return next((Manifest.load(folder).seq_length for folder in request.onnx), 512)
 
 
 def pass_counts(request: Request) -> list[PassCounts]:

@@ -21,7 +21,7 @@ from qwen_surgery.weights import WeightIndex
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SEQ_LENGTH = 16
+SEQ_LENGTH = 32
 LENGTHS = (1, 6, SEQ_LENGTH - 1, SEQ_LENGTH)
 
 

@@ -63,7 +63,7 @@ def test_sampling_layers_and_nets(bench: Bench, capsys: pytest.CaptureFixture[st
         (("--level", "onnx"), 2, "--onnx"),
         (("--level", "chip"), 2, "--bmodel"),
         (("--prompt-lengths", "99"), 2, "99"),
-        (("--steps", "16"), 2, "steps"),
+        (("--steps", "32"), 2, "steps"),
     ],
 )
 def test_impossible_requests(
