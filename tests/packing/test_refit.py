@@ -185,3 +185,26 @@ def test_creation_time_is_kept(bench: Callable[..., Bench], built: Path, tmp_pat
     """Otherwise refitting back could never give the first file's bytes."""
     _refit(built, bench("int4", seed=1).model, tmp_path / "out.bmodel")
     assert created(tmp_path / "out.bmodel") == created(built)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_replacement_parts_no_bmodel_from_its_side_file(
+    moment: str, bench: Callable[..., Bench], built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place: old bmodel or new one, its side file belongs to it, so the next refit works."""
+    first, second = bench("int4").model, bench("int4", seed=1).model
+    before, replace = built.read_bytes(), Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if Path(target) != built:
+            return replace(self, target)
+        if moment == "after":
+            replace(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        _refit(built, second, built)
+    assert (built.read_bytes() == before) == (moment == "before")
+    _refit(built, first, built)
+    assert built.read_bytes() == before
