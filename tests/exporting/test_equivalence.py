@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from golden.eras import ERAS
 from qwen_surgery.exporting.placement import WeightMode
@@ -13,6 +15,7 @@ from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K
 from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.runtime import decode_mask, padded, prefill_mask, prefill_positions
+from qwen_surgery.weights import WeightIndex
 from tests.exporting.conftest import LENGTH, Tiny, small_checkout
 
 TOLERANCE = 1e-4
@@ -80,6 +83,23 @@ def test_prompts_of_one_token_and_of_the_whole_length(tiny: Tiny, exported: Path
 def test_weights_of_other_dtypes_and_tied_embeddings(dtype: str, tmp_path: Path) -> None:
     tiny = Tiny.open(small_checkout(tmp_path / "checkout", weight_dtype=dtype, tie=True, shards=1))
     tiny.export(tmp_path / "onnx", mode=WeightMode.COPY)
+    assert_nets_equal(tiny, tmp_path / "onnx", prompt=4, steps=2)
+
+
+def test_weights_in_torch_files(tmp_path: Path) -> None:
+    """The same tensors in two ``pytorch_model-*.bin`` files, bound in place."""
+    path = small_checkout(tmp_path / "checkout")
+    tensors = {name: torch.from_numpy(ref.read()).bfloat16() for name, ref in WeightIndex.open(path).items()}
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    half = list(tensors)[: len(tensors) // 2]
+    shards = {"pytorch_model-1.bin": half, "pytorch_model-2.bin": [n for n in tensors if n not in half]}
+    for shard, names in shards.items():
+        torch.save({name: tensors[name] for name in names}, path / shard)
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tiny = Tiny.open(path)
+    tiny.export(tmp_path / "onnx")
     assert_nets_equal(tiny, tmp_path / "onnx", prompt=4, steps=2)
 
 
