@@ -169,7 +169,7 @@ def ir_version(model: onnx.ModelProto) -> Iterator[Finding]:
         yield Finding(
             "ir-version",
             "",
-            f"IR version {model.ir_version}: the onnx inside TPU-MLIR reads up to {NEWEST_IR}",
+            f"IR version {model.ir_version}: the onnxruntime inside TPU-MLIR reads up to {NEWEST_IR}",
             "export with opset 15 and IR version 8",
         )
 
