@@ -33,7 +33,7 @@ def test_names_that_transformers_no_longer_has_are_importable_and_unusable() -> 
     module = remote_code.load({"m.py": source}, "m")
     assert module.kept() == 7
     with pytest.raises(
-        NotImplementedError, match="transformers.GoneForGood is not in the installed packages"
+        NotImplementedError, match=r"transformers\.GoneForGood is not in the installed packages"
     ):
         module.Derived()
     import transformers
