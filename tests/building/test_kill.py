@@ -76,6 +76,21 @@ def test_nothing_of_a_killed_build_goes_on_running(tmp_path: Path) -> None:
     assert descendants(os.getpid()) == []
 
 
+def test_ctrl_c_leaves_a_state_that_resumes(tmp_path: Path) -> None:
+    folder = tmp_path / f"kill-test-{os.getpid()}"
+    process = start([sys.executable, "-m", "tests.building.run_graph", str(folder)])
+    deadline = time.monotonic() + 20
+    while not list((folder / "store/.work").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert time.monotonic() - started < 10, "Ctrl-C waits for what runs"
+    check_store(folder / "store")
+    assert descendants(os.getpid()) == []
+    assert run_graph.run(folder) == run_graph.run(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_twenty_kills_of_a_real_build(tmp_path: Path) -> None:
     """The same with TPU-MLIR: the bmodel equals an uninterrupted build's, byte for byte."""
