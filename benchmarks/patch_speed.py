@@ -81,6 +81,9 @@ def _children() -> float:
 def report(name: str, wall: list[float], processor: list[float], bar: float) -> None:
     best, middle = min(wall), statistics.median(wall)
     verdict = "ok" if best <= bar else "OVER"
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if best > bar and load > cores:
+        verdict += f" (load {load:.0f} on {cores} cores: measure again on an idle machine)"
     print(
         f"{name:<34} best {best:6.2f} s  median {middle:6.2f} s  processor {min(processor):6.2f} s"
         f"  bar {bar:5.2f} s  {verdict}"
