@@ -101,7 +101,8 @@ def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
                 stage = Stage(row["versions"], row["weights"], tensors)
                 references.setdefault(row["era"], {})[row["stage"]] = stage
             else:
-                tensors[row.pop("tensor")] = _summary(row)
+                name = row.pop("tensor")
+                tensors[name] = _summary(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no references ({type(error).__name__}: {error})") from error
     return references
