@@ -34,7 +34,7 @@ toolchain: $(VENV)/.installed
 
 demo: toolchain
 	rm -rf $(DEMO)
-	$(BIN)/qwen-surgery demo-checkout $(DEMO)/Qwen-tiny-Chat
+	$(BIN)/qwen-surgery demo-checkout $(DEMO)/Qwen-tiny-Chat --lead 8
 	$(BIN)/qwen-surgery build $(DEMO)/Qwen-tiny-Chat --mode int4 --seq-length 64 \
 		--verify full --out $(DEMO)/build --trust-remote-code
 

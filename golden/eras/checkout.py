@@ -20,6 +20,8 @@ from golden.eras import vocabulary
 from golden.eras.sources import ERAS, python_files
 
 _ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+#: Enough for bf16; weights of four bits move logits more, and want a lead of about 8.
+DEFAULT_LEAD = 2.5
 _STORED_NAME = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
@@ -80,12 +82,15 @@ def _next_token(ordinary: int, seed: int) -> np.ndarray:
     return follows
 
 
-def tensor_values(name: str, shape: tuple[int, ...], seed: int, ordinary: int) -> np.ndarray:
+def tensor_values(
+    name: str, shape: tuple[int, ...], seed: int, ordinary: int, lead: float = DEFAULT_LEAD
+) -> np.ndarray:
     """The float32 values of one tensor.
 
     Gains are spread around 1 (all-one gains would let a tool drop the norm's product unseen); attention is
-    sharp enough that a wrong mask or a wrong position shows. The output layer leans towards one successor for
-    each token, so that the best token leads by more than bf16 rounding; special tokens are never the best.
+    sharp enough that a wrong mask or a wrong position shows. The output layer leans by *lead* towards one
+    successor for each token, as a trained model does, so that the best token leads by more than rounding;
+    special tokens are never the best.
     """
     values = _random(name, shape, seed)
     if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
@@ -98,7 +103,7 @@ def tensor_values(name: str, shape: tuple[int, ...], seed: int, ordinary: int) -
     if name == "lm_head.weight":
         values[ordinary:] *= 0.1
         embedding = _random("transformer.wte.weight", shape, seed)
-        values[_next_token(ordinary, seed)] += 2.5 * embedding[:ordinary]
+        values[_next_token(ordinary, seed)] += lead * embedding[:ordinary]
         return values * np.float32(0.5 / width)
     gain = 1.5 if "c_attn" in name else 0.8
     return np.asarray(values * np.float32(gain / width), dtype=np.float32)
@@ -264,6 +269,7 @@ def make_checkout(
     logn: bool = True,
     dynamic_ntk: bool = True,
     sparse: bool = False,
+    lead: float = DEFAULT_LEAD,
 ) -> Path:
     """Write a checkout into the folder *path* (made if need be) and return that path.
 
@@ -271,7 +277,8 @@ def make_checkout(
     *trained_length* is config.json's ``seq_length``: LogN scaling and dynamic NTK begin past it (the
     ``bias_buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
     *weight_dtype* is ``bf16``, ``f16`` or ``f32``; values lie on bfloat16's grid in all three (float16
-    rounds the smallest). *tie* leaves out lm_head.weight. *sparse* writes true headers over files of zeros
+    rounds the smallest). *tie* leaves out lm_head.weight. *lead* is how clearly one token leads the next-
+    token distribution (in embeddings added to the output row). *sparse* writes true headers over files of zeros
     that take no disk: for measuring real geometries.
 
     Raises ValueError for sizes that do not fit together, KeyError for an unknown era or dtype.
@@ -306,7 +313,7 @@ def make_checkout(
     (path / "qwen.tiktoken").write_bytes(vocabulary.tiktoken_file(ordinary))
 
     def data(name: str, shape: tuple[int, ...]) -> bytes:
-        return _encode(tensor_values(name, shape, seed, ordinary), weight_dtype)
+        return _encode(tensor_values(name, shape, seed, ordinary, lead), weight_dtype)
 
     _write_weights(path, shapes, shards, weight_dtype, None if sparse else data)
     return path

@@ -29,6 +29,13 @@ from qwen_surgery.errors import Refused, Usage
 @click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Weight files.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "f16", "f32"]))
 @click.option("--tie", is_flag=True, help="Tie the output layer to the embedding.")
+@click.option(
+    "--lead",
+    default=2.5,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="How clearly the best next token leads; int4 wants about 8.",
+)
 @click.option("--sparse", is_flag=True, help="Zero weights that take no disk, for measuring big geometries.")
 def command(
     path: Path,
@@ -43,6 +50,7 @@ def command(
     shards: int,
     dtype: str,
     tie: bool,
+    lead: float,
     sparse: bool,
 ) -> None:
     from golden.eras import ERAS, make_checkout
@@ -65,6 +73,7 @@ def command(
             shards=shards,
             weight_dtype=dtype,
             tie=tie,
+            lead=lead,
             sparse=sparse,
         )
     except ValueError as error:
