@@ -278,8 +278,8 @@ def make_checkout(
     ``bias_buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
     *weight_dtype* is ``bf16``, ``f16`` or ``f32``; values lie on bfloat16's grid in all three (float16
     rounds the smallest). *tie* leaves out lm_head.weight. *lead* is how clearly one token leads the next-
-    token distribution (in embeddings added to the output row). *sparse* writes true headers over files of zeros
-    that take no disk: for measuring real geometries.
+    token distribution (in embeddings added to the output row). *sparse* writes true headers over files of
+    zeros that take no disk: for measuring real geometries.
 
     Raises ValueError for sizes that do not fit together, KeyError for an unknown era or dtype.
     """
