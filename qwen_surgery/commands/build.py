@@ -75,14 +75,12 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         return
     if outcome.report is not None:
         from qwen_surgery.building.verifying import restored
-        from qwen_surgery.verification.table import make_table, misses
+        from qwen_surgery.verification.table import make_table, misses, token_lines
 
         report = restored(outcome.report)
         console.out().print(make_table(report))
-        for level in report.levels:
-            for who, tokens in level.texts.items():
-                text = f"{level.name}, greedy tokens of {who}: {' '.join(map(str, tokens))}"
-                console.out().print(text, markup=False)
+        for line in token_lines(report):
+            console.out().print(line, markup=False, soft_wrap=True)
         for line in misses(report):
             console.err().print(f"missed: {line}", markup=False)
     for path in outcome.built.bmodels:

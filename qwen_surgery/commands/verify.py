@@ -115,17 +115,14 @@ def command(
 
 
 def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
-    from qwen_surgery.verification.table import make_table, misses
+    from qwen_surgery.verification.table import make_table, misses, token_lines
 
     if as_json:
         console.print_json(report.to_json())
         return
     console.out().print(make_table(report, every_net=every_net))
-    for level in report.levels:
-        if level.texts:
-            console.out().print(f"{level.level} {level.mode} {level.name}: greedy tokens")
-            for who, tokens in level.texts.items():
-                console.out().print(f"  {who:<10} {' '.join(map(str, tokens))}")
+    for line in token_lines(report):
+        console.out().print(line, markup=False, soft_wrap=True)
     seconds = ", ".join(f"{level.level} {level.name} {level.seconds:.1f} s" for level in report.levels)
     console.err().print(f"{seconds}; peak memory {report.peak_rss / 2**20:.0f} MiB")
     for line in misses(report):

@@ -91,3 +91,29 @@ def misses(report: Report, limit: int = 20) -> list[str]:
     if len(lines) > limit:
         lines = [*lines[:limit], f"... and {len(lines) - limit} more"]
     return lines
+
+
+#: What each level puts beside the unpatched model, in a reader's words.
+_CANDIDATES = {
+    "source": "patched PyTorch",
+    "onnx": "onnxruntime",
+    "mlir": "TPU-MLIR",
+    "chip": "emulated chip",
+}
+
+
+def token_lines(report: Report) -> list[str]:
+    """The greedy tokens of every level, one under the other, the unpatched model's first."""
+    rows: list[tuple[str, list[int]]] = []
+    for level in report.levels:
+        if not level.texts:
+            continue
+        reference, candidate = (list(level.texts[who]) for who in ("reference", "candidate"))
+        if ("unpatched PyTorch", reference) not in rows:
+            rows.append(("unpatched PyTorch", reference))
+        detail = f"{level.mode} {level.name}" if level.level in ("onnx", "chip") else level.mode
+        rows.append((f"{_CANDIDATES[level.level]} ({detail})", candidate))
+    if not rows:
+        return []
+    width = max(len(who) for who, _ in rows)
+    return ["greedy tokens", *(f"  {who:<{width}}  {' '.join(map(str, tokens))}" for who, tokens in rows)]

@@ -43,6 +43,17 @@ def test_a_clean_chain_passes(bench: Bench, capsys: pytest.CaptureFixture[str]) 
         assert len(level["greedy_tokens"]["reference"]) == 5
 
 
+def test_tokens_stand_one_under_the_other(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader must see at a glance whether the rewritten model says what the unpatched one says."""
+    code, out, _ = run(capsys, "verify", bench.path, "--onnx", bench.folder, "--steps", 3, TRUST)
+    lines = out.splitlines()
+    start = lines.index("greedy tokens")
+    rows = {line.split("  ")[1].strip(): line.split()[-4:] for line in lines[start + 1 :] if line.strip()}
+    assert code == 0
+    assert set(rows) >= {"unpatched PyTorch", "patched PyTorch (fp32)"}
+    assert len({tuple(tokens) for tokens in rows.values()}) == 1
+
+
 def test_no_trust_no_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "verify", bench.path)
     assert code == 2 and not out and "--trust-remote-code" in err
