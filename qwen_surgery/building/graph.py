@@ -235,6 +235,6 @@ def require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ToolFailed(
-            f"the build needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free",
+            f"the build needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free",
             hint="free some space or choose another --out",
         )

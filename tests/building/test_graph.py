@@ -216,7 +216,7 @@ def test_peak_disk_counts_what_is_held_at_one_time() -> None:
 def test_a_disk_that_is_too_small_is_said_before_anything_runs(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     graph = Graph([Task("a", WRITE, {"text": "a"}, disk=free * 2)])
-    with pytest.raises(ToolFailed, match="GB free"):
+    with pytest.raises(ToolFailed, match="MB free"):
         runner(graph, tmp_path).run(["a"])
     assert not (tmp_path / "logs").exists()
     with pytest.raises(ToolFailed, match="disk"):
