@@ -6,8 +6,6 @@ must stay free of heavy imports so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import os
 import sys
@@ -37,11 +35,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "golden": ("golden", "Record and check reference values and known revisions."),
     "demo-checkout": ("demo_checkout", "Make a small Qwen v1 checkout with random weights."),
 }
-
-
-# What is alive at exit dies with the process. Without this the collector walks all of torch's objects once
-# more, which takes 0.8 s of a 3 s export.
-atexit.register(gc.freeze)
 
 
 class LazyGroup(click.Group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from functools import partial
 from importlib import import_module
@@ -73,6 +74,8 @@ def command(
         )
     )
     index = WeightIndex.open(checkout)
+    # At exit torch's objects die with the process; to collect among them first takes 0.8 s of a 3 s export.
+    atexit.register(gc.freeze)
     if find_spec("torch") and find_spec("onnx"):  # what is missing is told when it is needed
         gc.disable()  # an import's objects stay: collecting among them takes a seventh of its time
         try:
