@@ -15,31 +15,32 @@ from qwen_surgery.nets import Net, NetKind, inputs, outputs
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
-from qwen_surgery.verification.runtime import decode_mask
+from qwen_surgery.verification.runtime import decode_mask, prefill_mask, prefill_positions
 from tests.exporting.conftest import LENGTH, Tiny, small_checkout
 
 pytestmark = pytest.mark.tpu
 
-NAME = "block_cache_1"
+BLOCKS = {"block_1": NetKind.BLOCK, "block_cache_1": NetKind.BLOCK_CACHE}
 
 
-def plain_export(tiny: Tiny, target: Path) -> None:
+def plain_export(tiny: Tiny, name: str, target: Path) -> None:
     """Layer 1 as anyone would export it: weights loaded, torch.onnx.export, everything in one file."""
     code = [ModelCode.load(files) for files in (tiny.sources.patched, tiny.sources.reference)]
-    built = ModuleFactory(*code, tiny.geometry).build(NetKind.BLOCK_CACHE)
-    binding = make_binding(Net(NAME, NetKind.BLOCK_CACHE, 1), built.slots, tied=False)
+    kind = BLOCKS[name]
+    built = ModuleFactory(*code, tiny.geometry).build(kind)
+    binding = make_binding(Net(name, kind, 1), built.slots, tied=False)
     refs = resolve(binding, built.shapes(), tiny.index)
     module = built.load({slot: torch.from_numpy(ref.read()) for slot, ref in refs.items()})
     arguments = tuple(
         torch.zeros(t.shape, dtype=torch.int32 if t.dtype == "int" else torch.float32)
-        for t in inputs(NetKind.BLOCK_CACHE, tiny.geometry)
+        for t in inputs(kind, tiny.geometry)
     )
     torch.onnx.export(
         module,
         arguments,
         str(target),
-        input_names=[t.name for t in inputs(NetKind.BLOCK_CACHE, tiny.geometry)],
-        output_names=[t.name for t in outputs(NetKind.BLOCK_CACHE, tiny.geometry)],
+        input_names=[t.name for t in inputs(kind, tiny.geometry)],
+        output_names=[t.name for t in outputs(kind, tiny.geometry)],
         opset_version=15,
         dynamo=False,
     )
@@ -54,32 +55,41 @@ def compile_onnx(toolchain: Toolchain, model: Path, folder: Path, name: str, *fl
     return folder / f"{name}.bmodel"
 
 
-def coefficients(bmodel: Path) -> bytes:
+def coefficients(bmodel: Path, name: str) -> bytes:
     """The weights as the chip gets them."""
     with Bmodel(bmodel) as opened:
-        memory = opened.net(NAME)["parameter"][0]["coeff_mem"]
+        memory = opened.net(name)["parameter"][0]["coeff_mem"]
         return opened.read(Region.of(memory["binary_coeff"]))
 
 
-def test_a_bound_layer_compiles_to_what_its_plain_export_compiles_to(tmp_path: Path) -> None:
-    tiny = Tiny.open(small_checkout(tmp_path / "checkout", hidden=128))
-    tiny.export(tmp_path / "onnx", wanted=[NAME])
-    plain_export(tiny, tmp_path / "plain.onnx")
-    toolchain = Toolchain.find()
-    flags = ["--quantize", "W4BF16", "--q_group_size", "64", "--quant_input", "--quant_output"]
-    ours = compile_onnx(toolchain, tmp_path / "onnx" / f"{NAME}.onnx", tmp_path / "ours", NAME, *flags)
-    plain = compile_onnx(toolchain, tmp_path / "plain.onnx", tmp_path / "plain", NAME, *flags)
-    assert coefficients(ours) == coefficients(plain)
-
+def feed_of(kind: NetKind, tiny: Tiny) -> list[np.ndarray]:
+    """Seven tokens: a padded prefill, or the seventh's decode step."""
     generator = np.random.default_rng(0)
     geometry = tiny.geometry
+    rows = LENGTH if kind is NetKind.BLOCK else 1
+    states = generator.standard_normal((1, rows, geometry.hidden), dtype=np.float32)
+    if kind is NetKind.BLOCK:
+        return [states, prefill_positions(7, LENGTH), prefill_mask(7, LENGTH)]
     history = generator.standard_normal((2, 1, LENGTH, geometry.heads, geometry.head_dim), dtype=np.float32)
-    states = generator.standard_normal((1, 1, geometry.hidden), dtype=np.float32)
-    feed = [states, np.array([[6]], np.int32), decode_mask(7, LENGTH), *history]
+    return [states, np.array([[6]], np.int32), decode_mask(7, LENGTH), *history]
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_a_bound_layer_compiles_to_what_its_plain_export_compiles_to(name: str, tmp_path: Path) -> None:
+    tiny = Tiny.open(small_checkout(tmp_path / "checkout", hidden=128))
+    tiny.export(tmp_path / "onnx", wanted=[name])
+    plain_export(tiny, name, tmp_path / "plain.onnx")
+    toolchain = Toolchain.find()
+    flags = ["--quantize", "W4BF16", "--q_group_size", "64", "--quant_input", "--quant_output"]
+    ours = compile_onnx(toolchain, tmp_path / "onnx" / f"{name}.onnx", tmp_path / "ours", name, *flags)
+    plain = compile_onnx(toolchain, tmp_path / "plain.onnx", tmp_path / "plain", name, *flags)
+    assert coefficients(ours, name) == coefficients(plain, name)
+
+    feed = feed_of(BLOCKS[name], tiny)
     results = []
     for bmodel in (ours, plain):
         with ChipEngine(bmodel, toolchain) as chip:
-            results.append(chip.run(NAME, feed))
+            results.append(chip.run(name, feed))
     for mine, theirs in zip(*results, strict=True):
         assert np.abs(mine).max() > 0
         np.testing.assert_array_equal(mine, theirs)
