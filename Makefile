@@ -10,14 +10,13 @@ BIN := $(VENV)/bin
 DEMO ?= demo-out
 WORKERS ?= 2
 
-.PHONY: demo test lint format types unit toolchain test-slow bench docs clean help
+.PHONY: demo test lint format types unit toolchain test-slow docs clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, make a small Qwen checkout, build and verify an int4 bmodel"
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make test-slow  the real-geometry runs (minutes, gigabytes)"
-	@echo "make bench      the benchmarks whose figures the README quotes"
 
 # torch goes first and alone: with it in place nothing that follows asks pip for another build of it.
 $(VENV)/.installed: setup.cfg pyproject.toml
