@@ -5,10 +5,10 @@
     python benchmarks/build.py 7B                  all 32 layers
     python benchmarks/build.py 7B --refit          also refit to other weights and back
 
-Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included; bytes
-written are what all of them passed to write(2) (``wchar`` of /proc/PID/io; memory-mapped writes are not
-in it), both sampled 20 times a second. ``cpu`` is processor seconds, which other work on the machine changes
-little. Nothing runs on the emulator.
+Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included, sampled
+20 times a second; bytes written are what all of them passed to write(2) (``wchar`` of /proc/PID/io, in which
+the kernel counts finished children; memory-mapped writes are not in it). ``cpu`` is processor seconds, which
+other work on the machine changes little. Nothing runs on the emulator.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from golden.eras import make_checkout
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,12 @@ GEOMETRIES = {
 VOCABULARY = {"tiny": 512}
 
 
-class Written:
-    """Bytes written by a process and all its descendants, sampled from /proc while they live."""
+class Memory:
+    """Peak resident memory of a process and all its descendants together, in bytes, sampled from /proc."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.last: dict[int, int] = {}
-        self.rss = 0
+        self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -66,13 +64,11 @@ class Written:
             total = 0
             for pid in self._tree():
                 try:
-                    text = Path(f"/proc/{pid}/io").read_text()
                     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 except (OSError, ValueError, IndexError):
                     continue
                 total += pages * os.sysconf("SC_PAGE_SIZE")
-                self.last[pid] = int(text.split("wchar: ")[1].split()[0])
-            self.rss = max(self.rss, total)
+            self.peak = max(self.peak, total)
 
     def _tree(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -90,28 +86,30 @@ class Written:
         return found
 
     def stop(self) -> int:
-        """Bytes written in all."""
+        """The peak."""
         self._stop.set()
         self._thread.join()
-        return sum(self.last.values())
+        return self.peak
 
 
-def run(command: list[str], log: Path) -> dict[str, float]:
+def run(command: list[str], log: Path, **more: Any) -> dict[str, float]:
     """Run *command*: seconds, peak RSS of all its processes together, bytes written."""
     started, before = time.perf_counter(), _processor()
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
-        written = Written(process.pid)
-        status = process.wait()
-    seconds = time.perf_counter() - started
-    total = written.stop()
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, **more)
+        memory = Memory(process.pid)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = time.perf_counter() - started
+        # What a finished child wrote is added to its parent; not yet waited for, the first process has all.
+        written = int(Path(f"/proc/{process.pid}/io").read_text().split("wchar: ")[1].split()[0])
+        status, peak = process.wait(), memory.stop()
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")
     return {
         "seconds": round(seconds, 1),
         "cpu": round(_processor() - before, 1),
-        "rss_gb": round(written.rss / 1e9, 2),
-        "written_gb": round(total / 1e9, 2),
+        "rss_gb": round(peak / 1e9, 2),
+        "written_gb": round(written / 1e9, 2),
     }
 
 

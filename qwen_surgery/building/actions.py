@@ -183,12 +183,12 @@ def assemble(params: Params, needs: Needs, work: Path) -> Params:
         plans[kind] = Plan.from_json(data["plan"]) if "plan" in data else None
     old = _previous_nets(params)
     pieces = []
-    for name, task, file, net, signature in params["nets"]:
+    for row in params["nets"]:
+        name, net, pack = row["net"], row["source"], row["pack"]
         entry = manifest.net(name)
         plan = plans.get(entry.kind.value)
-        pack = net != name
-        source = needs[task] / file
-        if pack and old.get(name) == signature:
+        source = needs[row["task"]] / row["file"]
+        if pack and old.get(name) == row["signature"]:
             source, net, pack = Path(params["previous"]), name, False
         elif pack and plan is None:
             raise RuntimeError(f"{name} has no pack plan and was not compiled")
@@ -226,10 +226,10 @@ def _predictions(params: Params, needs: Needs, manifest: Any) -> dict[str, Any]:
     from qwen_surgery.packing.sidefile import Prediction
 
     found: dict[str, Any] = {}
-    for name, task, _, net, _ in params["nets"]:
-        if net == name:
-            profile = read_profile(needs[task] / PROFILE)
-            kind = manifest.net(name).kind.value
+    for row in params["nets"]:
+        if row["source"] == row["net"]:
+            profile = read_profile(needs[row["task"]] / PROFILE)
+            kind = manifest.net(row["net"]).kind.value
             if profile is not None and kind not in found:
                 found[kind] = Prediction(profile.cycles, profile.milliseconds)
     return found

@@ -62,6 +62,14 @@ def deploy(kind: NetKind, g: Geometry, options: CompileOptions) -> Cost:
     return Cost(300 * _MB + 6 * count, 2 * lowered, 2.5 + count * 4.5e-8 + g.seq_length * 0.002)
 
 
+def narrow(kind: NetKind, g: Geometry, options: CompileOptions) -> Cost:
+    """A net of the vocabulary, compiled narrow and widened: its packed bytes several times over while the
+    compiler writes the bmodel.
+    """
+    packed = packed_bytes(kind, g, options)
+    return Cost(300 * _MB + 4 * packed, 4 * packed, 4.0 + packed * 1e-8)
+
+
 def prove(kind: NetKind, g: Geometry) -> Cost:
     """Finding and proving how a kind of net stores its weights."""
     count = weights_of(kind, g)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.building import resources, roadmap
+from qwen_surgery.building import resources, roadmap, vocabulary
 from qwen_surgery.building.digests import tensor_digests
 from qwen_surgery.building.graph import Done, Graph, Store, Task, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
@@ -116,8 +116,12 @@ class Builder:
         refs = {ref for net in manifest.nets for ref in net.weights.values()}
         digests = tensor_digests(refs, self.state / "digests.json", self.running.progress)
         per_net = {net.name: _net_digest(net.weights, digests) for net in manifest.nets}
+        return self._compiling(folder, manifest, per_net)
+
+    def _compiling(self, folder: Path, manifest: Manifest, digests: dict[str, str]) -> roadmap.Compiling:
+        whole = roadmap.small_kinds(manifest.geometry) if self.running.pack else frozenset(vocabulary.KINDS)
         return roadmap.Compiling(
-            folder, manifest, self.options, self.toolchain, per_net, self.logs, resources.cores()
+            folder, manifest, self.options, self.toolchain, digests, self.logs, resources.cores(), whole
         )
 
     def back(
@@ -130,8 +134,14 @@ class Builder:
         """Compile, prove, pack, assemble; put the bmodels in place; verify them."""
         unpacked: dict[str, str] = {}
         if self.running.pack:
-            first = self._proving(compiling, roadmap.layers_to_prove(compiling, self.running.prove))
-            unpacked = self._unproven(compiling, self._run(first, proof_targets(first)))
+            layers = roadmap.layers_to_prove(compiling, self.running.prove)
+            first = self._proving(compiling, layers)
+            done = self._run(first, proof_targets(first))
+            if not_widened := self._not_widened(compiling, done):
+                compiling = replace(compiling, whole=compiling.whole | not_widened)
+                first = self._proving(compiling, layers)
+                done = self._run(first, proof_targets(first))
+            unpacked = self._unproven(compiling, done)
             graph = self.packing_graph(compiling, config, unpacked)
         else:
             graph = Graph(self._unpacked(compiling))
@@ -173,7 +183,13 @@ class Builder:
         self, compiling: roadmap.Compiling, layers: Sequence[int], unpacked: frozenset[NetKind] = frozenset()
     ) -> Graph:
         nets = roadmap.to_compile(compiling, unpacked, layers)
-        return Graph([*roadmap.compile_tasks(compiling, nets, keep=True), *roadmap.prove_tasks(compiling)])
+        return Graph(
+            [
+                *roadmap.narrow_tasks(compiling),
+                *roadmap.compile_tasks(compiling, nets, keep=True),
+                *roadmap.prove_tasks(compiling),
+            ]
+        )
 
     def packing_graph(
         self, compiling: roadmap.Compiling, config: dict[str, Any], unpacked: dict[str, str]
@@ -203,8 +219,7 @@ class Builder:
         if (folder / "manifest.json").is_file():
             compiling = self.compiling(folder, Loaded.load(folder))
         else:
-            digests = {net.name: "" for net in manifest.nets}
-            compiling = roadmap.Compiling(folder, manifest, self.options, self.toolchain, digests, self.logs)
+            compiling = self._compiling(folder, manifest, {net.name: "" for net in manifest.nets})
         return Graph([*front, *self.whole_graph(compiling, config).tasks.values()])
 
     def whole_graph(self, compiling: roadmap.Compiling, config: dict[str, Any]) -> Graph:
@@ -212,6 +227,18 @@ class Builder:
         if self.running.pack:
             return self.packing_graph(compiling, config, {})
         return Graph(self._unpacked(compiling))
+
+    def _not_widened(self, compiling: roadmap.Compiling, done: dict[str, Done]) -> frozenset[NetKind]:
+        """The kinds that cannot be compiled with a short vocabulary; says so."""
+        found: dict[NetKind, str] = {}
+        for cores in self.options.cores:
+            for net in roadmap.narrowed(compiling):
+                record = done.get(roadmap.narrow_name(net, cores))
+                if record is not None and not record.info["widened"]:
+                    found[net.kind] = record.info["reason"]
+        for kind, why in found.items():
+            self.running.say(f"{kind.value}: compiled at its full size, which takes longer ({why})")
+        return frozenset(found)
 
     def _unproven(self, compiling: roadmap.Compiling, done: dict[str, Done]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -283,7 +310,7 @@ class Builder:
         entry = {
             "path": str(relative),
             "key": graph.keys[task.name],
-            "nets": {row[0]: row[4] for row in task.params.get("nets", ())},
+            "nets": {row["net"]: row["signature"] for row in task.params.get("nets", ())},
             "keys": sorted(keys),
         }
         self._write_finals({**self._finals(), relative.name: entry})

@@ -11,12 +11,12 @@ import importlib.util
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_surgery import __version__
-from qwen_surgery.building import actions, costs
+from qwen_surgery.building import actions, costs, vocabulary
 from qwen_surgery.building.graph import Task
 from qwen_surgery.compiling.one import NetJob, deploy_args, transform_args
 from qwen_surgery.compiling.options import CompileOptions
@@ -79,7 +79,7 @@ class Compiling:
     """What the back part works on. ``digests``: net name -> digest of the content of all its weights.
 
     ``folder`` is the exported (and cleaned) folder, ``logs`` where the tools' logs go. ``jobs``: threads
-    that pack.
+    that pack. ``whole``: kinds of the vocabulary that must be compiled at their full size.
     """
 
     folder: Path
@@ -89,6 +89,7 @@ class Compiling:
     digests: Mapping[str, str]
     logs: Path
     jobs: int = 1
+    whole: frozenset[NetKind] = field(default=frozenset(vocabulary.KINDS))
 
     @property
     def nets(self) -> tuple[Net, ...]:
@@ -98,10 +99,31 @@ class Compiling:
     def cleaned(self) -> bool:
         return bool(self.manifest.passes)
 
+    def narrow(self, net: Net) -> bool:
+        """Whether *net* is compiled with a short vocabulary and widened."""
+        return net.kind in vocabulary.KINDS and net.kind not in self.whole
+
+
+def small_kinds(geometry: Geometry) -> frozenset[NetKind]:
+    """The kinds of the vocabulary that are too small to be worth narrowing."""
+    return frozenset(
+        kind for kind in vocabulary.KINDS if costs.weights_of(kind, geometry) < vocabulary.WORTHWHILE
+    )
+
+
+def first_nets(compiling: Compiling) -> tuple[Net, ...]:
+    """One net of every kind that holds weights: what is compiled when packing."""
+    return tuple(net for net in compiling.nets if net.kind not in _HEADS and net.layer in (None, 0))
+
 
 def packable(compiling: Compiling) -> tuple[Net, ...]:
-    """One net of every kind that holds weights: what is compiled and proven when packing."""
-    return tuple(net for net in compiling.nets if net.kind not in _HEADS and net.layer in (None, 0))
+    """Those that are compiled at their full size and proven after that."""
+    return tuple(net for net in first_nets(compiling) if not compiling.narrow(net))
+
+
+def narrowed(compiling: Compiling) -> tuple[Net, ...]:
+    """Those that are compiled narrow and widened."""
+    return tuple(net for net in first_nets(compiling) if compiling.narrow(net))
 
 
 def to_compile(
@@ -113,7 +135,8 @@ def to_compile(
     return tuple(
         net
         for net in compiling.nets
-        if net.layer in (None, 0) or net.kind in unpacked or net.layer in prove_layers
+        if not compiling.narrow(net)
+        and (net.layer in (None, 0) or net.kind in unpacked or net.layer in prove_layers)
     )
 
 
@@ -215,6 +238,41 @@ def prove_tasks(compiling: Compiling) -> list[Task]:
     return tasks
 
 
+def narrow_name(net: Net, cores: int) -> str:
+    """Name of the task that compiles *net* narrow for *cores* and widens it."""
+    return deploy_name(net, cores).replace("deploy:", "narrow:")
+
+
+def narrow_tasks(compiling: Compiling) -> list[Task]:
+    """The nets of the vocabulary, one task each and per core count."""
+    tasks = []
+    for cores in compiling.options.cores:
+        for net in narrowed(compiling):
+            cost = costs.narrow(net.kind, compiling.manifest.geometry, compiling.options)
+            args = deploy_args(_job(compiling, net), compiling.options, cores)
+            tasks.append(
+                Task(
+                    narrow_name(net, cores), "qwen_surgery.building.vocabulary:compile_narrow",
+                    {
+                        "net": net.name, "cleaned": compiling.cleaned, "cores": cores, "flags": args,
+                        "packer": packer_digest(), "compiler": code_digest("qwen_surgery.compiling"),
+                    },
+                    {
+                        "template": _template_digest(compiling, net.kind),
+                        "weights": compiling.digests[net.name],
+                        "toolchain": compiling.toolchain.version,
+                    },
+                    places={
+                        **_places(compiling, net), "export": str(compiling.folder.absolute()),
+                        "options": asdict(compiling.options),
+                    },
+                    memory=cost.memory, disk=cost.disk, seconds=cost.seconds, keep=True,
+                    command="model_deploy " + " ".join(args) + " (with a short vocabulary, then widened)",
+                )
+            )  # fmt: skip
+    return tasks
+
+
 def code_digest(*packages: str) -> str:
     """Of the packages' own code: what it made is made anew when it changes."""
     digest = hashlib.sha256()
@@ -290,9 +348,9 @@ def assemble_tasks(
     for cores in compiling.options.cores:
         file = compiling.options.file_name(compiling.manifest.seq_length, cores).name
         rows, plans = _rows(compiling, cores, keys, unpacked)
-        needs = sorted({row[1] for row in rows} | set(plans.values()))
+        needs = sorted({row["task"] for row in rows} | set(plans.values()))
         total = _total(compiling)
-        packed = sum(row[0] != row[3] for row in rows) // 2
+        packed = sum(row["pack"] for row in rows) // 2
         cost = costs.assemble(compiling.manifest.geometry, compiling.options, packed, total)
         old = previous.get(file)
         tasks.append(
@@ -317,21 +375,34 @@ def assemble_tasks(
 
 def _rows(
     compiling: Compiling, cores: int, keys: Mapping[str, str], unpacked: frozenset[NetKind]
-) -> tuple[list[list[str]], dict[str, str]]:
-    """Per net: name, task and file it comes from, its name there, signature of what decides its bytes; and
-    kind -> prove task.
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Per net: its name, ``task`` and ``file`` it comes from, its name there (``source``), whether its
+    weights are still to be packed, a signature of what decides its bytes; and kind -> task with the plan.
     """
-    first = {net.kind: net for net in packable(compiling)}
-    plans = {kind.value: deploy_name(net, cores).replace("deploy:", "prove:") for kind, net in first.items()}
+    first = {net.kind: net for net in first_nets(compiling)}
+    plans = {
+        kind.value: narrow_name(net, cores)
+        if compiling.narrow(net)
+        else deploy_name(net, cores).replace("deploy:", "prove:")
+        for kind, net in first.items()
+    }
     rows = []
     for net in compiling.nets:
+        narrow = compiling.narrow(net)
         source = net if net.layer in (None, 0) or net.kind in unpacked else first[net.kind]
-        task = deploy_name(source, cores)
+        task = narrow_name(net, cores) if narrow else deploy_name(source, cores)
         proof = keys.get(plans.get(net.kind.value, ""), "")
-        signature = hashlib.sha256(
-            json.dumps([keys[task], proof, compiling.digests[net.name]]).encode()
-        ).hexdigest()[:32]
-        rows.append([net.name, task, _job(compiling, source).bmodel(cores), source.name, signature])
+        decisive = json.dumps([keys[task], proof, compiling.digests[net.name]])
+        rows.append(
+            {
+                "net": net.name,
+                "task": task,
+                "file": _job(compiling, source).bmodel(cores),
+                "source": source.name,
+                "pack": narrow or source is not net,
+                "signature": hashlib.sha256(decisive.encode()).hexdigest()[:32],
+            }
+        )
     return rows, plans
 
 

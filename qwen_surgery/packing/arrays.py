@@ -73,7 +73,11 @@ def grouped_matmuls(mlir: str) -> list[GroupedMatMul]:
     return result
 
 
+def arrays_in_text(mlir: str) -> list[Array]:
+    """Every constant array of a final MLIR text, in the order of the text, each address once."""
+    return list({int(match[2]): _array(*match) for match in _WEIGHT.findall(mlir)}.values())
+
+
 def arrays(mlir: str) -> list[Array]:
     """Every constant array of a final MLIR text, by address, each address once."""
-    found = {int(match[2]): _array(*match) for match in _WEIGHT.findall(mlir)}
-    return [found[address] for address in sorted(found)]
+    return sorted(arrays_in_text(mlir), key=lambda array: array.address)

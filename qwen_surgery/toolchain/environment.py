@@ -23,6 +23,10 @@ LOG_TAIL_LINES = 15
 #: pip's) stays out.
 _PASSED = ("HOME", "TMPDIR", "LANG", "LC_ALL", "TERM", "OMP_NUM_THREADS")
 
+#: Memory that a tool frees stays with it: the tools copy weights several times over, and without this the
+#: kernel clears every page of every copy (the lowered embedding of 622 MB to bmodel: 7.1 s without, 4.3 s).
+_KEEP_FREED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"}
+
 
 def home(environ: Mapping[str, str] | None = None) -> Path:
     """Where toolchains live: ``$QWEN_SURGERY_HOME``, or ``qwen-surgery`` in the user's cache directory."""
@@ -212,7 +216,8 @@ class Toolchain:
         with log.open("wb") as stream:
             stream.write(f"$ cd {shlex.quote(str(cwd))}\n$ {shlex.join(command)}\n".encode())
             stream.flush()
-            status, peak = run_guarded(command, cwd, self.environ(), stream.fileno(), timeout)
+            env = {**self.environ(), **_KEEP_FREED}
+            status, peak = run_guarded(command, cwd, env, stream.fileno(), timeout)
         seconds = time.monotonic() - started
         if status:
             raise _failure(tool, net, command, log, status)
