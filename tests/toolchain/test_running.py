@@ -175,7 +175,7 @@ def test_wrong_inputs_are_refused_and_the_engine_lives_on(product: tuple[Path, n
 @pytest.mark.tpu
 def test_a_dead_emulator_is_a_clear_error(product: tuple[Path, np.ndarray]) -> None:
     with ChipEngine(product[0]) as chip:
-        chip._process.kill()
+        chip._worker.process.kill()
         with pytest.raises(ToolFailed, match="chip emulator was killed by signal 9"):
             chip.run("product", [np.zeros((1, 4, 64), np.float32)])
 
