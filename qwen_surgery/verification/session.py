@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LEVELS = ("source", "onnx", "mlir", "chip")
 MODES = ("bf16", "f16", "int8", "int4")
 _DEFAULT_STEPS = 8
+#: Cases are kept for the next level up to this many bytes.
+KEEP_CASES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,17 @@ class _Parts:
     reference: ReferenceModel
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
     progress: Callable[[str], None]
-    cases: list[NetCase] = field(default_factory=list)
+    _kept: list[NetCase] = field(default_factory=list)
+
+    def cases(self) -> Iterable[NetCase]:
+        """Every case; made once, or, where all together take much memory, again for each level."""
+        maker = CaseMaker(self.reference, self.geometry, self.selection)
+        if maker.bytes > KEEP_CASES:
+            return maker.cases()
+        if not self._kept:
+            self.progress("reference: the unpatched model")
+            self._kept = list(maker.cases())
+        return self._kept
 
     @property
     def whole(self) -> bool:
@@ -106,8 +118,6 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
     parts, folders, chip = _open(request, levels, progress)
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     try:
-        progress("reference: the unpatched model")
-        parts.cases = list(CaseMaker(parts.reference, parts.geometry, parts.selection).cases())
         if "source" in levels:
             engine = TorchEngine(parts.sources, parts.index, parts.geometry)
             report.levels.append(_level(parts, "source", "fp32", "torch", engine))
@@ -152,6 +162,7 @@ def _open(
         index,
         modeling=sources.modeling,
         layers=sorted({0, *selection.layer_list(geometry)}),
+        depth=selection.depth(geometry),
     )
     limits = tolerances.load()
     return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders, chip
@@ -221,7 +232,7 @@ def _level(
         wanted = parts.selection.net_names(parts.geometry, heads=heads)
         result.checks += check_nets(
             engine,
-            parts.cases,
+            parts.cases(),
             parts.geometry,
             limits,
             wanted,
@@ -269,7 +280,7 @@ def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
         with MlirEngine(folder, toolchain, parts.geometry) as engine:
             result.checks += check_nets(
                 engine,
-                parts.cases,
+                parts.cases(),
                 parts.geometry,
                 parts.limits_for("mlir", "fp32"),
                 wanted,
