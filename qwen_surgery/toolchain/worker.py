@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -31,8 +32,9 @@ class Worker:
     """One worker process: what ``worker_side.py ARGUMENTS`` serves, until :meth:`close`.
 
     *what* names it in errors (``the chip emulator``), *subject* what it works on. *libraries* are library
-    file name -> file that the process must find before the toolchain's own of that name. ``folder`` is
-    scratch space that goes with the worker. Raises ToolFailed, with its last words, when it dies.
+    file name -> file that the process must find before the toolchain's own of that name; *preload* is C code
+    that goes in front of them all where this machine can compile it. ``folder`` is scratch space that goes
+    with the worker. Raises ToolFailed, with its last words, when it dies.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class Worker:
         what: str,
         subject: str,
         libraries: Mapping[str, Path] | None = None,
+        preload: Path | None = None,
     ) -> None:
         self._what, self._subject = what, subject
         self._scratch = tempfile.TemporaryDirectory(prefix="qwen-surgery-worker-")
         self.folder = Path(self._scratch.name)
         self._errors = (self.folder / "stderr").open("wb+")
         self._liveness: int | None = None
-        self.process = self._start(toolchain, arguments, libraries or {})
+        self.process = self._start(toolchain, arguments, libraries or {}, preload)
         try:
             self._read()  # it says that it is ready
         except BaseException:
@@ -56,12 +59,18 @@ class Worker:
             raise
 
     def _start(
-        self, toolchain: Toolchain, arguments: Sequence[str], libraries: Mapping[str, Path]
+        self,
+        toolchain: Toolchain,
+        arguments: Sequence[str],
+        libraries: Mapping[str, Path],
+        preload: Path | None,
     ) -> subprocess.Popen[bytes]:
         env = toolchain.environ()
         for name, file in libraries.items():
             (self.folder / name).symlink_to(file)
         env["LD_LIBRARY_PATH"] = f"{self.folder}:{env['LD_LIBRARY_PATH']}"
+        if preload is not None and (compiled := compile_shared(preload, self.folder)):
+            env["LD_PRELOAD"] = str(compiled)
         # Nothing is ever written here; that it closes when this process ends, however it ends, ends the
         # worker.
         their_end, self._liveness = os.pipe()
@@ -138,3 +147,14 @@ class Worker:
             self.process.stdout.close()
         self._errors.close()
         self._scratch.cleanup()
+
+
+def compile_shared(source: Path, folder: Path) -> Path | None:
+    """A shared library of one C file, made in *folder*; None where there is no working C compiler."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    out = folder / f"{source.stem}.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(out), str(source), "-ldl", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return out if done.returncode == 0 else None

@@ -18,6 +18,7 @@ from qwen_surgery.errors import ToolFailed, Usage
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.toolchain.environment import run_guarded, stop_all
+from qwen_surgery.toolchain.worker import compile_shared
 
 
 def tool_root(tmp_path: Path, text: str) -> Toolchain:
@@ -170,6 +171,25 @@ def test_wrong_inputs_are_refused_and_the_engine_lives_on(product: tuple[Path, n
         with pytest.raises(Usage, match="256 elements, 5 were given"):
             chip.run("product", [np.zeros(5, np.float32)])
         assert chip.run("product", [np.zeros((1, 4, 64), np.float32)])[0].shape == (1, 4, 32)
+
+
+@pytest.mark.tpu
+def test_waiting_threads_that_step_aside_change_no_bit(
+    product: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(2).standard_normal((1, 4, 64)).astype(np.float32)
+    with ChipEngine(product[0]) as chip:
+        (quick,) = chip.run("product", [x])
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no C compiler: slow, but it runs
+    with ChipEngine(product[0]) as chip:
+        (slow,) = chip.run("product", [x])
+    assert quick.tobytes() == slow.tobytes()
+
+
+def test_c_code_that_does_not_compile_is_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.c"
+    source.write_text("this is not C\n")
+    assert compile_shared(source, tmp_path) is None
 
 
 @pytest.mark.tpu
