@@ -59,7 +59,10 @@ def worst_cosine(checks: list[dict[str, Any]]) -> float:
 
 def tokens(checks: list[dict[str, Any]], steps: int) -> str:
     """How many of the greedy tokens are the unpatched model's."""
-    share = next(check["values"]["agreement"] for check in checks if check["label"].startswith("greedy"))
+    greedy = (
+        check for check in checks if check["label"].startswith("greedy") and check["output"] == "tokens"
+    )
+    share = next(greedy)["values"]["agreement"]
     return f"{round(share * (steps + 1))} of {steps + 1}"
 
 
@@ -97,9 +100,9 @@ def main() -> int:
             out = Path(work) / f"out-{era}"
             found[era] = {mode: verified(checkout, out, mode, args.steps) for mode in modes}
             print(f"| {' | '.join(row(era, found[era], args.steps))} |", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(found), encoding="utf-8")
             print(f"{era}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found), encoding="utf-8")
     missed = [
         (era, mode) for era, modes_ in found.items() for mode, one in modes_.items() if not one["passed"]
     ]

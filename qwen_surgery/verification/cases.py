@@ -218,7 +218,7 @@ class CaseMaker:
                 (token,),
                 (record.block_inputs[0][None],),
             )
-        position = np.array([[length - 1]], dtype=np.int32)
+        position = runtime.decode_position(length)
         mask = runtime.decode_mask(length, g.seq_length)
         for i in self._layers:
             inputs = (
