@@ -62,7 +62,7 @@ class LevelResult:
 
 @dataclass
 class Report:
-    """A whole verification."""
+    """A whole verification. ``peak_rss`` is that of its largest process, in bytes."""
 
     checkout: str
     seq_length: int
