@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.errors import ToolFailed, Usage
+from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain.environment import Toolchain
 from qwen_surgery.toolchain.worker import Worker
 
@@ -43,14 +43,12 @@ class ChipTensor:
 
 
 def chip_of(bmodel: Path, toolchain: Toolchain) -> str:
-    """The chip a bmodel is for, such as ``BM1684X``. Raises :class:`ToolFailed` when it is no bmodel."""
+    """The chip a bmodel is for, such as ``BM1684X``. Raises :class:`Refused` when it is no bmodel."""
     command = toolchain.command("model_tool", ["--chip", str(bmodel)])
     done = subprocess.run(command, env=toolchain.environ(), capture_output=True, text=True, check=False)
     chip = re.search(r"\b(BM\d+\w*|CV\d+\w*|SG\d+\w*)\b", done.stdout)
     if done.returncode or chip is None:
-        raise ToolFailed(
-            f"{bmodel} is not a bmodel that model_tool can read", log_tail=(done.stderr or done.stdout)[-500:]
-        )
+        raise Refused(f"{bmodel} is not a whole bmodel: model_tool cannot read it")
     return chip.group(1)
 
 
@@ -58,14 +56,14 @@ class ChipEngine:
     """A bmodel open on the emulator. Use it in a ``with`` block: leaving it ends the worker.
 
     Arrays in are float32 (or anything float) and int32, arrays out float32 and int32; bf16 bits are handled
-    inside. Raises :class:`ToolFailed` with the worker's last words when it dies, :class:`Usage` for an
-    unknown net or wrong inputs.
+    inside. Raises :class:`Refused` for a file that is no bmodel, :class:`ToolFailed` with the worker's last
+    words when it dies, :class:`Usage` for an unknown net or wrong inputs.
     """
 
     def __init__(self, bmodel: Path | str, toolchain: Toolchain | None = None) -> None:
         self.bmodel = Path(bmodel).absolute()
         if not self.bmodel.is_file():
-            raise ToolFailed(f"{self.bmodel} does not exist")
+            raise Refused(f"{self.bmodel} does not exist")
         self.toolchain = toolchain or Toolchain.find()
         self.chip = chip_of(self.bmodel, self.toolchain)
         arguments = ("emulator", str(self.bmodel))

@@ -6,6 +6,7 @@ gives is recorded by hooks. Models that do not fit in memory run with one layer'
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class ReferenceModel:
     ) -> None:
         from qwen_surgery.exporting.modules import weightless
 
+        # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         code = ModelCode.load(files, modeling)
         model_class = getattr(code.module, "QWenLMHeadModel", None)
         if model_class is None:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qwen_surgery.errors import ToolFailed, Usage
+from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.toolchain.environment import run_guarded, stop_all
@@ -203,8 +203,8 @@ def test_a_dead_emulator_is_a_clear_error(product: tuple[Path, np.ndarray]) -> N
 @pytest.mark.tpu
 def test_no_bmodel_is_a_clear_error(tmp_path: Path) -> None:
     file = tmp_path / "no.bmodel"
-    with pytest.raises(ToolFailed, match="does not exist"):
+    with pytest.raises(Refused, match="does not exist"):
         ChipEngine(file)
     file.write_bytes(b"not a bmodel" * 100)
-    with pytest.raises(ToolFailed, match="not a bmodel"):
+    with pytest.raises(Refused, match="not a whole bmodel"):
         ChipEngine(file)
