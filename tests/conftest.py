@@ -70,3 +70,19 @@ def modelscope_backbone(pytestconfig: pytest.Config) -> Callable[[str], bytes]:
             return archive.read("modelscope/models/nlp/qwen/backbone.py")
 
     return fetch
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many injected errors were caught, and how many clean runs flagged, where the mutants ran."""
+
+    def count(outcome: str, test: str) -> int:
+        reports = terminalreporter.stats.get(outcome, [])
+        return sum(f"::{test}[" in report.nodeid and report.when == "call" for report in reports)
+
+    caught, missed = (count(outcome, "test_mutant_is_caught") for outcome in ("passed", "failed"))
+    clean, flagged = (count(outcome, "test_clean_runs_are_not_flagged") for outcome in ("passed", "failed"))
+    if caught + missed:
+        terminalreporter.write_line(
+            f"mutants: {caught} of {caught + missed} injected errors caught where they were made; "
+            f"{flagged} of {clean + flagged} clean eras flagged"
+        )

@@ -4,8 +4,9 @@ A pass touches a few nodes of a graph whose products hold hundreds of megabytes 
 first compared as structures: from the inputs on, tensors computed by equal operations from equal inputs are
 equal; from the outputs back, equal operations give equal results when their inputs are equal. What remains
 between is the *region* the pass rewrote: pairs of tensors that must be equal, as functions of tensors both
-graphs share. Only regions are run, on random data of the real shapes and dtypes. Equal regions make equal
-graphs.
+graphs share. Only regions are run, on random data of the real shapes and dtypes; where that would be billions
+of multiply-adds, with a length or width made short (:mod:`graph_passes.framework.shorten`), and what differs
+then is run again as it is. Equal regions make equal graphs.
 
 Data is cut off at shared results of matrix products; cheaper shared operations (a norm, a table look-up) are
 computed, because rewrites may rely on what they produce.
@@ -14,7 +15,7 @@ computed, because rewrites may rely on what they produce.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.framework.feeds import random_feed
+from graph_passes.framework.shorten import shorten
 
 #: float32 results may differ by this much, relative to the largest absolute value in the tensor.
 RELATIVE_TOLERANCE = 2e-5
@@ -77,11 +79,24 @@ def _compare_pairs(
 ) -> Difference | None:
     """Run both graphs up to *pairs*; uses the graphs up."""
     shared = set(hashes_a.values()) & set(hashes_b.values())
+    left = _region(a, [p[0] for p in pairs], hashes_a, shared)
+    right = _region(b, [p[1] for p in pairs], hashes_b, shared)
+    names = [(x.name, y.name) for x, y in pairs]
+    short = shorten((left.model, right.model))
+    if short[0] is not left.model:
+        small = replace(left, model=short[0]), replace(right, model=short[1])
+        if _compare_regions(*small, names, seed) is None:
+            return None
+    return _compare_regions(left, right, names, seed)
+
+
+def _compare_regions(
+    left: _Region, right: _Region, names: list[tuple[str, str]], seed: int
+) -> Difference | None:
     feeds: dict[str, np.ndarray] = {}
-    left = _evaluate(a, [p[0] for p in pairs], hashes_a, shared, feeds, seed)
-    right = _evaluate(b, [p[1] for p in pairs], hashes_b, shared, feeds, seed)
-    for (x, y), values_a, values_b in zip(pairs, left, right, strict=True):
-        if (odd := _difference(x.name, y.name, values_a, values_b)) is not None:
+    results = [_run_region(one, feeds, seed) for one in (left, right)]
+    for (x, y), values_a, values_b in zip(names, *results, strict=True):
+        if (odd := _difference(x, y, values_a, values_b)) is not None:
             return odd
     return None
 
@@ -94,7 +109,7 @@ def compare_whole(before: onnx.ModelProto, after: onnx.ModelProto, seed: int = 0
     if (odd := _interface_difference(a, b)) is not None:
         return odd
     rng = np.random.default_rng(seed)
-    feeds = {t.name: random_feed(t, rng) for t in a.inputs}
+    feeds = {t.name: random_feed(t, rng, t.name) for t in a.inputs}
     for t, x, y in zip(a.outputs, run(before, feeds), run(after, feeds), strict=True):
         if (odd := _difference(t.name, t.name, x, y)) is not None:
             return odd
@@ -148,24 +163,69 @@ def _attributes(node: Any) -> str:
 
 
 def _hashes(graph: Any) -> dict[int, str]:
-    """id(tensor) -> hash of the computation that makes it."""
+    """id(tensor) -> hash of the computation that makes it; of the values, where they depend on nothing."""
     result: dict[int, str] = {}
+    folded = _folded(graph)
 
     def digest(*parts: str) -> str:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def constant(values: np.ndarray) -> str:
+        content = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+        return digest("constant", values.dtype.str, str(values.shape), content)
 
     for tensor in graph.inputs:
         result[id(tensor)] = digest("input", tensor.name)
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant):
-            values = np.ascontiguousarray(tensor.values)
-            content = hashlib.sha256(values.tobytes()).hexdigest()
-            result[id(tensor)] = digest("constant", values.dtype.str, str(values.shape), content)
+            result[id(tensor)] = constant(tensor.values)
     for node in graph.nodes:  # sorted topologically by the importer's source model
         inputs = [result.get(id(t), "none") for t in node.inputs]
         for slot, tensor in enumerate(node.outputs):
-            result[id(tensor)] = digest(node.op, _attributes(node), str(slot), *inputs)
+            if id(tensor) in folded:
+                result[id(tensor)] = constant(folded[id(tensor)])
+            elif _passes_on(node):
+                result[id(tensor)] = inputs[0]
+            else:
+                result[id(tensor)] = digest(node.op, _attributes(node), str(slot), *inputs)
     return result
+
+
+def _passes_on(node: Any) -> bool:
+    """Whether the node's result is its input by definition."""
+    if node.op == "Identity":
+        return True
+    kept = node.inputs[0].dtype if node.op == "Cast" else None
+    return kept is not None and kept == node.outputs[0].dtype
+
+
+def _folded(graph: Any) -> dict[int, np.ndarray]:
+    """id(tensor) -> values of everything that is computed from constants alone, by onnxruntime."""
+    values: dict[int, np.ndarray] = {}
+    body: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "Constant":
+            if isinstance(node.attrs.get("value"), gs.Constant):
+                values[id(node.outputs[0])] = node.attrs["value"].values
+                body.append(node)
+        elif (
+            node.inputs and not node.op.startswith("Random") and all(_is_fixed(t, body) for t in node.inputs)
+        ):
+            body.append(node)
+    wanted = [t for node in body if node.op != "Constant" for t in node.outputs if not t.is_empty()]
+    if wanted:
+        model = gs.export_onnx(
+            gs.Graph(nodes=body, inputs=[], outputs=wanted, opset=graph.opset), do_type_check=False
+        )
+        model.ir_version = min(model.ir_version, 10)
+        values |= {id(t): v for t, v in zip(wanted, run(model, {}), strict=True)}
+    return values
+
+
+def _is_fixed(tensor: Any, fixed: list[Any]) -> bool:
+    if isinstance(tensor, gs.Constant) or tensor.is_empty():
+        return True
+    return bool(tensor.inputs) and any(tensor.inputs[0] is node for node in fixed)
 
 
 def _frontier(a: Any, b: Any, hashes_a: dict[int, str], hashes_b: dict[int, str]) -> list[tuple[Any, Any]]:
@@ -219,17 +279,19 @@ def _slot(node: Any, tensor: Any) -> int:
     return next(i for i, t in enumerate(node.outputs) if t is tensor)
 
 
-def _evaluate(
-    graph: Any,
-    wanted: list[Any],
-    hashes: dict[int, str],
-    shared: set[str],
-    feeds: dict[str, np.ndarray],
-    seed: int,
-) -> list[np.ndarray]:
-    """Run the part of *graph* that makes *wanted*; *feeds* grows by what is fed, so both graphs get the
-    same.
+@dataclass(frozen=True)
+class _Region:
+    """Part of a graph as a model. Its inputs are called after the computation they stand for, so that the
+    regions of two graphs agree on them; ``sources`` gives their names in the graph, ``wanted`` the results.
     """
+
+    model: onnx.ModelProto
+    wanted: tuple[str, ...]
+    sources: dict[str, str]
+
+
+def _region(graph: Any, wanted: list[Any], hashes: dict[int, str], shared: set[str]) -> _Region:
+    """The part of *graph* that makes *wanted*; uses the graph up."""
     inputs: dict[str, Any] = {}
     body: list[Any] = []
     done: set[int] = set()
@@ -251,27 +313,33 @@ def _evaluate(
     for tensor in wanted:
         visit(tensor)
     renamed = {tensor.name: f"fed_{key[:16]}" for key, tensor in inputs.items()}
-    for key, tensor in inputs.items():
-        name = renamed[tensor.name]
-        if name not in feeds:
-            rng = np.random.default_rng([seed, int(key[:12], 16)])
-            feeds[name] = random_feed(tensor, rng)
     fed = {id(t) for t in inputs.values()}
     # A wanted tensor that both graphs share is its own data; only the others are computed.
     computed = _unique([t for t in wanted if id(t) not in fed])
-    values = {renamed[t.name]: feeds[renamed[t.name]] for t in wanted if id(t) in fed}
-    if computed:
-        sub = gs.Graph(
-            nodes=body, inputs=list(inputs.values()), outputs=computed, opset=graph.opset, name="region"
-        )
-        for tensor in inputs.values():
-            tensor.inputs = []
-        model = gs.export_onnx(sub, do_type_check=False)
-        _rename(model, renamed)
-        model.ir_version = min(model.ir_version, 10)
-        names = [o.name for o in model.graph.output]
-        values |= dict(zip(names, run(model, feeds), strict=True))
-    return [values[renamed.get(t.name, t.name)] for t in wanted]
+    sub = gs.Graph(
+        nodes=body, inputs=list(inputs.values()), outputs=computed, opset=graph.opset, name="region"
+    )
+    for tensor in inputs.values():
+        tensor.inputs = []
+    model = gs.export_onnx(sub, do_type_check=False)
+    _rename(model, renamed)
+    model.ir_version = min(model.ir_version, 10)
+    return _Region(
+        model,
+        tuple(renamed.get(t.name, t.name) for t in wanted),
+        {new: old for old, new in renamed.items()},
+    )
+
+
+def _run_region(region: _Region, feeds: dict[str, np.ndarray], seed: int) -> list[np.ndarray]:
+    """The wanted results; *feeds* grows by what is fed, so that both graphs' regions get the same."""
+    for tensor in gs.import_onnx(region.model).inputs:
+        if tensor.name not in feeds:
+            rng = np.random.default_rng([seed, int(tensor.name.removeprefix("fed_")[:12], 16)])
+            feeds[tensor.name] = random_feed(tensor, rng, region.sources[tensor.name])
+    computed = [o.name for o in region.model.graph.output]
+    values = dict(zip(computed, run(region.model, feeds), strict=True)) if computed else {}
+    return [values[name] if name in values else feeds[name] for name in region.wanted]
 
 
 def _unique(tensors: list[Any]) -> list[Any]:

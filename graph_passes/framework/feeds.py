@@ -13,21 +13,23 @@ MASKED = -9984.0
 _PASSES_INDEX_ON = {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Transpose", "Concat"}
 
 
-def random_feed(tensor: Any, rng: np.random.Generator) -> np.ndarray:
-    """Values for one input of a graph (an ``onnx_graphsurgeon`` Variable with a static shape)."""
+def random_feed(tensor: Any, rng: np.random.Generator, name: str) -> np.ndarray:
+    """Values for one input of a graph (an ``onnx_graphsurgeon`` Variable with a static shape); *name* is what
+    the net calls it.
+    """
     shape, dtype = tuple(tensor.shape), np.dtype(tensor.dtype)
     if dtype.kind in "iu":
         return rng.integers(0, index_bound(tensor), shape).astype(dtype)
     if dtype.kind == "b":
         return rng.random(shape) < 0.5
-    if tensor.name == "attention_mask":
+    if name == "attention_mask":
         mask = np.where(rng.random(shape) < 0.3, MASKED, 0.0)
         mask[..., 0] = 0.0  # a row that is closed everywhere says nothing
         return mask.astype(dtype)
     if len(shape) == 1 and shape[0] == 1:
         return rng.uniform(0.5, 1.5, shape).astype(dtype)  # top_p, temperature, penalty
     values = rng.standard_normal(shape, dtype=np.float32)
-    if tensor.name.startswith(WEIGHT_PREFIX) and len(shape) > 1:
+    if name.startswith(WEIGHT_PREFIX) and len(shape) > 1:
         values *= shape[-1] ** -0.5  # products of the size a trained layer gives
     return values.astype(dtype)
 

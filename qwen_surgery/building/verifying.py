@@ -51,7 +51,7 @@ def run(params: dict[str, Any], bmodel: Path, folder: Path) -> dict[str, Any]:
     request = Request(
         checkout=Path(params["checkout"]),
         onnx=folders,
-        bmodel=bmodel,
+        bmodels=(bmodel,),
         # A prompt of a third of S, which leaves room for decoding, and one that fills it.
         prompt_lengths=(geometry.seq_length // 3 + 1, geometry.seq_length),
         steps=params["steps"],

@@ -69,7 +69,7 @@ def command(
             engine, geometry = chip, chip_geometry(chip)
             console.err().print(
                 "The emulator computes what the chip computes, thousands of times slower: "
-                "expect seconds a token for a tiny model, many minutes for a real one."
+                "expect a token a second for a tiny model, many minutes for a token of a real one."
             )
         chat = Chat(engine, geometry, tokenizer, sampling, SYSTEM if system is None else system)
         if prompt is not None:

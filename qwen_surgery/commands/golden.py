@@ -106,6 +106,8 @@ def check_command(
                 counts = Counter(v.status for v in mine)
                 said = ", ".join(f"{n} {status}" for status, n in counts.items())
                 moved = mine[0].versions if mine else ""
+                if not moved and counts["drift"]:
+                    moved = "the same versions: another processor or number of threads"
                 console.out().print(f"{era} {stage}: {said}" + (f" ({moved})" if moved else ""))
     bad = [v for v in verdicts if v.status in ("changed", "new")]
     if bad:

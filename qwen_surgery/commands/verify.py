@@ -35,7 +35,11 @@ def _numbers(
     help="An exported folder; give it twice for raw and cleaned.",
 )
 @click.option(
-    "--bmodel", type=click.Path(path_type=Path), help="A compiled model, run on the emulator (slow)."
+    "--bmodel",
+    "bmodels",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A compiled model, run on the emulator (slow); may be repeated, one for each mode.",
 )
 @click.option(
     "--level",
@@ -54,7 +58,11 @@ def _numbers(
 @click.option("--prompt-lengths", callback=_numbers, help="Prompt lengths.  [default: 1, S/3+1, S-1, S]")
 @click.option("--seq-length", type=click.IntRange(2), help="Export length S.  [default: as exported, or 512]")
 @click.option("--recipe", help="Source edits to verify.  [default: as exported, or static]")
-@click.option("--mode", type=click.Choice(["bf16", "f16", "int8", "int4"]), help="The bmodel's mode.")
+@click.option(
+    "--mode",
+    type=click.Choice(["bf16", "f16", "int8", "int4"]),
+    help="The bmodel's mode.  [default: by its name]",
+)
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="For prompts and sampling."
 )
@@ -66,7 +74,7 @@ def _numbers(
 def command(
     checkout: Path,
     onnx: tuple[Path, ...],
-    bmodel: Path | None,
+    bmodels: tuple[Path, ...],
     levels: tuple[str, ...],
     layers: tuple[int, ...] | None,
     nets: str,
@@ -89,7 +97,7 @@ def command(
     request = Request(
         checkout=checkout,
         onnx=onnx,
-        bmodel=bmodel,
+        bmodels=bmodels,
         levels=levels,
         layers=layers,
         nets=tuple(name.strip() for name in nets.split(",") if name.strip()),
@@ -123,7 +131,9 @@ def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
     console.out().print(make_table(report, every_net=every_net))
     for line in token_lines(report):
         console.out().print(line, markup=False, soft_wrap=True)
-    seconds = ", ".join(f"{level.level} {level.name} {level.seconds:.1f} s" for level in report.levels)
-    console.err().print(f"{seconds}; peak memory {report.peak_rss / 2**20:.0f} MiB")
+    seconds = ", ".join(
+        f"{level.level} {level.mode} {level.name} {level.seconds:.1f} s" for level in report.levels
+    )
+    console.err().print(f"{seconds}; largest process {report.peak_rss / 2**20:.0f} MiB")
     for line in misses(report):
         console.err().print(f"missed: {line}", markup=False)

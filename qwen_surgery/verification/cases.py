@@ -54,6 +54,17 @@ class Selection:
             n.name for n in contract if self.wants(n.name, n.kind) and (n.layer is None or n.layer in layers)
         ]
 
+    def depth(self, geometry: Geometry) -> int | None:
+        """How many first layers the reference needs for what is chosen; None: the whole model."""
+        kinds = {n.kind for n in nets.nets(geometry.layers) if self.wants(n.name, n.kind)}
+        if kinds & _AFTER_THE_LAYERS:
+            return None
+        return 1 + max(self.layer_list(geometry)) if kinds & _BLOCKS else 1
+
+
+_BLOCKS = {NetKind.BLOCK, NetKind.BLOCK_CACHE}
+_AFTER_THE_LAYERS = {NetKind.LM_HEAD, NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD}
+
 
 @dataclass(frozen=True)
 class NetCase:
@@ -136,7 +147,8 @@ def default_lengths(seq_length: int) -> tuple[int, ...]:
 class CaseMaker:
     """Runs the reference over every prompt and turns what it recorded into cases.
 
-    Cases come prompt by prompt; only one pass of the reference is held at a time.
+    Cases come prompt by prompt; only one pass of the reference is held at a time. ``bytes`` is about what all
+    cases of one run take together.
     """
 
     def __init__(self, reference: ReferenceModel, geometry: Geometry, selection: Selection) -> None:
@@ -144,6 +156,12 @@ class CaseMaker:
         self._g = geometry
         self._selection = selection
         self._layers = selection.layer_list(geometry)
+
+    @property
+    def bytes(self) -> int:
+        g = self._g
+        prefill = 4 * g.seq_length * g.hidden + g.seq_length**2 // max(1, len(self._layers))
+        return 4 * len(self._selection.lengths) * len(self._layers) * (prefill + 2 * g.seq_length * g.hidden)
 
     def cases(self) -> Iterator[NetCase]:
         """Every case, prefill and then one decode step for each prompt that leaves room for one."""
@@ -155,12 +173,18 @@ class CaseMaker:
         for case in self._prefill_cases(record):
             if self._selection.wants(case.net, case.kind):
                 yield case
-        if len(prompt) == self._g.seq_length or record.logits is None:
+        if len(prompt) == self._g.seq_length:
             return
-        record = self._reference.decode(int(np.argmax(record.logits)))
+        record = self._reference.decode(self._next_token(record))
         for case in self._decode_cases(record):
             if self._selection.wants(case.net, case.kind):
                 yield case
+
+    def _next_token(self, record: Pass) -> int:
+        """The reference's own next token; a random one where it has no logits."""
+        if record.logits is not None:
+            return int(np.argmax(record.logits))
+        return int(np.random.default_rng([self._selection.seed, record.tokens[-1]]).integers(self._g.vocab))
 
     def _prefill_cases(self, record: Pass) -> Iterator[NetCase]:
         g, length = self._g, len(record.tokens)
@@ -194,7 +218,7 @@ class CaseMaker:
                 (token,),
                 (record.block_inputs[0][None],),
             )
-        position = np.array([[length - 1]], dtype=np.int32)
+        position = runtime.decode_position(length)
         mask = runtime.decode_mask(length, g.seq_length)
         for i in self._layers:
             inputs = (

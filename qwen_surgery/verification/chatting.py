@@ -44,7 +44,8 @@ def chip_geometry(engine: ChipEngine) -> Geometry:
 
 @dataclass
 class Chat:
-    """One conversation. ``sampling`` None means greedy. Raises Usage when a prompt does not fit in S."""
+    """One conversation. ``sampling`` None means greedy. Raises Usage when a prompt does not fit in S, Refused
+    when the model computes no numbers."""
 
     engine: Engine
     geometry: Geometry
@@ -94,6 +95,11 @@ class Chat:
                 logits = run.decode(token)
 
     def _choose(self, run: Runtime, logits: Any) -> int:
+        if not np.isfinite(logits).all():
+            raise Refused(
+                "the model's logits are NaN or infinite: it cannot talk",
+                hint="`qwen-surgery verify` says which net goes wrong first",
+            )
         if self.sampling is None:
             return run.greedy(logits)
         return draw(*run.candidates(logits, self.sampling), float(self._generator.random()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +14,13 @@ from qwen_surgery import nets
 from qwen_surgery.compiling.one import NetJob, transform
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Geometry, Net
+from qwen_surgery.toolchain.worker import Worker
 
 if TYPE_CHECKING:
     from qwen_surgery.toolchain import Toolchain
     from qwen_surgery.verification.engines import OrtEngine
+
+_INTERPRETER = "TPU-MLIR's Top-level interpreter"
 
 
 class MlirEngine:
@@ -36,24 +37,15 @@ class MlirEngine:
         self._scratch = tempfile.TemporaryDirectory(prefix="qwen-surgery-mlir-")
         self._work = Path(self._scratch.name)
         self._made: dict[str, Path] = {}
-        self._errors = (self._work / "worker.log").open("wb+")
-        self._process = self._start()
+        try:
+            self._worker = Worker(toolchain, ("top-dialect",), _INTERPRETER, str(folder.folder))
+        except BaseException:
+            self._scratch.cleanup()
+            raise
 
     @property
     def nets(self) -> tuple[str, ...]:
         return self._folder.nets
-
-    def _start(self) -> subprocess.Popen[str]:
-        worker = Path(__file__).with_name("mlir_worker.py")
-        return subprocess.Popen(
-            [str(self._toolchain.python), str(worker)],
-            cwd=self._work,
-            env=self._toolchain.environ(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
 
     def _mlir(self, name: str) -> Path:
         if name not in self._made:
@@ -68,13 +60,10 @@ class MlirEngine:
 
     def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of *net* in the contract's order, float32 and int32."""
-        files = {"input": str(self._work / "input.npz"), "output": str(self._work / "output.npz")}
-        request = {"mlir": str(self._mlir(net)), **files}
-        np.savez(files["input"], *inputs)
-        self._ask(request)
+        reply, arrays = self._worker.ask({"mlir": str(self._mlir(net))}, inputs)
+        if "error" in reply:
+            raise ToolFailed(f"{net} in {_INTERPRETER}: {reply['error']}")
         specs = nets.outputs(self._folder.manifest.net(net).kind, self._geometry)
-        with np.load(files["output"]) as found:
-            arrays = [found[f"arr_{i}"] for i in range(len(found.files))]
         if len(arrays) != len(specs):
             return arrays
         return [
@@ -82,33 +71,9 @@ class MlirEngine:
             for spec, array in zip(specs, arrays, strict=True)
         ]
 
-    def _ask(self, request: dict[str, str]) -> None:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(json.dumps(request) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._errors.seek(0)
-            tail = "\n".join(self._errors.read().decode(errors="replace").splitlines()[-15:])
-            raise ToolFailed("TPU-MLIR's Top-level interpreter died", log_tail=tail)
-        reply = json.loads(line)
-        if "error" in reply:
-            raise ToolFailed(f"TPU-MLIR's Top-level interpreter: {reply['error']}")
-
     def close(self) -> None:
         """End the worker and delete the transforms."""
-        process = self._process
-        if process.stdin and not process.stdin.closed:
-            process.stdin.close()
-        process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-        self._errors.close()
+        self._worker.close()
         self._scratch.cleanup()
 
     def __enter__(self) -> MlirEngine:

@@ -41,6 +41,16 @@ class PassCounts:
     changed: str
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Predicted cost of one net of a kind on the chip."""
+
+    mode: str
+    kind: str
+    cycles: int
+    milliseconds: float
+
+
 def errors_by_layer(level: LevelResult) -> list[Series]:
     """Per phase, the worst error of each layer's hidden states: max abs in float32, else 1 - cosine."""
     exact = level.mode == "fp32"
@@ -56,6 +66,24 @@ def errors_by_layer(level: LevelResult) -> list[Series]:
         Series(phase, tuple((float(i), max(v, _FLOOR)) for i, v in sorted(layers.items())))
         for phase, layers in found.items()
     ]
+
+
+def cosines_by_layer(report: Report) -> list[Series]:
+    """Per level and phase, 1 - cosine of each layer's hidden states, the worst of all runs."""
+    result = []
+    for level in report.levels:
+        found: dict[str, dict[int, float]] = {}
+        for check in level.checks:
+            if check.layer is None or check.output != "hidden_states" or "cosine" not in check.values:
+                continue
+            value = 1 - check.values["cosine"]
+            if math.isfinite(value):
+                layers = found.setdefault(check.phase, {})
+                layers[check.layer] = max(layers.get(check.layer, 0.0), value)
+        for phase, layers in found.items():
+            points = tuple((float(i), max(v, _FLOOR)) for i, v in sorted(layers.items()))
+            result.append(Series(f"{level.level} {level.mode} {level.name}, {phase}", points))
+    return result
 
 
 def errors_by_net(report: Report) -> tuple[list[str], list[Series]]:
@@ -84,10 +112,8 @@ def write_page(report: Report, path: Path, request: Request) -> None:
     )
 
 
-def render(
-    report: Report, diff: str, passes: list[PassCounts], predicted: list[tuple[str, int, float]]
-) -> str:
-    """The page's text. *predicted* is (net kind, cycles, milliseconds)."""
+def render(report: Report, diff: str, passes: list[PassCounts], predicted: list[Predicted]) -> str:
+    """The page's text."""
     try:
         import jinja2
     except ImportError:
@@ -95,6 +121,7 @@ def render(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     kinds, by_net = errors_by_net(report)
+    by_layer = cosines_by_layer(report)
     plots = [
         {
             "title": f"{level.level} {level.mode} {level.name}",
@@ -107,6 +134,7 @@ def render(
     return template.render(
         version=__version__,
         report=report,
+        together=plot("together", by_layer, "1 - cosine", pairs=True) if by_layer else "",
         plots=plots,
         overview=plot("overview", by_net, "1 - cosine", kinds) if kinds else "",
         levels=[{"level": level, "rows": _rows(level)} for level in report.levels],
@@ -139,44 +167,89 @@ def _sentences(checks: list[Check]) -> list[str]:
     return [f"{c.net} {c.label} {c.output}: {'; '.join(c.missed)}" for c in checks if not c.passed]
 
 
-def plot(name: str, series: list[Series], y_label: str, ticks: list[str] | None = None) -> str:
+def plot(
+    name: str, series: list[Series], y_label: str, ticks: list[str] | None = None, *, pairs: bool = False
+) -> str:
     """An SVG with a logarithmic error axis; lines have the ids ``NAME-line-i``, points ``NAME-point-i-j``.
 
-    Without *ticks* the x axis counts layers; with them it names what stands at 0, 1, ...
+    Without *ticks* the x axis counts layers; with them it names what stands at 0, 1, ... With *pairs* the
+    lines of one level share a colour and a legend entry, and decode is dashed. Text and axes have the page's
+    own colour.
     """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator
     except ImportError:
         raise _missing("matplotlib") from None
-    salt = f"qwen-surgery {name}"  # ids inside the SVG must not meet those of another one on the page
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}):
-        figure = Figure(figsize=(7, 3), layout="constrained")
+    with matplotlib.rc_context(_style(name)):
+        figure = Figure(figsize=(7, 3.2) if pairs or ticks else (5, 2.6), layout="constrained")
+        figure.patch.set_visible(False)
         axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        firsts = {one.name.rpartition(", ")[0]: one for one in reversed(series)}
+        levels = list(reversed(firsts))
         for i, one in enumerate(series):
             x = [point[0] for point in one.points]
             y = [point[1] for point in one.points]
-            joined = "none" if ticks else "-"
-            (line,) = axes.plot(x, y, linestyle=joined, marker="o", markersize=3, label=one.name)
+            look: dict[str, Any] = {"label": one.name}
+            if pairs:
+                level, _, phase = one.name.rpartition(", ")
+                shown = {"color": f"C{levels.index(level)}", "linestyle": "--" if phase == "decode" else "-"}
+                # A name that begins with "_" has no entry in the legend.
+                look = {"label": level if one is firsts[level] else f"_{one.name}", **shown}
+            if ticks:
+                # Side by side, so that equal errors do not hide each other.
+                x = [place + 0.12 * (i - (len(series) - 1) / 2) for place in x]
+                look["linestyle"] = "none"
+            (line,) = axes.plot(x, y, marker="o", markersize=3, **look)
             line.set_gid(f"{name}-line-{i}")
-            for j, (px, py) in enumerate(one.points):
-                axes.plot([px], [py], marker="o", color=line.get_color(), gid=f"{name}-point-{i}-{j}")
+            for j, (px, py) in enumerate(zip(x, y, strict=True)):
+                axes.plot(
+                    [px], [py], marker="o", markersize=5, color=line.get_color(), gid=f"{name}-point-{i}-{j}"
+                )
         axes.set_yscale("log")
+        axes.set_ylim(*_decades(series))
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.minorticks_off()
         axes.set_ylabel(y_label)
-        axes.grid(True, alpha=0.3)
+        axes.grid(True, alpha=0.2)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks, rotation=20, ha="right")
         else:
             axes.set_xlabel("layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if series:
-            figure.legend(loc="outside upper center", ncols=4, fontsize=7, frameon=False)
+            figure.legend(loc="outside upper center", ncols=3, fontsize=7.5, frameon=False)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": "matplotlib"})
-    text = buffer.getvalue()
+    text = buffer.getvalue().replace(_INK, "currentColor")
     return text[text.index("<svg") :]  # no XML prologue inside HTML
+
+
+#: Stands for the page's text colour until the SVG is made; nothing else has it.
+_INK = "#010203"
+
+
+def _style(name: str) -> Any:
+    """matplotlib's settings for one plot."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"qwen-surgery {name}",  # ids inside must not meet those of another SVG on the page
+        "font.size": 9,
+        **dict.fromkeys(inked, _INK),
+    }
+
+
+def _decades(series: list[Series]) -> tuple[float, float]:
+    """Whole powers of ten around every value."""
+    values = [y for one in series for _, y in one.points] or [1.0]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return 10.0**low * 0.5, 10.0 ** max(high, low + 1) * 2
 
 
 def diffs(report: Report) -> str:
@@ -225,15 +298,18 @@ def pass_counts(request: Request) -> list[PassCounts]:
     return result
 
 
-def predictions(request: Request) -> list[tuple[str, int, float]]:
-    """(net kind, cycles, milliseconds) that TPU-MLIR predicted when the bmodel was built, where its side file
-    says so."""
-    if request.bmodel is None:
-        return []
+def predictions(request: Request) -> list[Predicted]:
+    """What TPU-MLIR predicted when the bmodels were built, where their side files say so."""
     from qwen_surgery.packing import sidefile
 
-    try:
-        side = sidefile.load(request.bmodel)
-    except Refused:
-        return []
-    return [(kind, p.cycles, p.milliseconds) for kind, p in side.predictions.items()]
+    result = []
+    for bmodel in request.bmodels:
+        try:
+            side = sidefile.load(bmodel)
+        except Refused:
+            continue
+        result += [
+            Predicted(side.notes.get("mode", bmodel.stem), kind, p.cycles, p.milliseconds)
+            for kind, p in side.predictions.items()
+        ]
+    return result

@@ -6,6 +6,7 @@ gives is recorded by hooks. Models that do not fit in memory run with one layer'
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 #: Weights are held in memory as a whole up to this many bytes of float32, else layer by layer.
 WHOLE_MODEL_BYTES = 2 << 30
 _ROWS_AT_A_TIME = 8192
+_TABLES = ("transformer.wte.weight", "lm_head.weight")
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Pass:
     ``block_inputs`` and ``block_outputs`` map a recorded layer to [L, H]; ``keys`` and ``values`` to the L
     new units [L, n, d]; ``past_keys`` and ``past_values`` to the units before them [P, n, d]. ``logits`` [V]
     are those after the last token and ``last_hidden`` [H] is what they were made from, before the final norm;
-    both are None when the pass stopped before the last layer.
+    both are None when the reference has only the model's first layers.
     """
 
     tokens: tuple[int, ...]
@@ -47,17 +49,14 @@ class Pass:
     last_hidden: np.ndarray | None = None
 
 
-class _Stop(Exception):
-    """Ends a forward pass behind the last layer that is wanted."""
-
-
 class ReferenceModel:
     """The unpatched model of a checkout.
 
     *files* are the unpatched Python files and config.json, *index* the checkpoint's tensors. *layers* are the
-    layers to record (all by default); *stop_after* ends each pass behind that layer, without logits. Raises
-    Refused when the code's parameters and the checkpoint's tensors do not match. Runs the checkout's code:
-    callers have asked for ``--trust-remote-code``.
+    layers to record (all by default). *depth* keeps only that many first layers: they compute what they
+    compute in the whole model, but there are no logits. Raises Refused when the code's parameters and the
+    checkpoint's tensors do not match. Runs the checkout's code: callers have asked for
+    ``--trust-remote-code``.
     """
 
     def __init__(
@@ -67,25 +66,30 @@ class ReferenceModel:
         *,
         modeling: str = "modeling_qwen.py",
         layers: Sequence[int] | None = None,
-        stop_after: int | None = None,
+        depth: int | None = None,
         whole_model_bytes: int = WHOLE_MODEL_BYTES,
     ) -> None:
         from qwen_surgery.exporting.modules import weightless
 
+        # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         code = ModelCode.load(files, modeling)
         model_class = getattr(code.module, "QWenLMHeadModel", None)
         if model_class is None:
             raise Refused(f"{modeling} has no class QWenLMHeadModel")
         with weightless():
             self._model: Any = model_class(code.config).eval()
+        stack = self._model.transformer
+        self._cut = depth is not None and depth < len(stack.h)
+        if self._cut:
+            stack.h = stack.h[:depth]
         self._index = index
         self._tied = "lm_head.weight" not in index
-        self.layer_count = len(self._model.transformer.h)
+        self.layer_count = len(stack.h)
         self.layers = tuple(range(self.layer_count)) if layers is None else tuple(layers)
-        self._stop_after = stop_after
         self._places = self._match_parameters()
-        size = sum(4 * self._index[self._tensor(name)].numel for name in self._places)
-        self.streamed = size > whole_model_bytes
+        held = [name for name in self._places if not (self._cut and name in _TABLES)]
+        self.streamed = sum(4 * self._index[self._tensor(name)].numel for name in held) > whole_model_bytes
         self._pass: Pass | None = None
         self._past: Any = None
         self.length = 0
@@ -132,11 +136,16 @@ class ReferenceModel:
             )
 
     def _install(self) -> None:
-        big = {"transformer.wte.weight", "lm_head.weight"} if self.streamed else set()
-        self._load([n for n in self._places if n not in big and not (self.streamed and ".h." in n)])
+        left = set(_TABLES) if self._by_rows else set()
+        self._load([n for n in self._places if n not in left and not (self.streamed and ".h." in n)])
         for i, block in enumerate(self._model.transformer.h):
             block.register_forward_pre_hook(self._before(i), with_kwargs=True)
             block.register_forward_hook(self._after(i), with_kwargs=True)
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether the two matrices of the vocabulary's size are read row by row instead of loaded."""
+        return self.streamed or self._cut
 
     def _layer_parameters(self, i: int) -> list[str]:
         return [name for name in self._places if name.startswith(f"transformer.h.{i}.")]
@@ -167,10 +176,8 @@ class ReferenceModel:
                 ):
                     units = whole[0].numpy().copy()
                     new[i], past[i] = units[record.start :], units[: record.start]
-            if i == self.layer_count - 1:
+            if i == self.layer_count - 1 and not self._cut:
                 record.last_hidden = states[0, -1].numpy().copy()
-            if i == self._stop_after:
-                raise _Stop
 
         return hook
 
@@ -178,7 +185,7 @@ class ReferenceModel:
         import torch
 
         table = self._index["transformer.wte.weight"]
-        if not self.streamed:
+        if not self._by_rows:
             return self._model.transformer.wte(torch.tensor([tokens]))
         return torch.from_numpy(read_rows(table, tokens))[None]
 
@@ -198,20 +205,18 @@ class ReferenceModel:
         import torch
 
         self._pass = Pass(tuple(tokens), self.length)
-        try:
-            with torch.no_grad():
-                result = self._model.transformer(
-                    inputs_embeds=self._embed(tokens),
-                    past_key_values=self._past,
-                    use_cache=True,
-                    output_attentions=False,
-                    output_hidden_states=False,
-                    return_dict=True,
-                )
-                self._past = result.past_key_values
+        with torch.no_grad():
+            result = self._model.transformer(
+                inputs_embeds=self._embed(tokens),
+                past_key_values=self._past,
+                use_cache=True,
+                output_attentions=False,
+                output_hidden_states=False,
+                return_dict=True,
+            )
+            self._past = result.past_key_values
+            if not self._cut:
                 self._pass.logits = self._logits(result.last_hidden_state[0, -1])
-        except _Stop:
-            self._past = None
         record, self._pass = self._pass, None
         self.length += len(tokens)
         return record
@@ -224,7 +229,7 @@ class ReferenceModel:
     def decode(self, token: int) -> Pass:
         """Read one more token through the cache."""
         if self._past is None:
-            raise Refused("decode needs a prefill before it that ran through all layers")
+            raise Refused("decode needs a prefill before it")
         return self._forward([token])
 
 

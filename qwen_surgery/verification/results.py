@@ -62,7 +62,7 @@ class LevelResult:
 
 @dataclass
 class Report:
-    """A whole verification."""
+    """A whole verification. ``peak_rss`` is that of its largest process, in bytes."""
 
     checkout: str
     seq_length: int
@@ -123,9 +123,11 @@ def judge(
     for limit in judged:
         metric = limit.metric.partition(".")[2]
         value = values.get(metric, math.nan)
-        if not limit.holds(value, scale):
+        if math.isnan(value):
+            missed.append(f"{what} {metric} is not a number")
+        elif not limit.holds(value, scale):
             word = "below" if limit.at_least else "above"
-            missed.append(f"{what} {metric} {value:.3g} is {word} {limit.allowed(scale):.3g}")
+            missed.append(f"{what} {metric} {value:.6g} is {word} {limit.allowed(scale):.6g}")
     return tuple(missed)
 
 

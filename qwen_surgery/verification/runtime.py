@@ -43,6 +43,16 @@ def prefill_positions(length: int, seq_length: int) -> np.ndarray:
     return positions
 
 
+def decode_position(length: int) -> np.ndarray:
+    """int32 [1, 1]: the position of the token that makes the sequence *length* long."""
+    return np.array([[length - 1]], dtype=np.int32)
+
+
+def last_row(states: np.ndarray, length: int) -> np.ndarray:
+    """[H]: the hidden states of a prompt's last token, out of a prefill block's [1, S, H]."""
+    return states.reshape(states.shape[-2:])[length - 1]
+
+
 def padded(tokens: Sequence[int], seq_length: int) -> np.ndarray:
     """int32 [1, S]: the tokens, then 0."""
     ids = np.zeros((1, seq_length), dtype=np.int32)
@@ -62,6 +72,16 @@ class Sampling:
     seed: int = 0
 
 
+def penalised(logits: np.ndarray, input_ids: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Logits float32 [V] after the repetition penalty on every token of *input_ids*."""
+    scores = logits.astype(np.float32).ravel().copy()
+    seen = np.unique(input_ids)
+    scores[seen] = np.where(
+        scores[seen] < 0, scores[seen] * sampling.penalty, scores[seen] / sampling.penalty
+    )
+    return scores
+
+
 def penalty_sample(
     logits: np.ndarray, input_ids: np.ndarray, sampling: Sampling
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -70,11 +90,7 @@ def penalty_sample(
     Written from the contract, independently of the exported net, so that it can judge it; it also serves
     models whose heads run on the host.
     """
-    scores = logits.astype(np.float32).ravel().copy()
-    seen = np.unique(input_ids)
-    scores[seen] = np.where(
-        scores[seen] < 0, scores[seen] * sampling.penalty, scores[seen] / sampling.penalty
-    )
+    scores = penalised(logits, input_ids, sampling)
     best = np.argsort(-scores, kind="stable")[:TOP_K]
     top = scores[best] / np.float32(sampling.temperature)
     exact = np.exp(top - top.max())
@@ -160,7 +176,7 @@ class Runtime:
             states, key, value = self._engine.run(f"block_{i}", [states, positions, mask])
             self._keys.append(np.array(key))
             self._values.append(np.array(value))
-        return self._logits(states.reshape(g.seq_length, g.hidden)[length - 1])
+        return self._logits(last_row(states, length))
 
     def decode(self, token: int) -> np.ndarray:
         """Read one more token through the cache; logits float32 [1, V] after it."""
@@ -172,7 +188,7 @@ class Runtime:
         self.tokens.append(token)
         slot = self.length - 1
         (states,) = self._engine.run("embedding_cache", [np.array([[token]], dtype=np.int32)])
-        position = np.array([[slot]], dtype=np.int32)
+        position = decode_position(self.length)
         mask = decode_mask(self.length, g.seq_length)
         for i in range(g.layers):
             inputs = [states, position, mask, self._keys[i], self._values[i]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from golden import tolerances
 from qwen_surgery.errors import Refused, Usage
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LEVELS = ("source", "onnx", "mlir", "chip")
 MODES = ("bf16", "f16", "int8", "int4")
 _DEFAULT_STEPS = 8
+#: Cases are kept for the next level up to this many bytes.
+KEEP_CASES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Request:
 
     checkout: Path
     onnx: tuple[Path, ...] = ()
-    bmodel: Path | None = None
+    bmodels: tuple[Path, ...] = ()
     levels: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     nets: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class Request:
             for level, given in (
                 ("source", True),
                 ("onnx", bool(self.onnx)),
-                ("chip", self.bmodel is not None),
+                ("chip", bool(self.bmodels)),
             )
             if given
         )
@@ -64,7 +66,7 @@ class Request:
                 raise Usage(f"there is no level {level}", hint=f"levels are {', '.join(LEVELS)}")
             if level in ("onnx", "mlir") and not self.onnx:
                 raise Usage(f"level {level} needs an exported folder", hint="give --onnx DIR")
-            if level == "chip" and self.bmodel is None:
+            if level == "chip" and not self.bmodels:
                 raise Usage("level chip needs a bmodel", hint="give --bmodel FILE")
         return tuple(level for level in LEVELS if level in levels)
 
@@ -81,7 +83,17 @@ class _Parts:
     reference: ReferenceModel
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
     progress: Callable[[str], None]
-    cases: list[NetCase] = field(default_factory=list)
+    _kept: list[NetCase] = field(default_factory=list)
+
+    def cases(self) -> Iterable[NetCase]:
+        """Every case; made once, or, where all together take much memory, again for each level."""
+        maker = CaseMaker(self.reference, self.geometry, self.selection)
+        if maker.bytes > KEEP_CASES:
+            return maker.cases()
+        if not self._kept:
+            self.progress("reference: the unpatched model")
+            self._kept = list(maker.cases())
+        return self._kept
 
     @property
     def whole(self) -> bool:
@@ -103,24 +115,17 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
     """
     require_trust(request.trust_remote_code, "verify")
     levels = request.chosen()
-    parts, folders, chip = _open(request, levels, progress)
+    parts, folders = _open(request, levels, progress)
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
-    try:
-        progress("reference: the unpatched model")
-        parts.cases = list(CaseMaker(parts.reference, parts.geometry, parts.selection).cases())
-        if "source" in levels:
-            engine = TorchEngine(parts.sources, parts.index, parts.geometry)
-            report.levels.append(_level(parts, "source", "fp32", "torch", engine))
-        for folder in folders if "onnx" in levels else ():
-            report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
-        if "mlir" in levels:
-            report.levels.append(_mlir_level(parts, folders[-1]))
-        if chip is not None:
-            mode = _mode_of(request)
-            report.levels.append(_level(parts, "chip", mode, chip.chip, chip, contract=True))
-    finally:
-        if chip is not None:
-            chip.close()
+    if "source" in levels:
+        engine = TorchEngine(parts.sources, parts.index, parts.geometry)
+        report.levels.append(_level(parts, "source", "fp32", "torch", engine))
+    for folder in folders if "onnx" in levels else ():
+        report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
+    if "mlir" in levels:
+        report.levels.append(_mlir_level(parts, folders[-1]))
+    for bmodel in request.bmodels if "chip" in levels else ():
+        report.levels.append(_chip_level(parts, bmodel))
     # Linux counts in KiB; children are the emulator and TPU-MLIR's tools.
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     report.peak_rss = max(usage) * 1024
@@ -130,14 +135,16 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
-) -> tuple[_Parts, list[OrtEngine], Any]:
+) -> tuple[_Parts, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
     folders = [OrtEngine(folder) for folder in request.onnx]
-    chip = _open_chip(request) if "chip" in levels else None
-    seq_length = _seq_length(request, folders, chip)
+    bmodels = request.bmodels if "chip" in levels else ()
+    if bmodels or "mlir" in levels:
+        _ready_for_chips(request, bmodels)
+    seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
     sources = checkout.sources(recipe=recipe, seq_length=seq_length)
     for folder in folders:
@@ -152,30 +159,42 @@ def _open(
         index,
         modeling=sources.modeling,
         layers=sorted({0, *selection.layer_list(geometry)}),
+        depth=selection.depth(geometry),
     )
     limits = tolerances.load()
-    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders, chip
+    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders
 
 
-def _open_chip(request: Request) -> Any:
-    from qwen_surgery.toolchain.emulator import ChipEngine
+def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
+    """Raise before anything runs when there is no toolchain, or a bmodel's mode is not known."""
     from qwen_surgery.toolchain.environment import Toolchain
 
-    assert request.bmodel is not None
-    _mode_of(request)
-    return ChipEngine(request.bmodel, Toolchain.find(request.toolchain))
+    Toolchain.find(request.toolchain)
+    for bmodel in bmodels:
+        _mode_of(request, bmodel)
 
 
-def _seq_length(request: Request, folders: Sequence[OrtEngine], chip: Any) -> int:
+def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> int:
     """The export length that all parts agree on; 512 when nothing says one."""
     said: dict[str, int] = {str(folder.folder): folder.manifest.seq_length for folder in folders}
     if request.seq_length is not None:
         said["--seq-length"] = request.seq_length
-    if chip is not None and "embedding" in chip.nets:
-        said[str(request.bmodel)] = chip.describe("embedding")[0][0].shape[-1]
+    for bmodel in bmodels:
+        length = _chip_seq_length(bmodel)
+        if length is not None:
+            said[str(bmodel)] = length
     if len(set(said.values())) > 1:
         raise Refused("export lengths differ: " + ", ".join(f"{who} has {s}" for who, s in said.items()))
     return next(iter(said.values()), 512)
+
+
+def _chip_seq_length(bmodel: Path) -> int | None:
+    """The length of a bmodel's prefill embedding; None without one. Raises Refused when it is no bmodel."""
+    from qwen_surgery.packing.container import Bmodel
+
+    with Bmodel(bmodel) as opened:
+        found = [net for net in opened.nets if net["name"] == "embedding"]
+        return found[0]["parameter"][0]["input_tensor"][0]["shape"][0]["dim"][-1] if found else None
 
 
 def _refuse_other_model(folder: OrtEngine, sources: Sources) -> None:
@@ -191,16 +210,15 @@ def _refuse_other_model(folder: OrtEngine, sources: Sources) -> None:
             )
 
 
-def _mode_of(request: Request) -> str:
+def _mode_of(request: Request, bmodel: Path) -> str:
     """The bmodel's mode: ``--mode``, else the part of its name that is one."""
-    assert request.bmodel is not None
+    if request.mode and len(request.bmodels) > 1:
+        raise Usage("--mode is for one bmodel", hint="several say their modes in their names")
     if request.mode:
         return request.mode
-    found = [part for part in request.bmodel.stem.split("_") if part in MODES]
+    found = [part for part in bmodel.stem.split("_") if part in MODES]
     if len(found) != 1:
-        raise Usage(
-            f"{request.bmodel.name} does not say its mode", hint=f"give --mode, one of {', '.join(MODES)}"
-        )
+        raise Usage(f"{bmodel.name} does not say its mode", hint=f"give --mode, one of {', '.join(MODES)}")
     return found[0]
 
 
@@ -221,7 +239,7 @@ def _level(
         wanted = parts.selection.net_names(parts.geometry, heads=heads)
         result.checks += check_nets(
             engine,
-            parts.cases,
+            parts.cases(),
             parts.geometry,
             limits,
             wanted,
@@ -256,6 +274,16 @@ def _end_to_end_prompt(parts: _Parts) -> list[int]:
     return max(fitting, key=len) if fitting else prompts[0][:room]
 
 
+def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
+    """A bmodel on the emulator, which is open only for this level."""
+    from qwen_surgery.toolchain.emulator import ChipEngine
+    from qwen_surgery.toolchain.environment import Toolchain
+
+    mode = _mode_of(parts.request, bmodel)
+    with ChipEngine(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
+        return _level(parts, "chip", mode, chip.chip, chip, contract=True)
+
+
 def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
     """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
     from qwen_surgery.toolchain.environment import Toolchain
@@ -269,7 +297,7 @@ def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
         with MlirEngine(folder, toolchain, parts.geometry) as engine:
             result.checks += check_nets(
                 engine,
-                parts.cases,
+                parts.cases(),
                 parts.geometry,
                 parts.limits_for("mlir", "fp32"),
                 wanted,

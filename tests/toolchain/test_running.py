@@ -14,10 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qwen_surgery.errors import ToolFailed, Usage
+from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.toolchain.environment import run_guarded, stop_all
+from qwen_surgery.toolchain.worker import compile_shared
 
 
 def tool_root(tmp_path: Path, text: str) -> Toolchain:
@@ -173,9 +174,28 @@ def test_wrong_inputs_are_refused_and_the_engine_lives_on(product: tuple[Path, n
 
 
 @pytest.mark.tpu
+def test_waiting_threads_that_step_aside_change_no_bit(
+    product: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(2).standard_normal((1, 4, 64)).astype(np.float32)
+    with ChipEngine(product[0]) as chip:
+        (quick,) = chip.run("product", [x])
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no C compiler: slow, but it runs
+    with ChipEngine(product[0]) as chip:
+        (slow,) = chip.run("product", [x])
+    assert quick.tobytes() == slow.tobytes()
+
+
+def test_c_code_that_does_not_compile_is_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.c"
+    source.write_text("this is not C\n")
+    assert compile_shared(source, tmp_path) is None
+
+
+@pytest.mark.tpu
 def test_a_dead_emulator_is_a_clear_error(product: tuple[Path, np.ndarray]) -> None:
     with ChipEngine(product[0]) as chip:
-        chip._process.kill()
+        chip._worker.process.kill()
         with pytest.raises(ToolFailed, match="chip emulator was killed by signal 9"):
             chip.run("product", [np.zeros((1, 4, 64), np.float32)])
 
@@ -183,8 +203,8 @@ def test_a_dead_emulator_is_a_clear_error(product: tuple[Path, np.ndarray]) -> N
 @pytest.mark.tpu
 def test_no_bmodel_is_a_clear_error(tmp_path: Path) -> None:
     file = tmp_path / "no.bmodel"
-    with pytest.raises(ToolFailed, match="does not exist"):
+    with pytest.raises(Refused, match="does not exist"):
         ChipEngine(file)
     file.write_bytes(b"not a bmodel" * 100)
-    with pytest.raises(ToolFailed, match="not a bmodel"):
+    with pytest.raises(Refused, match="not a whole bmodel"):
         ChipEngine(file)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen_surgery.errors import Refused
@@ -13,6 +14,7 @@ from qwen_surgery.verification.chatting import Chat, open_onnx
 from qwen_surgery.verification.runtime import Runtime, Sampling
 from qwen_surgery.verification.tokenizer import Tokenizer, check
 from tests.verification.conftest import Bench
+from tests.verification.mutants import Tampered
 from tests.verification.test_verify_command import run
 
 
@@ -57,6 +59,18 @@ def test_chat_says_what_greedy_decoding_gives(bench: Bench) -> None:
         if len(tokens) < room:
             logits = runtime.decode(tokens[-1])
     assert said == tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
+
+
+def test_a_model_that_computes_no_numbers_does_not_talk(bench: Bench) -> None:
+    """Blanks would look like a model with little to say."""
+
+    def spoil(net: str, _inputs: list[np.ndarray], outputs: list[np.ndarray]) -> list[np.ndarray]:
+        return [array * np.nan for array in outputs] if net == "lm_head" else outputs
+
+    engine, geometry = open_onnx(bench.folder)
+    chat = Chat(Tampered(engine, spoil), geometry, Tokenizer.open(bench.path), system="")
+    with pytest.raises(Refused, match="NaN"):
+        list(chat.say("a", 2))
 
 
 def test_sampling_repeats_with_its_seed(bench: Bench) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from golden.eras import ERAS, make_checkout
 from qwen_surgery.compiling.one import NetJob, combine, compile_net
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Net
@@ -19,9 +22,13 @@ from qwen_surgery.verification.levels import check_contract, check_nets
 from qwen_surgery.verification.mlir import MlirEngine
 from tests.verification.conftest import Bench
 from tests.verification.mutants import Tampered
+from tests.verification.test_verify_command import run
 
 SELECTION = Selection((6,), layers=(0,), names=("block", "block_cache"))
 NETS = ("block_0", "block_cache_0")
+#: The cosine that every block's hidden states must reach.
+BARS = {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}
+LevelJson = dict[str, Any]
 
 pytestmark = pytest.mark.tpu
 
@@ -73,3 +80,35 @@ def test_the_top_dialect_computes_what_onnxruntime_does(bench: Bench) -> None:
         assert len(checks) == 6 and not [check for check in checks if not check.passed]
         spoilt = check_nets(MaskForgotten(engine), cases, bench.geometry, limits, NETS, expected_by=folder)
     assert {check.net for check in spoilt if not check.passed} == set(NETS)
+
+
+def chip_report(era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LevelJson:
+    """The chip level of ``build --verify full`` of a tiny checkout of *era*, with 32 decode steps."""
+    checkout = make_checkout(tmp_path / "checkout", era=era, lead=8.0)
+    args = ("--out", tmp_path / "out", "--mode", mode, "--seq-length", 64, "--verify", "full")
+    code, out, _ = run(capsys, "build", checkout, *args, "--steps", 32, "--trust-remote-code", "--json")
+    report = json.loads(out)["report"]
+    assert code == 0 and report["passed"]
+    return next(level for level in report["levels"] if level["level"] == "chip")
+
+
+@pytest.mark.parametrize(
+    ("era", "mode"),
+    [
+        pytest.param(era, mode, marks=() if (era, mode) == ("rotary_pair", "bf16") else pytest.mark.slow)
+        for era in ERAS
+        for mode in BARS
+    ],
+)
+def test_the_chip_computes_what_the_unpatched_model_does(
+    era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the product's own command: every block within its bar, and in bf16 the same 32 tokens."""
+    level = chip_report(era, mode, tmp_path, capsys)
+    cosines = [check["values"]["cosine"] for check in level["checks"] if check["output"] == "hidden_states"]
+    assert len(cosines) == 6, "two layers, two prompts in prefill, one of them in decode"
+    assert min(cosines) >= BARS[mode]
+    tokens = level["greedy_tokens"]
+    assert len(tokens["reference"]) == 33
+    if mode == "bf16":
+        assert tokens["candidate"] == tokens["reference"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_surgery.verification.page import errors_by_layer, write_page
+from qwen_surgery.verification.page import PassCounts, Predicted, errors_by_layer, render, write_page
+from qwen_surgery.verification.results import LevelResult, Report
 from qwen_surgery.verification.session import Request, verify
 from tests.verification.conftest import SEQ_LENGTH, Bench
 
@@ -70,6 +71,32 @@ def test_chromium_renders_it(page: tuple[Path, Request], bench: Bench, tmp_path:
         marks = re.findall(rf'id="level{level}-point-\d+-\d+"', done.stdout)
         assert len(marks) == 2 * bench.geometry.layers, "prefill and decode, every layer"
     assert "overview-point-0-0" in done.stdout
+    together = re.findall(r'id="together-point-\d+-\d+"', done.stdout)
+    assert len(together) == 2 * 2 * bench.geometry.layers, "both levels, prefill and decode, every layer"
+
+
+def test_plots_are_readable_on_a_dark_page(page: tuple[Path, Request]) -> None:
+    """Text and axes take the page's colour; nothing is drawn in black or on white."""
+    text = page[0].read_text()
+    assert "currentColor" in text and "#010203" not in text
+    for style in re.findall(r'<(?:text|path|use)[^>]*style="([^"]*)"', text):
+        assert "#ffffff" not in style and "#000000" not in style, style
+
+
+def test_latency_and_passes_are_tables() -> None:
+    report = Report("checkout", 64, "static", [LevelResult("chip", "int4", "BM1684X")])
+    text = render(
+        report,
+        "-before\n+after",
+        [
+            PassCounts("block", "views", 76, 68, "Slice 6 to 0"),
+            PassCounts("block", "all passes", 129, 69, ""),
+        ],
+        [Predicted("int4", "block", 43418, 0.043), Predicted("bf16", "block", 16845, 0.017)],
+    )
+    assert "43,418" in text and "16,845" in text and "Slice 6 to 0" in text
+    assert text.count('class="sum"') == 1
+    assert '<span class="plus">+after</span>' in text
 
 
 def test_plots_hold_the_reports_numbers(bench: Bench) -> None:

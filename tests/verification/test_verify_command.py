@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from qwen_surgery.cli import main
+from qwen_surgery.verification import session
+from qwen_surgery.verification.cases import Selection
 from qwen_surgery.verification.reference import ReferenceModel
+from qwen_surgery.verification.session import Request, verify
 from tests.verification.conftest import SEQ_LENGTH, Bench
 
 TRUST = "--trust-remote-code"
@@ -116,3 +119,47 @@ def test_a_streamed_reference_gives_the_same_numbers(bench: Bench) -> None:
     for layer in (0, 1):
         assert abs(one.keys[layer] - other.keys[layer]).max() < 1e-5
         assert one.past_keys[layer].shape == (3, 2, 64)
+
+
+def test_first_layers_alone_give_the_same_numbers(bench: Bench) -> None:
+    """One layer of a large model is verified without the others and without the vocabulary's matrices."""
+    cut = ReferenceModel(bench.sources.reference, bench.index, layers=[0], depth=1)
+    whole, short = bench.reference.prefill([5, 300, 17]), cut.prefill([5, 300, 17])
+    assert short.logits is None and short.last_hidden is None and set(short.block_outputs) == {0}
+    assert abs(whole.block_outputs[0] - short.block_outputs[0]).max() == 0
+    whole, short = bench.reference.decode(9), cut.decode(9)
+    assert abs(whole.block_outputs[0] - short.block_outputs[0]).max() == 0
+    assert abs(whole.past_values[0] - short.past_values[0]).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "names", "depth"),
+    [
+        ((0,), ("block", "block_cache"), 1),
+        ((0, 1), ("block_0",), 2),
+        ((0,), ("embedding",), 1),
+        ((0,), ("block", "lm_head"), None),
+        ((0,), (), None),
+        (None, (), None),
+    ],
+)
+def test_the_reference_is_as_deep_as_what_is_chosen(
+    layers: tuple[int, ...] | None, names: tuple[str, ...], depth: int | None, bench: Bench
+) -> None:
+    assert Selection((3,), layers, names).depth(bench.geometry) == depth
+
+
+def test_cases_that_take_much_memory_are_made_again_for_each_level(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same checks, whether all cases are kept or none."""
+    request = Request(
+        bench.path, onnx=(bench.folder,), nets=("block", "block_cache"), layers=(0,), trust_remote_code=True
+    )
+    kept = verify(request)
+    monkeypatch.setattr(session, "KEEP_CASES", 0)
+    again = verify(request)
+    assert kept.passed and again.passed
+    for one, other in zip(kept.levels, again.levels, strict=True):
+        assert {check.phase for check in one.checks} == {"prefill", "decode"}
+        assert one.checks == other.checks

@@ -1,8 +1,9 @@
-"""The chip emulator's worker: runs in TPU-MLIR's Python, knows nothing of qwen_surgery.
+"""The worker's half of ``worker.py``: runs in TPU-MLIR's Python, knows nothing of qwen_surgery.
 
-Messages on stdin and a private copy of stdout, each a frame of 8 bytes length (little endian) and that many
-bytes. A request is a JSON frame, then one ``.npy`` frame per array; so is a reply. No pickle is read or
-written.
+    worker_side.py PIPE emulator BMODEL      nets of a compiled model on the chip emulator
+    worker_side.py PIPE top-dialect          nets in TPU-MLIR's Top dialect, in its own interpreter
+
+Messages on stdin and a private copy of stdout; ``worker.py`` describes them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -34,11 +36,13 @@ def describe(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "shape": list(tensor.data.shape), "dtype": tensor.dtype}
 
 
-class Session:
+class Emulator:
     """An open bmodel; nets are opened on first use and kept."""
 
-    def __init__(self, runtime: Any, path: str) -> None:
-        self.model = runtime.Model(path)
+    def __init__(self, path: str) -> None:
+        import pyruntime_bm
+
+        self.model = pyruntime_bm.Model(path)
         self.names = list(self.model.networks)
         self.open_nets: dict[str, Any] = {}
 
@@ -66,6 +70,40 @@ class Session:
         return {}, [from_chip(tensor.data, tensor.dtype) for tensor in net.outputs]
 
 
+class TopDialect:
+    """TPU-MLIR's interpreter, with the latest file open. Inputs and outputs go in the graph's order."""
+
+    def __init__(self) -> None:
+        import pymlir
+
+        self.pymlir = pymlir
+        pymlir.set_mem_mode("value_mem")
+        self.module: Any = None
+        self.loaded = ""
+
+    def open(self, file: str) -> None:
+        if file == self.loaded:
+            return
+        self.module, self.loaded = None, ""
+        os.chdir(Path(file).parent)  # weights are found beside the file
+        module = self.pymlir.module()
+        module.load(file)
+        self.module, self.loaded = module, file
+
+    def answer(self, request: dict[str, Any], arrays: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+        import numpy as np
+
+        self.open(request["mlir"])
+        names = self.module.input_names
+        if len(arrays) != len(names):
+            raise ValueError(f"{len(arrays)} inputs were given, {len(names)} are wanted")
+        for name, array in zip(names, arrays, strict=True):
+            self.module.set_tensor(name, array.astype(np.float32), array.shape)
+        self.module.invoke(True)
+        tensors = self.module.get_all_tensor()
+        return {}, [tensors[name] for name in self.module.output_names]
+
+
 def to_chip(array: Any, dtype: str) -> Any:
     """*array* in the chip's own type; bf16 is its bits as uint16, rounded to the nearest even."""
     import numpy as np
@@ -89,7 +127,7 @@ def from_chip(data: Any, dtype: str) -> Any:
     return data.astype(np.int32 if dtype == "i32" else np.float32)
 
 
-def serve(session: Session, requests: Any, replies: Any) -> None:
+def serve(session: Any, requests: Any, replies: Any) -> None:
     import numpy as np
 
     while True:
@@ -113,8 +151,7 @@ def serve(session: Session, requests: Any, replies: Any) -> None:
 
 def die_with(liveness: int) -> None:
     """Have this process killed when the other end of the pipe *liveness* closes, also in the middle of a
-    forward
-    that takes minutes (it holds the interpreter's lock, so no thread of ours could see to it)."""
+    forward that takes minutes (it holds the interpreter's lock, so no thread of ours could see to it)."""
     worker = os.getpid()
     if os.fork():
         os.close(liveness)
@@ -129,13 +166,12 @@ def die_with(liveness: int) -> None:
 
 
 def main() -> None:
-    die_with(int(sys.argv[2]))
-    # The emulator's C code prints to stdout: keep the real one for replies, give it stderr.
+    liveness, kind, *arguments = sys.argv[1:]
+    die_with(int(liveness))
+    # TPU-MLIR's C code prints to stdout: keep the real one for replies, give it stderr.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    import pyruntime_bm
-
-    session = Session(pyruntime_bm, sys.argv[1])
+    session: Any = {"emulator": Emulator, "top-dialect": TopDialect}[kind](*arguments)
     write_frame(replies, b'{"ready": true, "arrays": 0}')
     replies.flush()
     serve(session, sys.stdin.buffer, replies)
