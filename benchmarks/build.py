@@ -6,9 +6,9 @@
     python benchmarks/build.py 7B --refit          also refit to other weights and back
 
 Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included, sampled
-20 times a second; bytes written are what all of them passed to write(2) (``wchar`` of /proc/PID/io, in which
-the kernel counts finished children; memory-mapped writes are not in it). ``cpu`` is processor seconds, which
-other work on the machine changes little. Nothing runs on the emulator.
+20 times a second; bytes written are what they sent to disk (``write_bytes`` of /proc/PID/io, in which
+the kernel counts finished children). ``cpu`` is processor seconds, which other work on the machine changes
+little. Nothing runs on the emulator.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(command: list[str], log: Path, **more: Any) -> dict[str, float]:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - started
         # What a finished child wrote is added to its parent; not yet waited for, the first process has all.
-        written = int(Path(f"/proc/{process.pid}/io").read_text().split("wchar: ")[1].split()[0])
+        written = int(Path(f"/proc/{process.pid}/io").read_text().split("write_bytes: ")[1].split()[0])
         status, peak = process.wait(), memory.stop()
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")

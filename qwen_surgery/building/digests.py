@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qwen_surgery.building.resources import cores
@@ -24,6 +26,28 @@ _CHUNK = 1 << 22
 def _stamp(file: Path) -> list[int]:
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+
+
+#: What a tensor's bytes are known by while a build runs, whichever link of the shard it is read through.
+Identity = tuple[object, ...]
+
+
+def identity(ref: TensorRef) -> Identity:
+    """Equal for two places of one tensor in one file that has not been written in between."""
+    stat = ref.file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, ref.offset, ref.dtype, ref.shape
+
+
+def read_early(refs: Iterable[TensorRef], stop: threading.Event) -> dict[Identity, str]:
+    """Digests of *refs* by identity, read on one thread beside other work; as many as there are when *stop*
+    is set.
+    """
+    found = {}
+    for ref in refs:
+        if stop.is_set():
+            break
+        found[identity(ref)] = _digest(ref)
+    return found
 
 
 def _digest(ref: TensorRef) -> str:
@@ -42,8 +66,11 @@ def tensor_digests(
     refs: Iterable[TensorRef],
     cache: Path,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    early: Mapping[Identity, str] = MappingProxyType({}),
 ) -> dict[TensorRef, str]:
-    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file, read and rewritten."""
+    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file, read and rewritten. *early*
+    are digests that this build has read already.
+    """
     refs = list(dict.fromkeys(refs))
     known = _load(cache)
     stamps = {str(file): _stamp(file) for file in {ref.file for ref in refs}}
@@ -51,7 +78,7 @@ def tensor_digests(
     found: dict[TensorRef, str] = {}
     missing = []
     for ref in refs:
-        digest = fresh.get(str(ref.file), {}).get(_label(ref))
+        digest = fresh.get(str(ref.file), {}).get(_label(ref)) or early.get(identity(ref))
         if digest is None:
             missing.append(ref)
         else:
@@ -63,6 +90,7 @@ def tensor_digests(
                 found[ref] = digest
                 done += ref.nbytes
                 progress("read weights", done, total)
+    if missing or early:
         _save(cache, stamps, found)
     return found
 

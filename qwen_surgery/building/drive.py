@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.building import resources, roadmap, vocabulary
-from qwen_surgery.building.digests import tensor_digests
+from qwen_surgery.building.digests import Identity, read_early, tensor_digests
 from qwen_surgery.building.graph import Done, Graph, Store, Task, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
 from qwen_surgery.compiling.one import refuse_unsupported
@@ -48,6 +49,7 @@ class Running:
     jobs: int | None = None
     executor: Executor | None = None
     workers: int | None = None  # of an executor that is elsewhere
+    memory: int | None = None  # bytes that tasks may take together; None: most of what is free
     watch: Watcher = _silent
     say: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -83,6 +85,7 @@ class Builder:
             running = replace(running, pack=False)
         self.options, self.toolchain, self.running = options, toolchain, running
         self.ran: list[str] = []
+        self.early: dict[Identity, str] = {}
         refuse_unsupported(options, toolchain)
 
     # ---- the parts ----
@@ -102,19 +105,30 @@ class Builder:
             trust_remote_code=trust,
         )
 
-    def exported(self, tasks: list[Task]) -> tuple[Path, Manifest, dict[str, Done]]:
-        """Run the front part; the folder of nets to compile."""
+    def exported(self, tasks: list[Task], index: WeightIndex) -> tuple[Path, Manifest, dict[str, Done]]:
+        """Run the front part; the folder of nets to compile. Where the export is new, the weights' digests
+        are read beside it, which takes one core only.
+        """
         from qwen_surgery.exporting.manifest import Manifest
 
         graph = Graph(tasks)
-        done = self._run(graph, ["export", tasks[-1].name])
+        targets = ["export", tasks[-1].name]
+        refs = [ref for _, ref in index.items()] if stale(graph, self.store, targets) else []
+        stop = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read_early, refs, stop)
+            try:
+                done = self._run(graph, targets)
+            finally:
+                stop.set()
+            self.early = reading.result()
         folder = self.store.folder(graph.keys[tasks[-1].name]) / "onnx"
         return folder, Manifest.load(folder), done
 
     def compiling(self, folder: Path, manifest: Manifest) -> roadmap.Compiling:
         """The exported *folder* as the back part's input; reads the weights once to know what they hold."""
         refs = {ref for net in manifest.nets for ref in net.weights.values()}
-        digests = tensor_digests(refs, self.state / "digests.json", self.running.progress)
+        digests = tensor_digests(refs, self.state / "digests.json", self.running.progress, self.early)
         per_net = {net.name: _net_digest(net.weights, digests) for net in manifest.nets}
         return self._compiling(folder, manifest, per_net)
 
@@ -258,14 +272,14 @@ class Builder:
 
     # ---- running ----
 
-    def jobs(self, graph: Graph) -> int:
+    @property
+    def jobs(self) -> int:
         """How many tasks run side by side."""
         if self.running.jobs is not None:
             return self.running.jobs
         if self.running.workers is not None:
             return self.running.workers
-        largest = max((task.memory for task in graph.tasks.values()), default=1)
-        return resources.default_jobs(largest)
+        return resources.cores()  # whether two fit in memory is looked at as they start
 
     def _run(self, graph: Graph, targets: Sequence[str]) -> dict[str, Done]:
         self.ran += stale(graph, self.store, targets)
@@ -273,12 +287,18 @@ class Builder:
             graph,
             self.store,
             self.logs,
-            jobs=self.jobs(graph),
-            memory=1 << 62 if self.running.workers else int(resources.free_memory() * MEMORY_SHARE),
+            jobs=self.jobs,
+            memory=self._memory(),
             executor=self.running.executor,
             watch=self.running.watch,
         )
         return runner.run(targets)
+
+    def _memory(self) -> int:
+        """Bytes that tasks may take together. Elsewhere only the user knows."""
+        if self.running.memory is not None:
+            return self.running.memory
+        return 1 << 62 if self.running.workers else int(resources.free_memory() * MEMORY_SHARE)
 
     # ---- results ----
 

@@ -32,11 +32,3 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return max(free, 0)
-
-
-def default_jobs(largest: int) -> int:
-    """How many tasks to run side by side: one a core, fewer when two of the *largest* (bytes) do not fit in
-    memory.
-    """
-    by_memory = free_memory() // max(largest, 1)
-    return max(1, min(cores(), by_memory))

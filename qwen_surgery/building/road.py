@@ -15,6 +15,7 @@ from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.weights import WeightIndex
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class _Start:
     depth: str
     checkout: Path
     recipe: str
+    index: WeightIndex
     planned: Manifest  # stands in for the export's until there is one
 
 
@@ -81,7 +83,7 @@ def _start(
     front = builder.front(opened, sources, index, passes, trust=given["trust_remote_code"])
     depth = verifying.depth(given["depth"], geometry, resolved, given["steps"])
     planned = roadmap.planned_manifest(checkout, geometry, resolved, given["recipe"], passes)
-    return _Start(builder, front, config, depth, checkout, given["recipe"], planned)
+    return _Start(builder, front, config, depth, checkout, given["recipe"], index, planned)
 
 
 def _passes(given: Mapping[str, Any], toolchain: Toolchain) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
     with session.running(dict(given)) as (running, display):
         start = _start(checkout, out, options, given, running)
         builder = start.builder
-        folder, manifest, done = builder.exported(start.front)
+        folder, manifest, done = builder.exported(start.front, start.index)
         compiling = builder.compiling(folder, manifest)
         verify = None
         if start.depth != "none":
@@ -150,8 +152,8 @@ def plan(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
 
     Before the first export the compile steps are planned from the checkout alone.
     """
-    running = Running(jobs=given["jobs"], pack=not given["no_pack"], prove=given["prove"])
+    running = session.planned(given)
     start = _start(checkout, out, options, given, running)
     builder = start.builder
     graph = builder.planned(start.front, start.config, start.planned)
-    return session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs(graph))
+    return session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs)

@@ -4,8 +4,9 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qwen_surgery import console
@@ -15,23 +16,26 @@ from qwen_surgery.building.graph import Graph, Store, peak_disk, stale
 from qwen_surgery.errors import ToolFailed, Usage
 
 
+def planned(given: Mapping[str, Any]) -> Running:
+    """How a run with a command's parameters would go: for plans, which start nothing."""
+    return Running(
+        jobs=given["jobs"], memory=given["memory"], pack=not given["no_pack"], prove=given["prove"]
+    )
+
+
 @contextmanager
 def running(given: dict[str, Any]) -> Iterator[tuple[Running, Display]]:
     """How to run, from a command's parameters, with a display that is up while the block runs."""
     with executor(given["scheduler"]) as (chosen, workers), Display() as display:
-        yield (
-            Running(
-                jobs=given["jobs"],
-                executor=chosen,
-                workers=workers,
-                watch=display,
-                say=display.say,
-                progress=display.reading,
-                pack=not given["no_pack"],
-                prove=given["prove"],
-            ),
-            display,
+        run = replace(
+            planned(given),
+            executor=chosen,
+            workers=workers,
+            watch=display,
+            say=display.say,
+            progress=display.reading,
         )
+        yield run, display
 
 
 @contextmanager

@@ -110,6 +110,9 @@ def main(work: str, description: str, result: str) -> int:
     except Exception as error:
         traceback.print_exc()
         answer = {"error": ["SurgeryError", f"{spec['name']}: {type(error).__name__}: {error}", "", ""]}
+    own, tools = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    spent = own.ru_utime + own.ru_stime, tools.ru_utime + tools.ru_stime
+    print(f"processor time: {spent[0]:.1f} s, its tools {spent[1]:.1f} s", flush=True)
     temporary = Path(result + ".part")
     temporary.write_text(json.dumps(answer))
     temporary.replace(result)

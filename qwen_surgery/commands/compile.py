@@ -26,7 +26,6 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building import session
     from qwen_surgery.building.drive import (
         Builder,
-        Running,
         compile_exported,
         config_of,
         open_export,
@@ -40,11 +39,11 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
     options = options_from(given, name).resolved(manifest.geometry)
     if given["dry_run"]:
         toolchain = Toolchain.find(given["toolchain"])
-        builder = Builder(out, options, toolchain, Running(jobs=given["jobs"], pack=not given["no_pack"]))
+        builder = Builder(out, options, toolchain, session.planned(given))
         compiling = open_export(builder, onnx_dir)
         graph = builder.whole_graph(compiling, config_of(manifest))
         session.show_plan(
-            session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs(graph)), given["as_json"]
+            session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs), given["as_json"]
         )
         return
     toolchain = Toolchain.find(given["toolchain"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,22 @@ import click
 from qwen_surgery.compiling.options import ADDR_MODES, PROFILES, QUANTIZE, TARGETS, CompileOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Size(click.ParamType):
+    """Bytes, as ``6G``, ``800M`` or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip().upper())
+        if found is None:
+            self.fail(f"{value!r} is not a size; write 6G or 800M", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2]])
+
 
 _COMPILE = (
     click.option(
@@ -70,7 +87,14 @@ _RUN = (
         "--jobs",
         type=click.IntRange(1),
         default=None,
-        help="Tasks side by side.  [default: by cores and free memory]",
+        help="Tasks side by side.  [default: one a core]",
+    ),
+    click.option(
+        "--memory",
+        type=Size(),
+        metavar="SIZE",
+        default=None,
+        help="What tasks side by side may take together, as 6G.  [default: most of what is free]",
     ),
     click.option(
         "--scheduler",

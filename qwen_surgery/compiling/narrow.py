@@ -75,14 +75,21 @@ def sizes_of(model: onnx.ModelProto) -> set[int]:
 
 
 def narrow_model(model: onnx.ModelProto, vocabulary: Vocabulary) -> onnx.ModelProto:
-    """*model* (a template) with the narrow vocabulary. Raises :class:`CannotWiden` when constants hold it."""
+    """*model* (a template) with the narrow vocabulary; constants of one value throughout are cut with it.
+
+    Raises :class:`CannotWiden` when other constants hold the vocabulary.
+    """
     import onnx
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for tensor in copy.graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
-        if vocabulary.full in tensor.dims or (values.dtype.kind == "i" and (values == vocabulary.full).any()):
+        if vocabulary.full in tensor.dims and values.size and (values == values.flat[0]).all():
+            shape = [vocabulary.narrow if size == vocabulary.full else size for size in tensor.dims]
+            alike = np.full(shape, values.flat[0], values.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(alike, tensor.name))
+        elif vocabulary.full in tensor.dims or (values.dtype.kind == "i" and vocabulary.full in values):
             raise CannotWiden(f"constant {tensor.name} depends on the vocabulary")
     for value in [*copy.graph.input, *copy.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
@@ -227,6 +234,9 @@ def widen_weights(
                     _write_header(stream, array.dtype, one.shape)
                     if one.shape == narrow:
                         stream.write(np.ascontiguousarray(array).tobytes())
+                        continue
+                    if not array.any():  # a bias that the graph adds; no weight of a checkpoint is all zeros
+                        stream.write(bytes(one.nbytes))
                         continue
                     arrays.append(one)
                     for piece in probe(index, one.nbytes):

@@ -70,6 +70,27 @@ class Sources:
         return all(np.array_equal(part(one, slot), part(other, slot)) for slot in slots(one[0]))
 
 
+def _whole_rows(
+    expression: Expression, rows: np.ndarray, shapes: Mapping[str, Shape]
+) -> list[tuple[str, np.ndarray]] | None:
+    """Which whole rows of which slots *rows* of a matrix are; None where rows are not kept whole."""
+    kind = expression[0]
+    if kind == "slot":
+        return [(expression[1], rows)]
+    if kind == "gather" and expression[1] == 0:
+        return _whole_rows(expression[3], np.take(expression[2], rows), shapes)
+    if kind == "concat" and expression[1] == 0 and all(part[0] == "slot" for part in expression[2]):
+        found, first = [], 0
+        for _, name in expression[2]:
+            last = first + shapes[name][0]
+            inside = rows[(rows >= first) & (rows < last)]
+            if inside.size:
+                found.append((name, inside - first))
+            first = last
+        return found
+    return None
+
+
 class Coverage:
     """Collects what has been used of each weight."""
 
@@ -81,11 +102,14 @@ class Coverage:
 
     def add(self, expression: Expression, start: int, stop: int) -> None:
         """Rows *start* to *stop* of the matrix *expression* are used."""
-        if expression[0] == "slot" or _is_column(expression):
-            name = expression[1] if expression[0] == "slot" else expression[2][1]
-            if expression[0] == "slot" or len(self._shapes[name]) == 1:
-                self._rows[name][start:stop] = True
-                return
+        whole = _whole_rows(expression, np.arange(start, stop), self._shapes)
+        if whole is not None:
+            for name, rows in whole:
+                self._rows[name][rows] = True
+            return
+        if _is_column(expression) and len(self._shapes[expression[2][1]]) == 1:
+            self._rows[expression[2][1]][start:stop] = True
+            return
         for name in slots(expression):
             numbers = self._sources.numbers(expression, name)[start:stop]
             seen = self._elements.setdefault(name, np.zeros(math.prod(self._shapes[name]) + 1, bool))
