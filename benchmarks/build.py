@@ -4,6 +4,7 @@
     python benchmarks/build.py 1.8B                all 24 layers
     python benchmarks/build.py 7B                  all 32 layers
     python benchmarks/build.py 7B --refit          also refit to other weights and back
+    python benchmarks/build.py 1.8B --llm-convert PYTHON   and the vendor's newer tool on the same sizes
 
 Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included, sampled
 20 times a second; bytes written are what they sent to disk (``write_bytes`` of /proc/PID/io, in which
@@ -26,7 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from golden.eras import make_checkout
+from qwen_surgery.toolchain import Toolchain
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,24 @@ def checkpoint(work: Path, name: str, layers: int, seed: int) -> Path:
         make_checkout(
             folder, era="sdpa", layers=layers, hidden=sizes.hidden, heads=sizes.heads,
             intermediate=sizes.intermediate, vocab=VOCABULARY.get(name, 151936), trained_length=8192,
-            shards=min(sizes.shards, 2 * layers), seed=seed,
+            shards=min(sizes.shards, 2 * layers), sparse=True,
         )  # fmt: skip
+        for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
+            fill(shard, [seed, number])
     return folder
+
+
+def fill(shard: Path, seed: list[int]) -> None:
+    """Random bfloat16 values of magnitude 2**-7 to 2**-4 into every tensor of a sparse *shard*. (Normal draws
+    would take longer than the builds they are for.)"""
+    random = np.random.Generator(np.random.SFC64(seed))
+    with shard.open("r+b") as file:
+        first = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(first)
+        left = shard.stat().st_size - first
+        while left:
+            bits = np.frombuffer(random.bytes(min(left, 1 << 24)), np.uint16)
+            left -= file.write(((bits & 0x81FF) | 0x3C00).astype(np.uint16).data)
 
 
 def main() -> int:
@@ -142,7 +161,11 @@ def main() -> int:
     parser.add_argument("--mode", default="int4")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("bench-build"))
+    parser.add_argument("--memory", help="bound for tasks side by side, as 6G")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument(
+        "--llm-convert", metavar="PYTHON", help="also run the vendor's tool: its environment's python"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the output")
     args = parser.parse_args()
     layers = args.layers or GEOMETRIES[args.geometry].layers
@@ -166,6 +189,7 @@ def main() -> int:
         str(args.seq_length),
     ]
     build += ["--verify", "contract", "--trust-remote-code", "--json"]
+    build += ["--memory", args.memory] if args.memory else []
     result: dict[str, object] = {"geometry": args.geometry, "layers": layers, "mode": args.mode}
     result["build"] = run(build, work / "build.log")
     result["again"] = run(build, work / "again.log")
@@ -174,12 +198,41 @@ def main() -> int:
     result["bmodel_gb"] = round(bmodel.stat().st_size / 1e9, 3)
     if args.refit:
         result |= refit(tool, bmodel, source, checkpoint(work, args.geometry, layers, 1), work)
+    if args.llm_convert:
+        peer = llm_convert(Path(args.llm_convert), args.geometry, layers, args.seq_length, work)
+        ours = result["build"]
+        assert isinstance(ours, dict)
+        result |= {"llm_convert": peer, "ratios": {key: round(ours[key] / peer[key], 3) for key in peer}}
     print(json.dumps(result))
     if not args.keep:
         shutil.rmtree(out)
-        for folder in work.glob("ckpt-*"):
+        for folder in [*work.glob("ckpt-*"), *work.glob("qwen2-*")]:
             shutil.rmtree(folder)
     return 0
+
+
+def llm_convert(python: Path, name: str, layers: int, seq_length: int, work: Path) -> dict[str, float]:
+    """The vendor's newer tool on a Qwen2-shaped checkpoint of the same sizes, int4 in groups of 64.
+
+    *python* is that of an environment with tpu-mlir and a torch that it accepts, glibc files moved aside.
+    """
+    from peer import make_qwen2
+
+    sizes, source, out = GEOMETRIES[name], work / f"qwen2-{name}-{layers}", work / "llm-convert"
+    if not (source / "model.safetensors.index.json").exists():
+        make_qwen2(
+            source, layers=layers, hidden=sizes.hidden, heads=sizes.heads, intermediate=sizes.intermediate,
+            vocab=VOCABULARY.get(name, 151936),
+        )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    root = next(python.parent.parent.glob("lib/python3*/site-packages/tpu_mlir"))
+    tool = Toolchain(python, root, "unknown")
+    flags = ["-m", source, "-s", seq_length, "-q", "w4bf16", "-g", "64", "-c", "bm1684x", "-o", out]
+    costs = run(
+        tool.command("llm_convert", [str(flag) for flag in flags]), work / "llm.log", env=tool.environ()
+    )
+    shutil.rmtree(out)
+    return costs
 
 
 def refit(tool: list[str], bmodel: Path, source: Path, other: Path, work: Path) -> dict[str, object]:
