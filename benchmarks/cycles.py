@@ -14,13 +14,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from golden import cycles
 from qwen_surgery import console
 from qwen_surgery.nets import Geometry, NetKind
+
+if TYPE_CHECKING:
+    from qwen_surgery.predicting import Prediction
+    from qwen_surgery.toolchain import Toolchain
 
 MODES = ("bf16", "int8", "int4")
 
@@ -32,6 +38,8 @@ MODES = ("bf16", "int8", "int4")
 @click.option("--kind", "kinds", type=click.Choice(["block", "block_cache"]), multiple=True)
 @click.option("--raw/--no-raw", default=True, show_default=True, help="Measure the nets as exported, too.")
 @click.option("--ablation", is_flag=True, help="Each pass alone and each pass left out.")
+@click.option("--pass", "passes", multiple=True, help="Ablate these only; may be repeated.")
+@click.option("--toolchain", "version", default=None, help="TPU-MLIR version.")
 @click.option("--record", is_flag=True, help="Write the cleaned nets' predictions to golden/cycles.json.")
 def main(
     geometry: str,
@@ -40,11 +48,13 @@ def main(
     kinds: tuple[str, ...],
     raw: bool,
     ablation: bool,
+    passes: tuple[str, ...],
+    version: str | None,
     record: bool,
 ) -> None:
     from qwen_surgery.toolchain import Toolchain
 
-    toolchain = Toolchain.find()
+    toolchain = Toolchain.find(version)
     bench = Bench(geometry, toolchain)
     modes = MODES if mode == "all" else (mode,)
     console.out().print(f"TPU-MLIR {toolchain.version}, {geometry} geometry, bm1684x")
@@ -58,7 +68,7 @@ def main(
                     bench.row(kind, length, one, None, "none: as exported")
                 records.append(bench.row(kind, length, one, bench.everything, "all"))
                 if ablation:
-                    bench.ablate(kind, length, one)
+                    bench.ablate(kind, length, one, passes or bench.everything)
     if record:
         cycles.save(records)
         console.err().print(f"recorded in {cycles.FILE}")
@@ -67,12 +77,13 @@ def main(
 class Bench:
     """Compiles nets of one geometry and prints a table row each."""
 
-    def __init__(self, geometry: str, toolchain: object) -> None:
-        from graph_passes.framework import recipe
+    def __init__(self, geometry: str, toolchain: Toolchain) -> None:
+        from graph_passes.framework import recipe, registry
 
         self.name, self.sizes, self.toolchain = geometry, cycles.GEOMETRIES[geometry], toolchain
-        self.everything = recipe.without(())
+        self.everything = recipe.without(registry.unfit(toolchain.version))
         self._templates: dict[tuple[str, int], object] = {}
+        self._found: dict[tuple[str, ...], Prediction] = {}
 
     def template(self, kind: str, length: int) -> object:
         from qwen_surgery.predicting import templates_of
@@ -96,32 +107,69 @@ class Bench:
     def row(
         self, kind: str, length: int, mode: str, passes: Iterable[str] | None, label: str
     ) -> cycles.Record:
+        found = self.predict(kind, length, mode, passes)
+        self.show(kind, length, mode, label, found)
+        version = self.toolchain.version
+        return cycles.Record(self.name, kind, length, mode, version, **found.to_json())
+
+    def predict(self, kind: str, length: int, mode: str, passes: Iterable[str] | None) -> Prediction:
+        """Compile once per graph: passes that change nothing give what the others give. Raises ToolFailed."""
+        from qwen_surgery.compiling.one import supports
         from qwen_surgery.compiling.options import CompileOptions
         from qwen_surgery.predicting import compile_template
 
-        work = Path(tempfile.mkdtemp(prefix="qwen-surgery-cycles-"))
-        try:
-            options = CompileOptions(mode=mode).resolved()
-            _, found = compile_template(self.template(kind, length), passes, options, self.toolchain, work)  # type: ignore[arg-type]
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        key = self.key(kind, length, mode, passes)
+        if key not in self._found:
+            work = Path(tempfile.mkdtemp(prefix="qwen-surgery-cycles-"))
+            try:
+                address = "io_alone" if supports(self.toolchain, "model_deploy", "--addr_mode") else "basic"
+                options = CompileOptions(mode=mode, addr_mode=address).resolved()
+                _, self._found[key] = compile_template(
+                    self.template(kind, length),
+                    passes,
+                    options,
+                    self.toolchain,
+                    work,  # type: ignore[arg-type]
+                )
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return self._found[key]
+
+    def key(self, kind: str, length: int, mode: str, passes: Iterable[str] | None) -> tuple[str, ...]:
+        from graph_passes import clean
+        from graph_passes.framework import registry
+
+        if passes is None:
+            return kind, str(length), mode
+        model = clean(self.template(kind, length).model, passes, check="off").model  # type: ignore[attr-defined]
+        text = [p.name for p in registry.select(registry.mlir_passes(), passes)]
+        return kind, str(length), mode, sha256(model.SerializeToString(deterministic=True)).hexdigest(), *text
+
+    def show(self, kind: str, length: int, mode: str, label: str, found: Prediction) -> None:
         console.out().print(
             f"| {kind} | {length} | {mode} | {label} | {found.nodes} | {found.top_ops} | {found.cycles:,} | "
-            f"{found.milliseconds:.3f} | {found.bmodel_bytes:,} |"
+            f"{found.milliseconds:.3f} | {found.bmodel_bytes:,} |",
+            soft_wrap=True,
         )
         sys.stdout.flush()
-        version = self.toolchain.version  # type: ignore[attr-defined]
-        return cycles.Record(self.name, kind, length, mode, version, **found.to_json())
 
-    def ablate(self, kind: str, length: int, mode: str) -> None:
-        """Every pass left out; every pass alone (behind the folding and sorting that all of them need)."""
-        base = ("fold-constants", "dead-code")
-        self.row(kind, length, mode, base, "only " + " and ".join(base))
-        for name in self.everything:
-            if name in base:
-                continue
-            self.row(kind, length, mode, (*base, name), f"{name} alone")
-            self.row(kind, length, mode, [n for n in self.everything if n != name], f"all but {name}")
+    def ablate(self, kind: str, length: int, mode: str, passes: Iterable[str]) -> None:
+        """Each of *passes* left out, and alone (behind the folding that all of them need)."""
+        base = ("fold-constants",)
+        self.try_row(kind, length, mode, base, "only fold-constants")
+        for name in passes:
+            if name not in base:
+                self.try_row(kind, length, mode, (*base, name), f"{name} alone")
+            self.try_row(kind, length, mode, [n for n in self.everything if n != name], f"all but {name}")
+
+    def try_row(self, kind: str, length: int, mode: str, passes: Iterable[str], label: str) -> None:
+        """A row, or what TPU-MLIR says when it cannot compile that graph."""
+        from qwen_surgery.errors import ToolFailed
+
+        try:
+            self.row(kind, length, mode, passes, label)
+        except ToolFailed as error:
+            console.out().print(f"| {kind} | {length} | {mode} | {label} | {error} | | | | |", soft_wrap=True)
 
 
 if __name__ == "__main__":

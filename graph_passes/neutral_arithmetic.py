@@ -15,7 +15,10 @@ _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0}
 class NeutralArithmetic(GraphPass):
     name = "neutral-arithmetic"
     summary = "drops x*1, x/1, x+0 and x-0"
-    why = "LogN attention multiplies the query by a table that is all ones below the trained length"
+    why = (
+        "under the recipe documented, LogN attention multiplies the query by a table that is all ones below "
+        "the trained length, and the chip would do that"
+    )
     precondition = "the constant is 1 (0) everywhere and does not broadcast the other side to a larger shape"
 
     def rewrite(self, graph: Any) -> list[str]:

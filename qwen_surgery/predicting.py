@@ -116,7 +116,7 @@ def compile_template(
     from graph_passes import clean, mlir
     from graph_passes.mlir.text import Module
     from qwen_surgery.compiling.one import NetJob, deploy, transform
-    from qwen_surgery.compiling.profile import read_profile
+    from qwen_surgery.compiling.profile import profile_of, read_profile
     from qwen_surgery.errors import ToolFailed
     from qwen_surgery.exporting.template import Template as Exported
 
@@ -136,7 +136,7 @@ def compile_template(
         text, _ = mlir.apply(text, names)
         (work / job.mlir).write_text(text, encoding="utf-8")
     bmodel, _ = deploy(job, options, 1, toolchain, work, work)
-    profile = read_profile(work / "compiler_profile_0.txt")
+    profile = read_profile(profile_of(bmodel))
     if profile is None:
         raise ToolFailed(f"{name}: model_deploy predicted nothing for this net")
     ops = [op for op in Module.parse(text).ops if op.name not in ("top.Input", "top.Weight", "top.None")]

@@ -6,7 +6,7 @@ A recipe is a TOML file::
     joint-qkv = false        # off by name; what is not named stays on
     my-own-pass = true
 
-    only = ["fold-constants", "casts"]   # instead of the above: these and no others
+    only = ["fold-constants", "views"]   # instead of the above: these and no others
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def identity_of_weight(model: onnx.ModelProto) -> Iterator[Finding]:
                 "identity-of-weight",
                 _name(node),
                 f"{node.op_type} of the weight {node.input[0]}: TPU-MLIR loses weights behind an Identity",
-                "let the readers read the weight itself (the pass casts does that)",
+                "let the readers read the weight itself (the pass fold-constants does that)",
             )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_surgery.compiling.one import NetJob, combine, deploy, transform
 from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.profile import PROFILE, profile_of
 from qwen_surgery.nets import Net, NetKind
 from qwen_surgery.toolchain import Toolchain
 
@@ -22,7 +23,6 @@ Needs = dict[str, Path]
 
 #: Where exporting and cleaning leave the nets, inside their task's folder.
 ONNX = "onnx"
-PROFILE = "compiler_profile_0.txt"
 #: Bmodels state when they were made; a fixed time makes equal builds give equal bytes.
 CREATED = "Thu Jan  1 00:00:00 1970\n"
 
@@ -122,7 +122,7 @@ def deploy_net(params: Params, needs: Needs, work: Path) -> Params:
     options = CompileOptions(**params["options"])
     bmodel, result = deploy(job, options, cores, toolchain_of(params), work, Path(params["logs"]))
     final = max(work.glob("*_final.mlir"), key=lambda path: path.stat().st_mtime)
-    kept = {bmodel.name: bmodel, "final.mlir": final, PROFILE: work / PROFILE}
+    kept = {bmodel.name: bmodel, "final.mlir": final, PROFILE: profile_of(work / bmodel.name)}
     for name, path in kept.items():
         if path.exists() and path.name != name:
             path.rename(work / name)

@@ -156,8 +156,16 @@ def _net_params(compiling: Compiling, net: Net) -> dict[str, Any]:
         "net": net.name,
         "kind": net.kind.value,
         "layer": net.layer,
-        "passes": list(compiling.manifest.passes),
+        "passes": _fit_passes(compiling),
     }
+
+
+def _fit_passes(compiling: Compiling) -> list[str]:
+    """The passes that cleaned the nets, less those whose Top-dialect text this toolchain cannot take."""
+    from graph_passes.framework.registry import unfit
+
+    off = unfit(compiling.toolchain.version)
+    return [name for name in compiling.manifest.passes if name not in off]
 
 
 def _places(compiling: Compiling, net: Net) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from qwen_surgery.errors import Refused, Usage
     default=2.5,
     show_default=True,
     type=click.FloatRange(0),
-    help="How clearly the best next token leads; int4 wants about 8.",
+    help="How clearly the best next token leads; bf16 and int4 want about 8.",
 )
 @click.option("--sparse", is_flag=True, help="Zero weights that take no disk, for measuring big geometries.")
 def command(

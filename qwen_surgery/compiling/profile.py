@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+PROFILE = "compiler_profile_0.txt"
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -15,6 +17,12 @@ class Profile:
 
     cycles: int
     milliseconds: float
+
+
+def profile_of(bmodel: Path) -> Path:
+    """Where the prediction for *bmodel* lies beside it; TPU-MLIR 1.6 puts the bmodel's name in front."""
+    named = bmodel.with_name(f"{bmodel.name}.{PROFILE}")
+    return named if named.exists() else bmodel.with_name(PROFILE)
 
 
 def read_profile(path: Path) -> Profile | None:

@@ -183,7 +183,7 @@ def _greedy(
     progress: Callable[[str], None],
 ) -> tuple[list[Check], dict[str, list[int]]]:
     record = reference.prefill(prompt)
-    distances, divergences = [], []
+    distances, divergences, leads = [], [], []
     wanted: list[int] = []
     found: list[int] = []
     for step in range(steps + 1):
@@ -194,13 +194,15 @@ def _greedy(
             divergences.append(kl_divergence(record.logits, logits))
         wanted.append(int(np.argmax(record.logits)))
         found.append(run.greedy(logits))
+        leads.append(_lead(record.logits, found[-1]))
         if step < steps:
             record, logits = reference.decode(wanted[-1]), run.decode(wanted[-1])
     tokens = {"agreement": agreement(wanted, found)}
     token_misses = judge(limits, "greedy", tokens)
     if tokens["agreement"] < 1:
         first = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
-        token_misses = tuple(f"{miss} (first at step {first})" for miss in token_misses)
+        near = f"first at step {first}, where the reference prefers its own by {leads[first]:.3g}"
+        token_misses = tuple(f"{miss} ({near})" for miss in token_misses)
     checks = [Check(END_TO_END, None, label, "tokens", tokens, token_misses)]
     if not run.fused_head:
         whole = worst(distances)
@@ -209,6 +211,12 @@ def _greedy(
         missed = (*whole.faults, *judge(limits, "logits", values, whole.scale))
         checks.insert(0, Check(END_TO_END, None, label, "logits", values, missed))
     return checks, {"reference": wanted, "candidate": found}
+
+
+def _lead(logits: np.ndarray, token: int) -> float:
+    """By how much the best logit is above that of *token*: little where the two are nearly tied."""
+    inside = 0 <= token < logits.size
+    return float(logits.max() - logits[token]) if inside else float("inf")
 
 
 def _sampled(

@@ -71,9 +71,9 @@ class ReferenceModel:
     ) -> None:
         from qwen_surgery.exporting.modules import weightless
 
+        code = ModelCode.load(files, modeling)
         # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        code = ModelCode.load(files, modeling)
         model_class = getattr(code.module, "QWenLMHeadModel", None)
         if model_class is None:
             raise Refused(f"{modeling} has no class QWenLMHeadModel")

@@ -7,20 +7,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from golden import cycles
 from graph_passes.framework import recipe
+from qwen_surgery import exactness
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
-from qwen_surgery.nets import MASK_VALUE, Geometry, NetKind
+from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.predicting import (
     Prediction,
     compile_template,
     random_weights,
     templates_of,
-    with_weights,
 )
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
@@ -57,41 +56,6 @@ def compiled(
     return of
 
 
-def feeds(kind: NetKind, template: Template) -> list[np.ndarray]:
-    """A padded prompt, or its next token, with values that bfloat16 holds exactly."""
-    rng = np.random.default_rng(3)
-    result = []
-    for value in template.model.graph.input:
-        shape = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-        if value.name == "position_ids":
-            positions = np.arange(SEQ_LENGTH) * (np.arange(SEQ_LENGTH) < LENGTH)
-            result.append(
-                positions[None].astype(np.int32) if kind is NetKind.BLOCK else np.asarray([[LENGTH - 1]])
-            )
-        elif value.name == "attention_mask":
-            result.append(_mask(kind, shape))
-        elif not value.name.startswith("weight/"):
-            bits = rng.standard_normal(shape, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-            result.append(bits.view(np.float32))
-    return result
-
-
-def _mask(kind: NetKind, shape: tuple[int, ...]) -> np.ndarray:
-    mask = np.full(shape, MASK_VALUE, np.float32)
-    if kind is NetKind.BLOCK:
-        rows = np.arange(SEQ_LENGTH)
-        mask[0, 0][(rows[None] <= rows[:, None]) & (rows[:, None] < LENGTH)] = 0
-    else:
-        mask[..., : LENGTH - 1] = 0
-        mask[..., -1] = 0
-    return mask
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    x, y = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_cleaned_nets_are_as_exact_as_exported_ones(
@@ -102,26 +66,17 @@ def test_cleaned_nets_are_as_exact_as_exported_ones(
     mode: str,
 ) -> None:
     """On the emulator, against float32: passes on the Top dialect have no other proof than this."""
-    import onnxruntime as ort
-
     template = templates("sdpa")[kind]
-    inputs = feeds(kind, template)
-    bound = with_weights(template, random_weights(template)).SerializeToString()
-    session = ort.InferenceSession(bound, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    wanted = session.run(
-        None, {n: v.astype(np.int32) if "ids" in n else v for n, v in zip(names, inputs, strict=True)}
-    )
-    kept = slice(0, LENGTH) if kind is NetKind.BLOCK else slice(None)
+    inputs = exactness.inputs_of(template, LENGTH, seed=3)
+    wanted = exactness.reference(template, random_weights(template), inputs)
     got = {}
     for cleaned in (False, True):
         with ChipEngine(compiled(kind, mode, cleaned)[0], toolchain) as chip:
-            got[cleaned] = chip.run(kind.value, inputs)
-    for want, exported, cleaned_out in zip(wanted, got[False], got[True], strict=True):
-        assert cleaned_out.shape == want.shape
-        reached = cosine(cleaned_out[:, kept], want[:, kept])
-        assert reached >= cosine(exported[:, kept], want[:, kept]) - 2e-6
-        assert reached > {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}[mode]
+            outputs = chip.run(kind.value, inputs)
+        got[cleaned] = exactness.cosines(kind, wanted, outputs, LENGTH)
+    for exported_one, cleaned_one in zip(got[False], got[True], strict=True):
+        assert cleaned_one >= exported_one - 2e-6
+        assert cleaned_one > {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}[mode]
 
 
 @pytest.mark.parametrize("mode", MODES)

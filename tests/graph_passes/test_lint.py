@@ -103,7 +103,7 @@ def test_clean_refuses_a_template_that_the_compiler_would_miscompile() -> None:
     from qwen_surgery.cleaning import clean_template
 
     with pytest.raises(Refused, match="half-split-rotary") as caught:
-        clean_template(Template(NetKind.BLOCK, half_split()), ["dead-code"])
+        clean_template(Template(NetKind.BLOCK, half_split()), ["views"])
     assert "Concat" in caught.value.hint
 
 

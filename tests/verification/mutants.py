@@ -259,18 +259,25 @@ def _interleaved(outputs: list[np.ndarray]) -> list[np.ndarray]:
     return outputs
 
 
+class Fed(Tampered):
+    """An engine whose nets of *kinds* read other inputs than they are given, as wrongly compiled ones do."""
+
+    def __init__(
+        self, engine: Engine, kinds: Sequence[str], edit: Callable[[list[np.ndarray]], list[np.ndarray]]
+    ) -> None:
+        super().__init__(engine)
+        self._kinds, self._edit = kinds, edit
+
+    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        mine = net in self._kinds or net.rpartition("_")[0] in self._kinds
+        return self._engine.run(net, self._edit(list(inputs)) if mine else inputs)
+
+
 def _fed(kinds: Sequence[str], edit: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Make:
-    """Nets of *kinds* read other inputs than they are given, as wrongly compiled ones do."""
-
-    class Fed(Tampered):
-        def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-            mine = net in kinds or net.rpartition("_")[0] in kinds
-            return self._engine.run(net, edit(list(inputs)) if mine else inputs)
-
-    return lambda bench, _patch: Fed(OrtEngine(bench.folder))
+    return lambda bench, _patch: Fed(OrtEngine(bench.folder), kinds, edit)
 
 
-def _one(place: int, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[..., list[np.ndarray]]:
+def one_input(place: int, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[..., list[np.ndarray]]:
     """An edit of the input at *place*."""
     return lambda inputs: [edit(array) if i == place else array for i, array in enumerate(inputs)]
 
@@ -452,16 +459,21 @@ MUTANTS = (
     ),
     Mutant("token off by one", "onnx", ("greedy_head",), _tampered(_in("greedy_head", _off_by_one_token))),
     Mutant(
-        "embedding off by one", "onnx", EMBEDDINGS, _fed(EMBEDDINGS, _one(0, lambda ids: (ids + 1) % 768))
+        "embedding off by one",
+        "onnx",
+        EMBEDDINGS,
+        _fed(EMBEDDINGS, one_input(0, lambda ids: (ids + 1) % 768)),
     ),
     Mutant(
         "decode position one early",
         "onnx",
         ("block_cache",),
-        _fed(("block_cache",), _one(1, lambda position: position - 1)),
+        _fed(("block_cache",), one_input(1, lambda position: position - 1)),
     ),
-    Mutant("stale history open", "onnx", ("block_cache",), _fed(("block_cache",), _one(2, np.zeros_like))),
-    Mutant("history ignored", "onnx", ("block_cache",), _fed(("block_cache",), _one(3, np.zeros_like))),
+    Mutant(
+        "stale history open", "onnx", ("block_cache",), _fed(("block_cache",), one_input(2, np.zeros_like))
+    ),
+    Mutant("history ignored", "onnx", ("block_cache",), _fed(("block_cache",), one_input(3, np.zeros_like))),
     Mutant(
         "history of K and V exchanged",
         "onnx",
@@ -472,25 +484,25 @@ MUTANTS = (
         "heads of the history exchanged",
         "onnx",
         ("block_cache",),
-        _fed(("block_cache",), _one(3, lambda history: history[:, :, ::-1])),
+        _fed(("block_cache",), one_input(3, lambda history: history[:, :, ::-1])),
     ),
     Mutant(
         "sampling without penalty",
         "onnx",
         ("penalty_sample_head",),
-        _fed(("penalty_sample_head",), _one(4, np.ones_like)),
+        _fed(("penalty_sample_head",), one_input(4, np.ones_like)),
     ),
     Mutant(
         "sampling without temperature",
         "onnx",
         ("penalty_sample_head",),
-        _fed(("penalty_sample_head",), _one(3, np.ones_like)),
+        _fed(("penalty_sample_head",), one_input(3, np.ones_like)),
     ),
     Mutant(
         "sampling without top-p",
         "onnx",
         ("penalty_sample_head",),
-        _fed(("penalty_sample_head",), _one(2, np.ones_like)),
+        _fed(("penalty_sample_head",), one_input(2, np.ones_like)),
     ),
     Mutant("another layer's weights", "onnx", ("block_1",), _renamed(block_1="block_0")),
     Mutant(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.levels import check_contract, check_nets
 from qwen_surgery.verification.mlir import MlirEngine
 from tests.verification.conftest import Bench
-from tests.verification.mutants import Tampered
+from tests.verification.mutants import Fed, one_input
 from tests.verification.test_verify_command import run
 
 SELECTION = Selection((6,), layers=(0,), names=("block", "block_cache"))
@@ -47,15 +46,19 @@ def compile_blocks(bench: Bench, mode: str, work: Path) -> Path:
     return out
 
 
-class MaskForgotten(Tampered):
-    """What a compiler that dropped the mask's addition would compute."""
-
-    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return self._engine.run(net, [*inputs[:2], np.zeros_like(inputs[2]), *inputs[3:]])
+#: What a compiler could do to the two nets: which nets, and what they then read.
+WRONG = {
+    "dropped mask": (("block", "block_cache"), one_input(2, np.zeros_like)),
+    "stale history open": (("block_cache",), one_input(2, np.zeros_like)),
+    "decode position one early": (("block_cache",), one_input(1, lambda position: position - 1)),
+    "history of K and V exchanged": (("block_cache",), lambda inputs: [*inputs[:3], *inputs[:2:-1]]),
+    "heads of the history exchanged": (("block_cache",), one_input(3, lambda history: history[:, :, ::-1])),
+    "positions all zero": (("block",), one_input(1, np.zeros_like)),
+}
 
 
 @pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
-def test_compiled_blocks_hold_their_tolerance_and_a_dropped_mask_does_not(
+def test_compiled_blocks_hold_their_tolerance_and_wrong_ones_do_not(
     mode: str, bench: Bench, tmp_path: Path
 ) -> None:
     cases = list(CaseMaker(bench.reference, bench.geometry, SELECTION).cases())
@@ -66,9 +69,10 @@ def test_compiled_blocks_hold_their_tolerance_and_a_dropped_mask_does_not(
         assert not [check for check in checks if not check.passed]
         # Two nets alone are no model: the runtimes count nets.
         assert not check_contract(chip, bench.geometry)[0].passed
-        spoilt = check_nets(MaskForgotten(chip), cases, bench.geometry, limits, NETS)
-    missed = {check.net for check in spoilt if not check.passed}
-    assert missed == set(NETS), "a dropped mask must show in every mode"
+        for name, (kinds, edit) in WRONG.items():
+            spoilt = check_nets(Fed(chip, kinds, edit), cases, bench.geometry, limits, NETS)
+            missed = {check.net for check in spoilt if not check.passed}
+            assert missed == {f"{kind}_0" for kind in kinds}, f"{name} must show in every mode"
 
 
 def test_the_top_dialect_computes_what_onnxruntime_does(bench: Bench) -> None:
@@ -78,8 +82,11 @@ def test_the_top_dialect_computes_what_onnxruntime_does(bench: Bench) -> None:
     with MlirEngine(folder, Toolchain.find(), bench.geometry) as engine:
         checks = check_nets(engine, cases, bench.geometry, limits, NETS, expected_by=folder)
         assert len(checks) == 6 and not [check for check in checks if not check.passed]
-        spoilt = check_nets(MaskForgotten(engine), cases, bench.geometry, limits, NETS, expected_by=folder)
-    assert {check.net for check in spoilt if not check.passed} == set(NETS)
+        for name, (kinds, edit) in WRONG.items():
+            wrong = Fed(engine, kinds, edit)
+            spoilt = check_nets(wrong, cases, bench.geometry, limits, NETS, expected_by=folder)
+            missed = {check.net for check in spoilt if not check.passed}
+            assert missed == {f"{kind}_0" for kind in kinds}, name
 
 
 def chip_report(era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LevelJson:

@@ -82,6 +82,30 @@ def test_masks_and_positions_are_the_vendor_runtimes() -> None:
     assert runtime.prefill_positions(3, 5).tolist() == [[0, 1, 2, 0, 0]]
 
 
+def test_what_the_penalty_looks_back_on() -> None:
+    """The latest tokens, then the last one again: padding must not penalise a token that was not said."""
+    assert runtime.sampling_ids([7, 8, 9], 6, 2).tolist() == [[8, 9, 9, 9, 9, 9]]
+    assert runtime.sampling_ids(range(10), 4, 32).tolist() == [[6, 7, 8, 9]]
+
+
+def test_a_sampling_that_is_no_number_misses_in_every_mode() -> None:
+    for (level, mode), limits in tolerances.load().items():
+        if level != "mlir":
+            missed = judge(limits, "sampling", {"total_variation": float("nan"), "head_variation": 1.0})
+            assert len(missed) >= 2, (level, mode)
+            assert any("not a number" in sentence for sentence in missed)
+
+
+def test_no_limit_is_empty() -> None:
+    """A limit that every value meets would be a check that is none."""
+    for limits in tolerances.load().values():
+        for limit in limits.values():
+            assert limit.limit > 0, limit
+            assert not limit.holds(float("nan"))
+            if limit.metric.endswith("total_variation"):
+                assert limit.limit <= 0.5, limit
+
+
 def test_penalty_sampling_follows_the_contract() -> None:
     logits = np.zeros(100, dtype=np.float32)
     logits[:60] = np.linspace(8, 1, 60)
