@@ -180,7 +180,9 @@ def test_errors_leave_nothing_behind(exported: Path, tmp_path: Path) -> None:
 def test_explain_says_what_and_why(exported: Path, tmp_path: Path) -> None:
     text = clean(exported, "--out", tmp_path / "cleaned", "--explain")
     assert "rotary: 2 site(s)" in text and "why: " in text and "kv-join" in text
-    assert "only where: " in clean("--explain")
+    about = clean("--explain")
+    assert "only where: " in about
+    assert "-x[half:], x[:half]" in " ".join(about.split())  # brackets are text here, not markup
 
 
 def run_with_plugin(tmp_path: Path, entry: str, *args: object) -> subprocess.CompletedProcess[str]:
