@@ -35,6 +35,30 @@ GEOMETRIES = {
     "72B": Sizes(8192, 64, 49152, 152064),
 }
 
+#: (geometry, kind, seq_length) -> cycles that TPU-MLIR 1.30.2's own llm_convert predicts for one layer of a
+#: random Qwen2-shaped checkpoint of the same sizes, as measured, in thousands for prefill:
+#: ``llm_convert.py -m DIR -s S -q w4bf16 -g 64 -c bm1684x -o OUT``.
+LLM_CONVERT = {
+    ("1.8B", "block_cache", 512): 650_762,
+    ("1.8B", "block_cache", 2048): 883_776,
+    ("1.8B", "block_cache", 4096): 1_194_416,
+    ("1.8B", "block_cache", 8192): 1_815_696,
+    ("1.8B", "block", 512): 5_490_000,
+    ("1.8B", "block", 4096): 56_300_000,
+    ("7B", "block_cache", 512): 2_275_780,
+    ("7B", "block_cache", 2048): 2_741_740,
+    ("7B", "block_cache", 8192): 4_605_404,
+    ("7B", "block", 512): 17_710_000,
+    ("7B", "block", 2048): 76_410_000,
+    ("7B", "block", 8192): 404_190_000,
+    ("14B", "block_cache", 512): 3_456_291,
+    ("14B", "block_cache", 2048): 4_038_723,
+    ("14B", "block_cache", 8192): 6_368_275,
+    ("14B", "block", 512): 26_520_000,
+    ("14B", "block", 2048): 113_380_000,
+    ("14B", "block", 8192): 577_520_000,
+}
+
 
 @dataclass(frozen=True)
 class Record:

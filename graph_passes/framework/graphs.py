@@ -116,9 +116,3 @@ def unique(graph: Any, name: str) -> str:
     while f"{name}_{number}" in taken:
         number += 1
     return f"{name}_{number}"
-
-
-def broadcast_neutral(tensor: Tensor, result: Tensor) -> bool:
-    """Whether *tensor* already has *result*'s shape, so that a neutral partner could be dropped."""
-    a, b = shape(tensor), shape(result)
-    return a is not None and a == b

@@ -3,10 +3,10 @@
 A recipe is a TOML file::
 
     [passes]
-    joint-qkv = false        # off by name; what is not named stays on
+    joint-mlp = false        # off by name; what is not named stays on
     my-own-pass = true
 
-    only = ["fold-constants", "views"]   # instead of the above: these and no others
+    only = ["fold-constants", "rotary"]   # instead of the above: these and no others
 """
 
 from __future__ import annotations

@@ -21,8 +21,6 @@ ENTRY_POINT_GROUP = "qwen_surgery.passes"
 #: module:class of every built-in ONNX pass, in running order.
 BUILT_IN = (
     "graph_passes.fold_constants:FoldConstants",
-    "graph_passes.views:Views",
-    "graph_passes.neutral_arithmetic:NeutralArithmetic",
     "graph_passes.rotary:Rotary",
     "graph_passes.joint_mlp:JointMlp",
     "graph_passes.zero_bias:ZeroBias",

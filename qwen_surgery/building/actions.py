@@ -88,8 +88,15 @@ def _job(params: Params) -> NetJob:
 
 
 def transform_net(params: Params, needs: Needs, work: Path) -> Params:
-    """ONNX to Top dialect, then the passes on the Top dialect's text."""
+    """ONNX to Top dialect, then the passes on the Top dialect's text. The preflight lint comes before either:
+    an export that was not cleaned has not been through it.
+    """
+    import onnx
+
+    from qwen_surgery.cleaning import refuse_unfit
+
     job = _job(params)
+    refuse_unfit(onnx.load(str(job.onnx), load_external_data=False), job.net.name)
     result = transform(job, toolchain_of(params), work, Path(params["logs"]))
     # Heads end in TopK, whose two results the passes' reader does not take; no pass has anything to do there.
     passes = params["passes"] if job.net.kind.per_layer else []

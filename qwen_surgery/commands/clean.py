@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.markup import escape
 
 from qwen_surgery import console
 
@@ -114,9 +115,9 @@ def _explain_kind(kind: KindReport) -> None:
         out.print(
             f"  [cyan]{report.name}[/cyan]: {len(report.sites)} site(s); {ops or 'same ops, other places'}"
         )
-        out.print(f"    {known[report.name].summary}")
-        out.print(f"    why: {known[report.name].why}")
-        out.print(f"    at: {_short(report.sites)}")
+        out.print(f"    {escape(known[report.name].summary)}")
+        out.print(f"    why: {escape(known[report.name].why)}")
+        out.print(f"    at: {escape(_short(report.sites))}")
 
 
 def _explain_compile_passes(names: tuple[str, ...]) -> None:
@@ -126,7 +127,7 @@ def _explain_compile_passes(names: tuple[str, ...]) -> None:
     if passes:
         console.out().print("\n[bold]while compiling, on the Top dialect[/bold]")
     for one in passes:
-        console.out().print(f"  [cyan]{one.name}[/cyan]: {one.summary}\n    why: {one.why}")
+        console.out().print(f"  [cyan]{one.name}[/cyan]: {escape(one.summary)}\n    why: {escape(one.why)}")
 
 
 def _explain_passes(names: tuple[str, ...]) -> None:
@@ -134,9 +135,9 @@ def _explain_passes(names: tuple[str, ...]) -> None:
 
     for one in registry.select(registry.all_passes(), names):
         out = console.out()
-        out.print(f"[bold cyan]{one.name}[/bold cyan]: {one.summary}")
-        out.print(f"  why: {one.why}")
-        out.print(f"  only where: {one.precondition}")
+        out.print(f"[bold cyan]{one.name}[/bold cyan]: {escape(one.summary)}")
+        out.print(f"  why: {escape(one.why)}")
+        out.print(f"  only where: {escape(one.precondition)}")
 
 
 def _short(sites: tuple[str, ...], limit: int = 4) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from golden import cycles
-from graph_passes.framework import recipe
+from graph_passes.framework import recipe, registry
 from qwen_surgery import exactness
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
@@ -101,6 +101,31 @@ def test_block_and_block_cache_share_one_set_of_weights(
     toolchain.run("model_tool", args, tmp_path, tmp_path / "log", net="both")
     combined = (tmp_path / "both.bmodel").stat().st_size
     assert combined < 1.1 * max(f.stat().st_size for f in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tpu_mlir_1_6_takes_cleaned_nets(
+    templates: Templates, kind: NetKind, mode: str, tmp_path: Path
+) -> None:
+    """The version that the vendor's guide pins compiles what the passes that it can take leave, and its own
+    emulator computes what it computes from the graph as exported.
+    """
+    found = [chain for chain in Toolchain.installed() if chain.version == "1.6"]
+    if not found:
+        pytest.skip("TPU-MLIR 1.6 is not installed: qwen-surgery toolchain install --version 1.6")
+    template, old = templates("sdpa")[kind], found[0]
+    inputs = exactness.inputs_of(template, LENGTH, seed=3)
+    wanted = exactness.reference(template, random_weights(template), inputs)
+    options = CompileOptions(mode=mode, addr_mode="basic").resolved()
+    reached = []
+    for name, passes in (("raw", None), ("cleaned", recipe.without(registry.unfit(old.version)))):
+        bmodel, _ = compile_template(template, passes, options, old, tmp_path / name)
+        with ChipEngine(bmodel, old) as chip:
+            reached.append(exactness.cosines(kind, wanted, chip.run(kind.value, inputs), LENGTH))
+    for raw, cleaned in zip(*reached, strict=True):
+        assert cleaned >= raw - 2e-6 and cleaned > 0.98
 
 
 SLOW = [r for r in cycles.load().values() if r.geometry != "tiny"]

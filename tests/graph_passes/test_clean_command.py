@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from golden import cycles
 from golden.eras import make_checkout
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.commands.clean import command
@@ -109,6 +110,29 @@ def test_cleaning_in_place_replaces_the_folder(exported: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [tmp_path / "onnx"]
 
 
+def test_a_7b_export_is_cleaned_in_little_memory_and_time(tmp_path: Path) -> None:
+    """All 69 nets with the equality check on: passes see templates, and no product runs at its real size."""
+    sizes = cycles.GEOMETRIES["7B"]
+    vocab, heads, inner = sizes.vocab, sizes.heads, sizes.intermediate
+    make_checkout(
+        tmp_path / "checkout",
+        layers=32, hidden=sizes.hidden, heads=heads, intermediate=inner, vocab=vocab, sparse=True,
+    )  # fmt: skip
+    checkout = Checkout.open(tmp_path / "checkout")
+    sources = checkout.sources(recipe="static", seq_length=2048)
+    index = WeightIndex.open(tmp_path / "checkout")
+    export(sources, index, checkout.geometry(2048), tmp_path / "onnx", trust_remote_code=True)
+    line = [sys.executable, "-m", "qwen_surgery", "clean", str(tmp_path / "onnx"), "--json"]
+    with (tmp_path / "report").open("w") as report:
+        child = os.posix_spawn(
+            line[0], line, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, report.fileno(), 1)]
+        )
+        _, status, usage = os.wait4(child, 0)
+    assert status == 0 and len(Manifest.load(tmp_path / "onnx").nets) == 69
+    assert usage.ru_maxrss * 1024 < 1e9
+    assert usage.ru_utime + usage.ru_stime < 10
+
+
 def test_skip_and_recipe_switch_passes_off(exported: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[passes]\njoint-mlp = false\n")
@@ -156,7 +180,9 @@ def test_errors_leave_nothing_behind(exported: Path, tmp_path: Path) -> None:
 def test_explain_says_what_and_why(exported: Path, tmp_path: Path) -> None:
     text = clean(exported, "--out", tmp_path / "cleaned", "--explain")
     assert "rotary: 2 site(s)" in text and "why: " in text and "kv-join" in text
-    assert "only where: " in clean("--explain")
+    about = clean("--explain")
+    assert "only where: " in about
+    assert "-x[half:], x[:half]" in " ".join(about.split())  # brackets are text here, not markup
 
 
 def run_with_plugin(tmp_path: Path, entry: str, *args: object) -> subprocess.CompletedProcess[str]:
