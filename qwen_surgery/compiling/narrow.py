@@ -184,14 +184,14 @@ class _SparseFile(io.FileIO):
     """A new file in which pages of zeros take no room and no writing."""
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _PAGE):
-            page = view[start : start + _PAGE]
+        content = bytes(data)
+        for start in range(0, len(content), _PAGE):
+            page = content[start : start + _PAGE]
             if page == _ZEROS[: len(page)]:
                 self.seek(len(page), io.SEEK_CUR)
             else:
                 super().write(page)
-        return len(view)
+        return len(content)
 
 
 @dataclass(frozen=True)
