@@ -11,11 +11,12 @@ from qwen_surgery.building import costs
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.toolchain.worker import c_compiler
 
-#: What the emulator takes, measured: a 1.8B prefill block at S=512 is 6 minutes, the smallest net 0.9
-#: seconds.
+#: What the emulator takes, measured: a 1.8B prefill block at S=512 is 5 minutes; the smallest net 0.05
+#: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).
 EMULATED_RATE = 7e7  # multiply-adds a second
-EMULATED_START = 0.9  # seconds a forward
+EMULATED_START, EMULATED_START_BUSY = 0.05, 0.9  # seconds a forward
 #: Seconds of emulation that a build spends unasked.
 PATIENCE = 240.0
 DEPTHS = ("auto", "full", "contract", "none")
@@ -34,7 +35,8 @@ def depth(asked: str, geometry: Geometry, options: CompileOptions, steps: int) -
     # two prompt lengths net by net, and end to end greedy and sampled; the decode steps cost their starts
     prefill = 4 * geometry.layers * geometry.seq_length * costs.weights_of(NetKind.BLOCK, geometry)
     forwards = (4 + 2 * steps) * (geometry.layers + 5)
-    seconds = prefill / EMULATED_RATE + forwards * EMULATED_START
+    start = EMULATED_START if c_compiler() else EMULATED_START_BUSY
+    seconds = prefill / EMULATED_RATE + forwards * start
     return "full" if seconds < PATIENCE else "contract"
 
 

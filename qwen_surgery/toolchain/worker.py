@@ -149,9 +149,14 @@ class Worker:
         self._scratch.cleanup()
 
 
+def c_compiler() -> str | None:
+    """The C compiler of this machine, if it has one."""
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
 def compile_shared(source: Path, folder: Path) -> Path | None:
     """A shared library of one C file, made in *folder*; None where there is no working C compiler."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = c_compiler()
     if compiler is None:
         return None
     out = folder / f"{source.stem}.so"
