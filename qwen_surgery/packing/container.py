@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,10 +182,19 @@ class RegionWriter:
         """
         earlier = self._known.setdefault((region.size, digest), region)
         if earlier is region:
-            self.end = region.start + region.size
-            if self._paged:
-                self.end += -self.end % PAGE
+            self.keep(region)
         return earlier
+
+    def keep(self, region: Region) -> None:
+        """Keep *region* (from :meth:`next_region`, already written) whatever its bytes are."""
+        self.end = region.start + region.size
+        if self._paged:
+            self.end += -self.end % PAGE
+
+    def repeats(self, kept: Iterable[tuple[int, bytes]]) -> bool:
+        """Whether any of the regions *kept* without a look (their sizes and digests) should not be there."""
+        seen = set(self._known)
+        return any(one in seen or seen.add(one) for one in kept)  # type: ignore[func-returns-value]
 
     def add(self, source: Bmodel, region: Region) -> Region:
         """Copy *region* of *source*; the region it has here."""

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,16 +86,36 @@ def _coefficients(parameter: dict[str, Any]) -> dict[str, int] | None:
     return binary if binary and binary["size"] else None
 
 
-class _Job:
-    """One run of :func:`write`: holds the open files and what has been packed already."""
+class _Repeats(Exception):
+    """Two packed sections turned out to have equal bytes."""
 
-    def __init__(self, file: BinaryIO, base: int, sources: _Sources, paged: bool, total: int) -> None:
+
+class _Job:
+    """One run of :func:`write`: holds the open files and what has been packed already.
+
+    A packed section is hashed while the next one is packed. That one of them repeats another, which is stored
+    once then, is known too late for its place: *patient* waits for every hash before going on.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        base: int,
+        sources: _Sources,
+        pool: ThreadPoolExecutor,
+        paged: bool,
+        patient: bool,
+    ) -> None:
         self._file = file
         self._sources = sources
+        self._pool = pool
+        self._patient = patient
         self._regions = RegionWriter(file, base, paged=paged)
-        self._packed: dict[str, tuple[Region, bytes]] = {}
+        self._packed: dict[str, tuple[Region, Future[bytes]]] = {}
+        self._check_codes: list[tuple[dict[str, Any], Future[bytes]]] = []
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
         self._done = 0
-        self._total = total
 
     @property
     def size(self) -> int:
@@ -108,30 +128,20 @@ class _Job:
     def copy(self, source: Bmodel, binary: dict[str, int]) -> None:
         binary["start"] = self._regions.add(source, Region.of(binary)).start
 
-    def net(
-        self,
-        piece: Piece,
-        parameters: list[dict[str, Any]],
-        pool: ThreadPoolExecutor,
-        progress: Progress | None,
-    ) -> None:
+    def net(self, piece: Piece, parameters: list[dict[str, Any]]) -> None:
         """Write the regions of *piece* and put their places into *parameters*."""
         source = self._sources[piece.source]
         for parameter in parameters:
             coefficients = _coefficients(parameter) if piece.pack else None
             for binary in regions(parameter, "NetParameter"):
                 if binary is coefficients:
-                    region, digest = self._pack(piece, source, Region.of(binary), pool)
+                    region, digest = self._pack(piece, source, Region.of(binary))
                     binary["start"] = region.start
-                    parameter["coeff_mem"]["check_code"] = list(digest)
-                    if progress is not None:
-                        progress(piece.name, self._done, self._total)
+                    self._check_codes.append((parameter["coeff_mem"], digest))
                 else:
                     self.copy(source, binary)
 
-    def _pack(
-        self, piece: Piece, source: Bmodel, old: Region, pool: ThreadPoolExecutor
-    ) -> tuple[Region, bytes]:
+    def _pack(self, piece: Piece, source: Bmodel, old: Region) -> tuple[Region, Future[bytes]]:
         plan, tensors = piece.plan, piece.tensors
         if plan is None or tensors is None or plan.size != old.size:
             raise Refused(f"net {piece.name}: its pack plan does not belong to {piece.source}")
@@ -147,14 +157,33 @@ class _Job:
                 for chunk in source.chunks(Region(old.start + offset, size)):
                     write_at(self._file, chunk, position + offset)
                     offset += len(chunk)
-            pack(plan, tensors, sink, pool)
+            pack(plan, tensors, sink, self._pool)
             self._done += plan.weights
-            digest = _digest(self._file, position, old.size)
-            self._packed[key] = self._regions.settle(region, digest), digest
+            digest = self._pool.submit(_digest, self._file, position, old.size)
+            if self._patient:
+                region = self._regions.settle(region, digest.result())
+            else:
+                self._regions.keep(region)
+            self._packed[key] = region, digest
+            self._flush()
         return self._packed[key]
 
+    def _flush(self) -> None:
+        """Have what is written go to the disk beside the packing, not all of it at the end."""
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
+
     def finish(self) -> None:
+        """Put the check codes into their places. Raises :class:`_Repeats`, when not patient."""
+        for memory, digest in self._check_codes:
+            memory["check_code"] = list(digest.result())
+        kept = [(region.size, digest.result()) for region, digest in self._packed.values()]
+        if not self._patient and self._regions.repeats(kept):
+            raise _Repeats
         self._regions.finish()
+
+    def close(self) -> None:
+        self._flusher.shutdown()
 
 
 def _weights_key(plan: Plan, tensors: Tensors, source: Bmodel, old: Region) -> str:
@@ -288,18 +317,44 @@ def write(
         model = _model(pieces, sources)
         if created is not None:
             model["time"] = created
-        first = sources[pieces[0].source]
-        base = head_size(model, paged=first.paged)
-        total = _distinct_weights(pieces)
         threads = workers or len(os.sched_getaffinity(0))
         with replacing(output, _needed(model), before_replace) as file, ThreadPoolExecutor(threads) as pool:
-            job = _Job(file, base, sources, first.paged, total)
-            if "kernel_module" in model:
-                job.copy(first, model["kernel_module"]["binary"])
-            for piece, net in zip(pieces, model["net"], strict=True):
-                job.net(piece, net["parameter"], pool, progress)
-            job.finish()
-            write_head(file, model, base, job.size)
-        return Written(output, base + job.size, job.packed)
+            try:
+                return _write(
+                    file, output, pieces, copy.deepcopy(model), sources, pool, progress, patient=False
+                )
+            except _Repeats:
+                return _write(file, output, pieces, model, sources, pool, progress, patient=True)
     finally:
         sources.close()
+
+
+def _write(
+    file: BinaryIO,
+    output: Path,
+    pieces: Sequence[Piece],
+    model: dict[str, Any],
+    sources: _Sources,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+    *,
+    patient: bool,
+) -> Written:
+    file.truncate(0)
+    first = sources[pieces[0].source]
+    base = head_size(model, paged=first.paged)
+    total = _distinct_weights(pieces)
+    job = _Job(file, base, sources, pool, first.paged, patient)
+    try:
+        if "kernel_module" in model:
+            job.copy(first, model["kernel_module"]["binary"])
+        for piece, net in zip(pieces, model["net"], strict=True):
+            before = job.packed
+            job.net(piece, net["parameter"])
+            if progress is not None and job.packed > before:
+                progress(piece.name, job.packed, total)
+        job.finish()
+    finally:
+        job.close()
+    write_head(file, model, base, job.size)
+    return Written(output, base + job.size, job.packed)
