@@ -105,6 +105,7 @@ class Checkout:
 
     def sources(self, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH) -> Sources:
         """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
+        from codemods.recipes import UnknownRecipe
         from qwen_surgery import atomic
         from qwen_surgery.patching import plan
         from qwen_surgery.patching.receipt import STATE
@@ -114,7 +115,10 @@ class Checkout:
                 f"an interrupted patch or restore of {self.path} waits to be finished",
                 hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
             )
-        made = plan.make(self, recipe, seq_length)
+        try:
+            made = plan.make(self, recipe, seq_length)
+        except UnknownRecipe as error:
+            raise Usage(str(error)) from error
         plan.refuse_declined(made)
         return Sources(
             modeling=self.modeling_file.name,

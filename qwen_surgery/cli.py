@@ -74,7 +74,10 @@ def _report(error: BaseException) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command line; never returns (exits with the codes of :mod:`qwen_surgery.errors`)."""
-    args = sys.argv[1:] if argv is None else argv
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in args[1:]:  # it may stand anywhere
+        args.remove("--debug")
+        args.insert(0, "--debug")
     try:
         sys.exit(root.main(args=args, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:

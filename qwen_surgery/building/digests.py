@@ -102,8 +102,11 @@ def _label(ref: TensorRef) -> str:
 def _load(cache: Path) -> dict[str, dict]:
     try:
         data = json.loads(cache.read_text())
-        return data if isinstance(data, dict) else {}
-    except (OSError, ValueError):
+        return {
+            str(file): {"stamp": entry["stamp"], "tensors": dict(entry["tensors"])}
+            for file, entry in data.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -7,23 +7,26 @@ Deleting it only costs time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.building import resources, roadmap, vocabulary
 from qwen_surgery.building.digests import Identity, read_early, tensor_digests
-from qwen_surgery.building.graph import Done, Graph, Store, Task, stale
+from qwen_surgery.building.graph import Done, Graph, Store, Task, peak_disk, require_disk, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
+from qwen_surgery.errors import Refused
 from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 STATE = ".build"
 FINALS = "finals.json"
+UNFINISHED = "unfinished.json"
 SIDE = ".side.json"
 
 
@@ -178,7 +182,7 @@ class Builder:
         """Verify each bmodel; a result is remembered like any other."""
         tasks = [
             *graph.tasks.values(),
-            *roadmap.verify_tasks(compiling, verifying, "assemble" if self.running.pack else "combine"),
+            *roadmap.verify_tasks(compiling, verifying, self._maker),
         ]
         whole = Graph(tasks)
         names = [name for name in whole.order if name.startswith("verify:")]
@@ -225,7 +229,13 @@ class Builder:
         tasks += roadmap.check_tasks(compiling, layers)
         return Graph(tasks)
 
-    def planned(self, front: list[Task], config: dict[str, Any], manifest: Manifest) -> Graph:
+    def planned(
+        self,
+        front: list[Task],
+        config: dict[str, Any],
+        manifest: Manifest,
+        verifying: roadmap.Verifying | None = None,
+    ) -> Graph:
         """Every task of a build, for a plan. *manifest* stands for the export's own while there is none."""
         from qwen_surgery.exporting.manifest import Manifest as Loaded
 
@@ -234,7 +244,21 @@ class Builder:
             compiling = self.compiling(folder, Loaded.load(folder))
         else:
             compiling = self._compiling(folder, manifest, {net.name: "" for net in manifest.nets})
-        return Graph([*front, *self.whole_graph(compiling, config).tasks.values()])
+        tasks = [*front, *self.whole_graph(compiling, config).tasks.values()]
+        if verifying is not None:
+            tasks += roadmap.verify_tasks(compiling, verifying, self._maker)
+        return Graph(tasks)
+
+    def require_room(self, front: list[Task], config: dict[str, Any], manifest: Manifest) -> None:
+        """Raise ToolFailed before the first task of a new build when its disk cannot hold the whole."""
+        if stale(Graph(front), self.store, [task.name for task in front]):
+            graph = self.planned(front, config, manifest)
+            require_disk(self.state, peak_disk(graph, graph.order))
+
+    @property
+    def _maker(self) -> str:
+        """What the tasks that make bmodels are called."""
+        return "assemble" if self.running.pack else "combine"
 
     def whole_graph(self, compiling: roadmap.Compiling, config: dict[str, Any]) -> Graph:
         """Every task behind the export, for a plan: all kinds taken to be packable."""
@@ -283,6 +307,10 @@ class Builder:
 
     def _run(self, graph: Graph, targets: Sequence[str]) -> dict[str, Done]:
         self.ran += stale(graph, self.store, targets)
+        unfinished = self._unfinished()
+        unfinished[self._name] = sorted({*unfinished.get(self._name, ()), *graph.keys.values()})
+        self.state.mkdir(parents=True, exist_ok=True)
+        self._write(UNFINISHED, unfinished)
         runner = Runner(
             graph,
             self.store,
@@ -303,15 +331,19 @@ class Builder:
     # ---- results ----
 
     def _finals(self) -> dict[str, Any]:
+        """File name -> what is known of the build that made it; empty when that record is damaged."""
         try:
-            return json.loads((self.state / FINALS).read_text())
-        except (OSError, ValueError):
+            data = json.loads((self.state / FINALS).read_text())
+            whole = all(set(entry) >= {"path", "key", "nets", "keys"} for entry in data.values())
+            return data if whole else {}
+        except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
     def _previous(self) -> dict[str, roadmap.Previous]:
         return {
             name: roadmap.Previous(self.store.folder(entry["key"]) / name, entry["nets"])
             for name, entry in self._finals().items()
+            if self.store.has_outputs(entry["key"])
         }
 
     def _place(self, graph: Graph, cores: int, compiling: roadmap.Compiling, front: list[Task]) -> Path:
@@ -319,7 +351,7 @@ class Builder:
         are impossible.
         """
         relative = self.options.file_name(compiling.manifest.seq_length, cores)
-        task = graph.tasks[f"{'assemble' if self.running.pack else 'combine'}:{relative.name}"]
+        task = graph.tasks[f"{self._maker}:{relative.name}"]
         folder = self.store.folder(graph.keys[task.name])
         target = self.out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -337,9 +369,12 @@ class Builder:
         return target
 
     def _write_finals(self, finals: dict[str, Any]) -> None:
-        temporary = self.state / (FINALS + ".part")
-        temporary.write_text(json.dumps(finals))
-        temporary.replace(self.state / FINALS)
+        self._write(FINALS, finals)
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        temporary = self.state / (name + ".part")
+        temporary.write_text(json.dumps(data))
+        temporary.replace(self.state / name)
 
     def _remember(self, keys: set[str]) -> None:
         """Keep the results *keys* as long as this build's bmodels are there."""
@@ -355,7 +390,39 @@ class Builder:
             name: entry for name, entry in self._finals().items() if (self.out / entry["path"]).exists()
         }
         self._write_finals(finals)
-        self.store.retire(key for entry in finals.values() for key in entry["keys"])
+        unfinished = self._unfinished()
+        unfinished.pop(self._name, None)
+        self._write(UNFINISHED, unfinished)
+        kept = [key for entry in finals.values() for key in entry["keys"]]
+        self.store.retire([*kept, *(key for keys in unfinished.values() for key in keys)])
+
+    # ---- other builds into the same folder ----
+
+    @property
+    def _name(self) -> str:
+        """What this build is known by among others into the same folder."""
+        return json.dumps([asdict(self.options), self.toolchain.identity], sort_keys=True)
+
+    def _unfinished(self) -> dict[str, list[str]]:
+        """Build -> the results it has asked for so far; they stay when another build is done."""
+        try:
+            data = json.loads((self.state / UNFINISHED).read_text())
+            return {str(name): [str(key) for key in keys] for name, keys in data.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the output folder. Raises Refused when another build works in it."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        with (self.state / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(
+                    f"another build is running into {self.out}", hint="wait for it or choose another --out"
+                ) from None
+            yield
 
 
 def proof_targets(graph: Graph) -> list[str]:
@@ -417,14 +484,14 @@ def compile_exported(
     """
     builder = Builder(out_dir, options, toolchain, running)
     compiling = open_export(builder, onnx_dir)
-    return builder.back(compiling, config_of(compiling.manifest), [])
+    with builder.alone():
+        return builder.back(compiling, compiling.manifest.config, [])
 
 
 def open_export(builder: Builder, onnx_dir: Path) -> roadmap.Compiling:
     """The exported folder *onnx_dir*, checked: its parts are those of its manifest and its nets those that
     are wanted.
     """
-    from qwen_surgery.errors import Refused
     from qwen_surgery.exporting.manifest import Manifest
 
     folder = onnx_dir.absolute()
@@ -440,15 +507,3 @@ def open_export(builder: Builder, onnx_dir: Path) -> roadmap.Compiling:
                 hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
             )
     return builder.compiling(folder, manifest)
-
-
-def config_of(manifest: Manifest) -> dict[str, Any]:
-    """The unpatched config.json of the checkout an export was made from; empty when the checkout is gone."""
-    from qwen_surgery.checkout import Checkout
-    from qwen_surgery.errors import SurgeryError
-
-    try:
-        checkout = Checkout.open(manifest.checkout)
-        return upstream_config(checkout.sources(recipe=manifest.recipe, seq_length=manifest.seq_length))
-    except SurgeryError:
-        return {}

@@ -22,7 +22,7 @@ from qwen_surgery.errors import ToolFailed
 
 DONE = "done.json"
 #: Changes when an action's result changes for equal parameters: everything is then made anew.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,17 @@ class Store:
         try:
             data = json.loads((self.folder(key) / DONE).read_text())
             return Done(data["info"], data["seconds"], data["peak_rss"], data["size"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def has_outputs(self, key: str) -> bool:
-        """Whether the task is finished and its outputs are still there, each with the size it had."""
+        """Whether the task is finished and its outputs are still there, each with the size and the time it
+        had. (A finished bmodel has a second name, under which somebody may have written into it.)
+        """
         try:
             data = json.loads((self.folder(key) / DONE).read_text())
-            return all(
-                (self.folder(key) / name).stat().st_size == size for name, size in data["files"].items()
-            )
-        except (OSError, ValueError, KeyError):
+            return all(_stamp(self.folder(key) / name) == stamp for name, stamp in data["files"].items())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return False
 
     def begin(self, key: str) -> Path:
@@ -142,7 +142,7 @@ class Store:
     def commit(self, key: str, work: Path, info: dict[str, Any], seconds: float, peak_rss: int) -> None:
         """Make the outputs in *work* those of *key*, in one step. Of two racing commits either one stays."""
         files = {
-            str(path.relative_to(work)): path.stat().st_size
+            str(path.relative_to(work)): _stamp(path)
             for path in sorted(work.rglob("*"))
             if path.is_file() and not path.is_symlink()
         }
@@ -150,7 +150,7 @@ class Store:
             "info": info,
             "seconds": seconds,
             "peak_rss": peak_rss,
-            "size": sum(files.values()),
+            "size": sum(size for size, _ in files.values()),
             "files": files,
         }
         marker = work / DONE
@@ -189,6 +189,11 @@ class Store:
         for folder in self.root.glob("*"):
             if folder.is_dir() and folder.name not in kept and folder != self.work and len(folder.name) == 32:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def stale(graph: Graph, store: Store, targets: Iterable[str]) -> tuple[str, ...]:

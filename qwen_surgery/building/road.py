@@ -101,12 +101,12 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
     with session.running(dict(given)) as (running, display):
         start = _start(checkout, out, options, given, running)
         builder = start.builder
-        folder, manifest, done = builder.exported(start.front, start.index)
-        compiling = builder.compiling(folder, manifest)
-        verify = None
-        if start.depth != "none":
-            verify = _verify_tasks(start, compiling, given)
-        built = builder.back(compiling, start.config, start.front, verify)
+        with builder.alone():
+            builder.require_room(start.front, start.config, start.planned)
+            folder, manifest, done = builder.exported(start.front, start.index)
+            compiling = builder.compiling(folder, manifest)
+            verify = _verify_tasks(start, given) if start.depth != "none" else None
+            built = builder.back(compiling, start.config, start.front, verify)
         built.done = {**done, **built.done}
         if start.depth == "none" and given["depth"] != "none":
             display.say("not verified: the emulator is one chip, this bmodel needs several")
@@ -124,18 +124,19 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
     return Outcome(built, start.depth, built.report)
 
 
-def _verify_tasks(start: _Start, compiling: roadmap.Compiling, given: Mapping[str, Any]) -> roadmap.Verifying:
+def _verify_tasks(start: _Start, given: Mapping[str, Any]) -> roadmap.Verifying:
+    builder, planned = start.builder, start.planned
     keys = Graph(start.front).keys
-    folders = [str(start.builder.store.folder(keys[task.name]) / "onnx") for task in start.front]
-    version = compiling.toolchain.version
+    folders = [str(builder.store.folder(keys[task.name]) / "onnx") for task in start.front]
+    version = builder.toolchain.version
     return roadmap.Verifying(
         {
             "depth": start.depth,
             "steps": given["steps"],
             "recipe": start.recipe,
-            "mode": compiling.options.mode,
-            "geometry": asdict(compiling.manifest.geometry),
-            "nets": [{"name": net.name, "kind": net.kind.value} for net in compiling.nets],
+            "mode": builder.options.mode,
+            "geometry": asdict(planned.geometry),
+            "nets": [{"name": net.name, "kind": net.kind.value} for net in planned.nets],
         },
         {
             "folders": folders,
@@ -155,5 +156,6 @@ def plan(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
     running = session.planned(given)
     start = _start(checkout, out, options, given, running)
     builder = start.builder
-    graph = builder.planned(start.front, start.config, start.planned)
+    verify = _verify_tasks(start, given) if start.depth != "none" else None
+    graph = builder.planned(start.front, start.config, start.planned, verify)
     return session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs)

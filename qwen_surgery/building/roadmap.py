@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def front(
         "seq_length": geometry.seq_length,
         "fused_head": options.fused_head,
         "version": __version__,
-        "code": code_digest("qwen_surgery.exporting", "graph_passes"),
+        "code": code_digest("qwen_surgery.exporting", "qwen_surgery.cleaning", *_pass_modules(passes)),
     }
     tables = 8 * geometry.seq_length * geometry.head_dim * (2 * geometry.layers + 4)
     graphs = (2 * geometry.layers + 10) * 100_000 + tables
@@ -72,6 +73,14 @@ def front(
             )
         )  # fmt: skip
     return tasks
+
+
+def _pass_modules(passes: Sequence[str]) -> tuple[str, ...]:
+    """Where the code of *passes* is: this project's, and other packages' modules."""
+    from graph_passes.framework import registry
+
+    chosen = registry.select(registry.all_passes(), passes)
+    return ("graph_passes", *sorted({type(one).__module__ for one in chosen}))
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def _transform(compiling: Compiling, net: Net) -> Task:
         {
             "template": _template_digest(compiling, net.kind),
             "weights": compiling.digests[net.name],
-            "toolchain": chain.version,
+            "toolchain": chain.identity,
         },
         places=_places(compiling, net),
         memory=cost.memory, disk=cost.disk, seconds=cost.seconds,
@@ -212,11 +221,11 @@ def deploy_name(net: Net, cores: int) -> str:
 def _deploy(compiling: Compiling, net: Net, cores: int, keep: bool) -> Task:
     options = compiling.options
     cost = costs.deploy(net.kind, compiling.manifest.geometry, options)
-    args = deploy_args(_job(compiling, net), options, cores)
+    args = deploy_args(_job(compiling, net), options, cores, compiling.toolchain)
     return Task(
         deploy_name(net, cores), f"{_ACTIONS}:deploy_net",
         {**_net_params(compiling, net), "cores": cores, "flags": args},
-        {"toolchain": compiling.toolchain.version},
+        {"toolchain": compiling.toolchain.identity},
         places={**_places(compiling, net), "options": asdict(options)},
         needs=(f"transform:{net.name}",),
         memory=cost.memory, disk=cost.disk, seconds=cost.seconds, keep=keep,
@@ -257,18 +266,19 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
     for cores in compiling.options.cores:
         for net in narrowed(compiling):
             cost = costs.narrow(net.kind, compiling.manifest.geometry, compiling.options)
-            args = deploy_args(_job(compiling, net), compiling.options, cores)
+            args = deploy_args(_job(compiling, net), compiling.options, cores, compiling.toolchain)
             tasks.append(
                 Task(
                     narrow_name(net, cores), "qwen_surgery.building.vocabulary:compile_narrow",
                     {
                         "net": net.name, "cleaned": compiling.cleaned, "cores": cores, "flags": args,
-                        "packer": packer_digest(), "compiler": code_digest("qwen_surgery.compiling"),
+                        "packer": packer_digest(),
+                        "code": code_digest("qwen_surgery.compiling", "qwen_surgery.building.vocabulary"),
                     },
                     {
                         "template": _template_digest(compiling, net.kind),
                         "weights": compiling.digests[net.name],
-                        "toolchain": compiling.toolchain.version,
+                        "toolchain": compiling.toolchain.identity,
                     },
                     places={
                         **_places(compiling, net), "export": str(compiling.folder.absolute()),
@@ -281,13 +291,18 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
     return tasks
 
 
-def code_digest(*packages: str) -> str:
-    """Of the packages' own code: what it made is made anew when it changes."""
+@cache
+def code_digest(*names: str) -> str:
+    """Of the code of packages and modules (and data beside it): what it made is made anew when it changes."""
     digest = hashlib.sha256()
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for root in (spec.submodule_search_locations or ()) if spec else ():
-            for file in sorted(Path(root).rglob("*.py")):
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        roots = spec.submodule_search_locations
+        files = [file for root in roots for file in Path(root).rglob("*")] if roots else [Path(spec.origin)]
+        for file in sorted(files):
+            if file.suffix in (".py", ".json", ".c"):
                 digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -307,7 +322,7 @@ def combine_tasks(compiling: Compiling) -> list[Task]:
         tasks.append(
             Task(
                 f"combine:{file}", f"{_ACTIONS}:combine_nets", {"file": file, "parts": parts},
-                {"toolchain": compiling.toolchain.version},
+                {"toolchain": compiling.toolchain.identity},
                 places={
                     "toolchain": actions.toolchain_place(compiling.toolchain),
                     "logs": str(compiling.logs.absolute()),
@@ -463,7 +478,10 @@ def verify_tasks(compiling: Compiling, verifying: Verifying, maker: str) -> list
         tasks.append(
             Task(
                 f"verify:{file}", f"{_ACTIONS}:verify",
-                {**verifying.params, **only, "file": file, "assembled": made},
+                {
+                    **verifying.params, **only, "file": file, "assembled": made,
+                    "code": code_digest("qwen_surgery.verification", "qwen_surgery.nets", "golden"),
+                },
                 verifying.inputs, {**verifying.places, "export": str(compiling.folder.absolute())}, (made,),
                 memory=2000 * _MB, disk=_MB, seconds=30.0, keep=True,
                 command=f"verify {file} against the unpatched model",

@@ -4,6 +4,7 @@ plan.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,8 @@ from qwen_surgery.errors import ToolFailed, Usage
 
 def planned(given: Mapping[str, Any]) -> Running:
     """How a run with a command's parameters would go: for plans, which start nothing."""
+    if given["no_pack"] and given["prove"]:
+        raise Usage("--prove has no use with --no-pack: every layer is compiled")
     return Running(
         jobs=given["jobs"], memory=given["memory"], pack=not given["no_pack"], prove=given["prove"]
     )
@@ -44,6 +47,8 @@ def executor(scheduler: str | None) -> Iterator[tuple[Any, int | None]]:
     if scheduler is None:
         yield None, None
         return
+    if not re.fullmatch(r"[a-z]+://.+:\d+", scheduler):
+        raise Usage(f"--scheduler {scheduler} is no address", hint="it looks like tcp://host:8786")
     try:
         from distributed import Client
     except ImportError as error:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.building.actions import PROFILE, toolchain_of
+from qwen_surgery.building.actions import toolchain_of
 from qwen_surgery.compiling.narrow import (
     CannotWiden,
     Steps,
-    Vocabulary,
     narrow_model,
     narrow_refs,
     narrow_vocabulary,
@@ -25,6 +23,8 @@ from qwen_surgery.compiling.narrow import (
 )
 from qwen_surgery.compiling.one import NetJob, deploy, transform
 from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.profile import PROFILE, profile_of
+from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
         return _compile_narrow(params, work)
     except (CannotWiden, Unproven) as error:
         return {"widened": False, "reason": str(error)}
+    except ToolFailed as error:  # of a real fault the net fails again, compiled whole
+        return {"widened": False, "reason": f"a tool failed: {error.hint}"}
     finally:
         for folder in (work / "narrow", work / "wide"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -73,22 +75,25 @@ def _compile_narrow(params: dict[str, Any], work: Path) -> dict[str, Any]:
         raise CannotWiden("the vocabulary is too small")
     model, refs = narrow_model(template, vocabulary), narrow_refs(entry.weights, vocabulary)
     narrow, wide, logs = work / "narrow", work / "wide", Path(params["logs"])
-    job = _bound(entry, model, refs, narrow)
+    job = _bound(entry, model, refs, narrow, params["cleaned"])
     bmodel, steps = _compiled(job, params, chain, narrow, logs)
-    final = next(narrow.glob("*_final.mlir"))
+    final = narrow / steps.final
     plan = prove(Compiled(bmodel, final), model, refs)
     log = logs / f"{entry.name}.{params['cores']}core.log"
     probes = run_steps(steps, vocabulary, chain, narrow, wide, log, entry.name)
     texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
     plan = widen_plan(plan, vocabulary, texts, wide / bmodel.name, probes)
     (work / "plan.json").write_text(json.dumps({"plan": plan.to_json()}))
-    for name in (bmodel.name, PROFILE):
-        if (wide / name).exists():
-            (wide / name).replace(work / name)
+    (wide / bmodel.name).replace(work / bmodel.name)
+    profile = profile_of(wide / bmodel.name)
+    if profile.exists():
+        profile.replace(work / PROFILE)
     return {"widened": True, "narrow": vocabulary.narrow, "weights": plan.weights}
 
 
-def _bound(entry: NetEntry, model: onnx.ModelProto, refs: dict[str, TensorRef], folder: Path) -> NetJob:
+def _bound(
+    entry: NetEntry, model: onnx.ModelProto, refs: dict[str, TensorRef], folder: Path, cleaned: bool
+) -> NetJob:
     """The narrow net with its weights inside, as a file."""
     import onnx
 
@@ -98,17 +103,13 @@ def _bound(entry: NetEntry, model: onnx.ModelProto, refs: dict[str, TensorRef], 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{entry.name}.onnx"
     onnx.save(bind(Template(entry.kind, model), refs, InlinePlacement()), str(file))
-    return NetJob(Net(entry.name, entry.kind, entry.layer), file, cleaned=True)
+    return NetJob(Net(entry.name, entry.kind, entry.layer), file, cleaned)
 
 
 def _compiled(
     job: NetJob, params: dict[str, Any], chain: Toolchain, folder: Path, logs: Path
 ) -> tuple[Path, Steps]:
     """The narrow net compiled as any other, and the steps that took."""
-    job = replace(job, cleaned=params["cleaned"])
     transform(job, chain, folder, logs)
     bmodel, result = deploy(job, CompileOptions(**params["options"]), params["cores"], chain, folder, logs)
     return bmodel, Steps.read(result.log.read_text(errors="replace"))
-
-
-__all__ = ["KINDS", "WORTHWHILE", "Vocabulary", "compile_narrow"]

@@ -37,10 +37,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     work = store.begin(spec["key"])
     started = time.monotonic()
     log = Path(spec["logs"]) / f"{spec['name'].replace(':', '.')}.log"
+    description = work.with_name(work.name + ".json")
+    result = work.with_name(work.name + ".result.json")
     try:
-        description = work.with_name(work.name + ".json")
         description.write_text(json.dumps(spec))
-        result = work.with_name(work.name + ".result.json")
         peak = _child(work, description, result, log)
         answer = json.loads(result.read_text())
         if "error" in answer:
@@ -50,7 +50,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         store.commit(spec["key"], work, answer["info"], seconds, peak)
         return {"info": answer["info"], "seconds": seconds, "peak_rss": peak}
     except OSError as error:
-        return {"error": ["ToolFailed", f"{spec['name']}: {error}", "", ""]}
+        return {"error": ["ToolFailed", f"{spec['name']}: {work}: {error.strerror or error}", "", ""]}
     finally:
         shutil.rmtree(work, ignore_errors=True)
         for path in (description, result):

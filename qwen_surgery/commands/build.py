@@ -73,7 +73,12 @@ def _show(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         console.print_json(outcome.to_json())
         return
-    if outcome.report is not None:
+    if outcome.depth == "contract" and outcome.report is not None:
+        for problem in outcome.report["problems"]:
+            console.err().print(f"missed: {problem}", markup=False)
+        if outcome.passed:
+            console.out().print(f"{outcome.report['nets']} nets as the runtimes count them")
+    elif outcome.report is not None:
         from qwen_surgery.building.verifying import restored
         from qwen_surgery.verification.table import make_table, misses, token_lines
 

@@ -27,7 +27,6 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building.drive import (
         Builder,
         compile_exported,
-        config_of,
         open_export,
         proof_targets,
     )
@@ -41,7 +40,7 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
         toolchain = Toolchain.find(given["toolchain"])
         builder = Builder(out, options, toolchain, session.planned(given))
         compiling = open_export(builder, onnx_dir)
-        graph = builder.whole_graph(compiling, config_of(manifest))
+        graph = builder.whole_graph(compiling, manifest.config)
         session.show_plan(
             session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs), given["as_json"]
         )

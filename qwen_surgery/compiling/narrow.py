@@ -60,8 +60,12 @@ class Vocabulary:
 
 
 def narrow_vocabulary(full: int, taken: set[int]) -> Vocabulary | None:
-    """A narrow size for *full* rows, none of the numbers *taken*; None when that would save nothing."""
+    """A narrow size for *full* rows; None when that would save nothing.
+
+    It is none of the numbers *taken*, nor one that packing and grouping make of them.
+    """
     size = _LEAST + full % _LANES
+    taken = {made for one in taken for made in (one, one // 2, 2 * one, 3 * one)}
     while size in taken:
         size += _LANES
     return Vocabulary(full, size) if size < full // 2 else None
@@ -121,7 +125,7 @@ def widen_text(lowered: str, vocabulary: Vocabulary) -> str:
         return f"tensor<{'x'.join(map(str, shape))}x{match[2]}>"
 
     text = _TENSOR.sub(wide, lowered)
-    if re.search(rf"\b{vocabulary.narrow}\b", text):
+    if re.search(rf"(?<!\d){vocabulary.narrow}(?!\d)", text):
         raise CannotWiden("an attribute of the lowered net depends on the vocabulary")
     if text == lowered:
         raise CannotWiden("nothing in the lowered net depends on the vocabulary")
@@ -144,7 +148,8 @@ class Steps:
         lines = [tuple(shlex.split(line)) for line in _RUNNING.findall(log)]
         does = ("--convert-top-to-tpu", "--address-assign", "--codegen")
         if len(lines) != len(does) or not all(
-            any(part.startswith(what) for part in line) for line, what in zip(lines, does, strict=True)
+            "-o" in line and any(part.startswith(what) for part in line)
+            for line, what in zip(lines, does, strict=True)
         ):
             raise CannotWiden("model_deploy does not say which steps it ran")
         return cls(*lines)
@@ -152,7 +157,12 @@ class Steps:
     @property
     def lowered(self) -> str:
         """File name of the lowered text."""
-        return self.lower[self.lower.index("-o") + 1]
+        return _output(self.lower)
+
+    @property
+    def final(self) -> str:
+        """File name of the final text."""
+        return _output(self.place)
 
     @property
     def place_and_emit(self) -> tuple[str, ...]:
@@ -160,6 +170,10 @@ class Steps:
         output = self.place.index("-o")
         emit = [part for part in self.emit[2:] if part.startswith("--codegen")]
         return (*self.place[:output], *emit, *self.place[output:])
+
+
+def _output(command: tuple[str, ...]) -> str:
+    return command[command.index("-o") + 1]
 
 
 def probe(index: int, size: int) -> Iterator[bytes]:
@@ -273,7 +287,7 @@ def run_steps(
     if len(shapes) == 1:
         # The compiler leaves a copy of the placed weights that nobody reads. (Of several arrays it reads its
         # own file again while writing.)
-        final = (narrow / steps.place[steps.place.index("-o") + 1]).read_text(encoding="utf-8")
+        final = (narrow / steps.final).read_text(encoding="utf-8")
         (wide / _weight_file(final)).symlink_to(os.devnull)
     command = steps.place_and_emit
     toolchain.run(command[0], command[1:], wide, log.with_suffix(".wide.log"), net=net)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_surgery.compiling.options import CompileOptions, deploy_flags
-from qwen_surgery.errors import Usage
+from qwen_surgery.errors import ToolFailed, Usage
 from qwen_surgery.nets import Net, NetKind
 from qwen_surgery.toolchain import Toolchain, ToolResult
 
@@ -40,18 +40,25 @@ def transform_args(job: NetJob, toolchain: Toolchain) -> list[str]:
     return [*args, "--mlir", job.mlir]
 
 
-def deploy_args(job: NetJob, options: CompileOptions, cores: int) -> list[str]:
+def deploy_args(job: NetJob, options: CompileOptions, cores: int, toolchain: Toolchain) -> list[str]:
     """``model_deploy``'s arguments."""
-    return ["--mlir", job.mlir, *deploy_flags(job.net.kind, options, cores), "--model", job.bmodel(cores)]
+    flags = [*deploy_flags(job.net.kind, options, cores), *_precision(job, toolchain)]
+    return ["--mlir", job.mlir, *flags, "--model", job.bmodel(cores)]
 
 
 def supports(toolchain: Toolchain, tool: str, flag: str) -> bool:
-    """Whether *tool* of this toolchain knows *flag* (read from the tool's own script)."""
+    """Whether *tool* of this toolchain knows *flag* (read from the tool's own script).
+
+    Raises ToolFailed when the script is not there.
+    """
     script = toolchain.root / "python/tools" / f"{tool}.py"
     try:
         return f'"{flag}"' in script.read_text(errors="replace")
-    except OSError:
-        return False
+    except OSError as error:
+        raise ToolFailed(
+            f"TPU-MLIR {toolchain.version} is incomplete: {script}: {error.strerror}",
+            hint="run `qwen-surgery toolchain install --force`",
+        ) from error
 
 
 def refuse_unsupported(options: CompileOptions, toolchain: Toolchain) -> None:
@@ -103,7 +110,7 @@ def deploy(
     """Top dialect to bmodel."""
     suffix = "" if cores == 1 else f".{cores}core"
     log = logs / f"{job.net.name}.deploy{suffix}.log"
-    args = [*deploy_args(job, options, cores), *_precision(job, toolchain)]
+    args = deploy_args(job, options, cores, toolchain)
     result = toolchain.run("model_deploy", args, work, log, net=job.net.name)
     return work / job.bmodel(cores), result
 

@@ -73,6 +73,8 @@ class CompileOptions:
     def resolved(self, geometry: Geometry | None = None) -> CompileOptions:
         """These options with every default filled in; raises :class:`Usage` for what cannot work."""
         profile = self._profile()
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise Usage(f"--name {self.name!r} is no file name", hint="it is the first part of one")
         if self.mode not in QUANTIZE:
             raise Usage(f"--mode {self.mode} is unknown", hint="modes: " + ", ".join(QUANTIZE))
         if self.target not in profile.targets:

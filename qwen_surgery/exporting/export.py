@@ -67,6 +67,7 @@ def export(
         recipe=str(sources.recipe),
         trained_length=int(read_config(sources.reference).get("seq_length", 0)),
         sources={"reference": _hashes(sources.reference), "patched": _hashes(sources.patched)},
+        config=read_config(sources.reference),
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
 

@@ -17,7 +17,7 @@ from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.weights import TensorRef
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Manifest:
 
     ``sources`` are SHA-256 of the unpatched (``reference``) and patched files; ``weights`` says the mode and,
     per shard, its size and a fingerprint (names, dtypes, shapes and a sample of each tensor's bytes);
-    ``passes`` are the graph passes that ran, in order (empty for a plain export).
+    ``passes`` are the graph passes that ran, in order (empty for a plain export); ``config`` is the unpatched
+    config.json.
     """
 
     checkout: str
@@ -56,6 +57,7 @@ class Manifest:
     tools: dict[str, str]
     constants: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seq_length(self) -> int:
@@ -116,6 +118,7 @@ class Manifest:
             tools=data["tools"],
             constants=data["constants"],
             passes=tuple(data["passes"]),
+            config=dict(data["config"]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +131,7 @@ class Manifest:
             "trained_length": self.trained_length,
             "geometry": asdict(self.geometry),
             "sources": self.sources,
+            "config": self.config,
             "weights": self.weights,
             "templates": self.templates,
             "constants": self.constants,

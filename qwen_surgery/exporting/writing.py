@@ -35,6 +35,7 @@ class Origin:
     recipe: str
     trained_length: int
     sources: dict[str, dict[str, str]]
+    config: dict[str, Any]
     passes: tuple[str, ...] = ()
 
 
@@ -68,7 +69,7 @@ def rebind(
         onnx_path=target,
     )
     require_space(todo, target)
-    origin = Origin(old.checkout, old.recipe, old.trained_length, old.sources, passes)
+    origin = Origin(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes)
     return write_folder(target, templates, todo, origin, progress)
 
 
@@ -110,6 +111,7 @@ def write_folder(
             tools=_tools(),
             constants={constants.name: sha256_file(constants)} if constants.exists() else {},
             passes=origin.passes,
+            config=origin.config,
         )
         manifest.write(folder)
     return Manifest.load(onnx_path)

@@ -109,6 +109,10 @@ def refit(
     missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;
     ToolFailed when the disk fails.
     """
+    if not bmodel.is_file():
+        raise Refused(f"{bmodel}: no such file")
+    if output.is_dir():
+        raise Refused(f"{output} is a folder", hint="name the file to write")
     side = sidefile.load(bmodel)
     _refuse_other_model(side, checkout, bmodel)
     with Bmodel(bmodel) as opened:

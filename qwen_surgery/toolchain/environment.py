@@ -67,6 +67,14 @@ class Toolchain:
     origin: str = "installed"
     extra: tuple[tuple[str, str], ...] = field(default=())
 
+    @property
+    def identity(self) -> str:
+        """What tells two compilers apart: the version, and the compiler's size."""
+        try:
+            return f"{self.version} {(self.root / 'bin/tpuc-opt').stat().st_size}"
+        except OSError:
+            return self.version
+
     # ---- finding
     # -------------------------------------------------------------------------------------------------
 
