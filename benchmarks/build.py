@@ -6,10 +6,10 @@
     python benchmarks/build.py 7B --refit          also refit to other weights and back
     python benchmarks/build.py 1.8B --llm-convert PYTHON   and the vendor's newer tool on the same sizes
 
-Weights are random. Peak RSS is that of all the build's processes together, TPU-MLIR's tools included, sampled
-20 times a second; bytes written are what they sent to disk (``write_bytes`` of /proc/PID/io, in which
-the kernel counts finished children). ``cpu`` is processor seconds, which other work on the machine changes
-little. Nothing runs on the emulator.
+Weights are random. Peak RSS is that of the largest process, TPU-MLIR's tools included, and of all together,
+sampled 20 times a second (pages that processes share count for each). Bytes written are what they sent to disk
+(``write_bytes`` of /proc/PID/io, in which the kernel counts finished children). ``cpu`` is processor seconds,
+which other work on the machine changes little. Nothing runs on the emulator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -97,8 +96,8 @@ class Memory:
 
 
 def run(command: list[str], log: Path, **more: Any) -> dict[str, float]:
-    """Run *command*: seconds, peak RSS of all its processes together, bytes written."""
-    started, before = time.perf_counter(), _processor()
+    """Run *command*: wall and processor seconds, peak RSS, bytes written."""
+    started = time.perf_counter()
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, **more)
         memory = Memory(process.pid)
@@ -106,21 +105,17 @@ def run(command: list[str], log: Path, **more: Any) -> dict[str, float]:
         seconds = time.perf_counter() - started
         # What a finished child wrote is added to its parent; not yet waited for, the first process has all.
         written = int(Path(f"/proc/{process.pid}/io").read_text().split("write_bytes: ")[1].split()[0])
-        status, peak = process.wait(), memory.stop()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode, together = os.waitstatus_to_exitcode(status), memory.stop()
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")
     return {
         "seconds": round(seconds, 1),
-        "cpu": round(_processor() - before, 1),
-        "rss_gb": round(peak / 1e9, 2),
+        "cpu": round(usage.ru_utime + usage.ru_stime, 1),
+        "rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "rss_together_gb": round(together / 1e9, 2),
         "written_gb": round(written / 1e9, 2),
     }
-
-
-def _processor() -> float:
-    """Processor seconds of all finished children."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def checkpoint(work: Path, name: str, layers: int, seed: int) -> Path:

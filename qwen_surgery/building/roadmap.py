@@ -166,6 +166,7 @@ def _net_params(compiling: Compiling, net: Net) -> dict[str, Any]:
         "kind": net.kind.value,
         "layer": net.layer,
         "passes": _fit_passes(compiling),
+        "code": code_digest("qwen_surgery.compiling", *_pass_modules(compiling.manifest.passes)),
     }
 
 

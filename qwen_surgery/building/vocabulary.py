@@ -11,25 +11,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.building.actions import toolchain_of
-from qwen_surgery.compiling.narrow import (
-    CannotWiden,
-    Steps,
-    narrow_model,
-    narrow_refs,
-    narrow_vocabulary,
-    run_steps,
-    sizes_of,
-)
-from qwen_surgery.compiling.one import NetJob, deploy, transform
-from qwen_surgery.compiling.options import CompileOptions
-from qwen_surgery.compiling.profile import PROFILE, profile_of
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
 
 if TYPE_CHECKING:
     import onnx
 
+    from qwen_surgery.compiling.narrow import Steps
+    from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.manifest import NetEntry
     from qwen_surgery.toolchain import Toolchain
     from qwen_surgery.weights import TensorRef
@@ -46,6 +35,7 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
     Leaves the widened bmodel, its profile and ``plan.json``; or, when the net cannot go this way,
     ``{"widened": False, "reason": ...}`` as the task's answer.
     """
+    from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.proof import Unproven
 
     try:
@@ -62,6 +52,9 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
 def _compile_narrow(params: dict[str, Any], work: Path) -> dict[str, Any]:
     import onnx
 
+    from qwen_surgery.building.actions import toolchain_of
+    from qwen_surgery.compiling import narrow as narrowing
+    from qwen_surgery.compiling.profile import PROFILE, profile_of
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing.proof import Compiled, prove
     from qwen_surgery.packing.widen import widen_plan
@@ -70,17 +63,19 @@ def _compile_narrow(params: dict[str, Any], work: Path) -> dict[str, Any]:
     manifest = Manifest.load(folder)
     entry = manifest.net(params["net"])
     template = onnx.load(str(folder / manifest.template_file(entry.kind)))
-    vocabulary = narrow_vocabulary(manifest.geometry.vocab, sizes_of(template))
+    sizes = narrowing.sizes_of(template)
+    vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, sizes)
     if vocabulary is None:
-        raise CannotWiden("the vocabulary is too small")
-    model, refs = narrow_model(template, vocabulary), narrow_refs(entry.weights, vocabulary)
+        raise narrowing.CannotWiden("the vocabulary is too small")
+    model = narrowing.narrow_model(template, vocabulary)
+    refs = narrowing.narrow_refs(entry.weights, vocabulary)
     narrow, wide, logs = work / "narrow", work / "wide", Path(params["logs"])
     job = _bound(entry, model, refs, narrow, params["cleaned"])
     bmodel, steps = _compiled(job, params, chain, narrow, logs)
     final = narrow / steps.final
     plan = prove(Compiled(bmodel, final), model, refs)
     log = logs / f"{entry.name}.{params['cores']}core.log"
-    probes = run_steps(steps, vocabulary, chain, narrow, wide, log, entry.name)
+    probes = narrowing.run_steps(steps, vocabulary, chain, narrow, wide, log, entry.name)
     texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
     plan = widen_plan(plan, vocabulary, texts, wide / bmodel.name, probes)
     (work / "plan.json").write_text(json.dumps({"plan": plan.to_json()}))
@@ -97,6 +92,7 @@ def _bound(
     """The narrow net with its weights inside, as a file."""
     import onnx
 
+    from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.placement import InlinePlacement
     from qwen_surgery.exporting.template import Template, bind
 
@@ -110,6 +106,10 @@ def _compiled(
     job: NetJob, params: dict[str, Any], chain: Toolchain, folder: Path, logs: Path
 ) -> tuple[Path, Steps]:
     """The narrow net compiled as any other, and the steps that took."""
+    from qwen_surgery.compiling.narrow import Steps
+    from qwen_surgery.compiling.one import deploy, transform
+    from qwen_surgery.compiling.options import CompileOptions
+
     transform(job, chain, folder, logs)
     bmodel, result = deploy(job, CompileOptions(**params["options"]), params["cores"], chain, folder, logs)
     return bmodel, Steps.read(result.log.read_text(errors="replace"))

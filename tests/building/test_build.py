@@ -261,3 +261,76 @@ def test_without_trust_nothing_of_the_checkout_runs(checkout: Path, tmp_path: Pa
     assert done.returncode in (2, 3)
     assert "--trust-remote-code" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.tpu
+def test_a_build_that_ends_in_the_contract_says_so_to_a_person(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    flags = ("--seq-length", 32, "--trust-remote-code", "--name", "tiny", "--verify", "contract")
+    done = cli("build", checkout, "--out", first[1], *flags)
+    assert "11 nets as the runtimes count them" in done.stdout
+    assert "tiny_int4_seq32_1dev.bmodel" in done.stdout
+
+
+@pytest.mark.tpu
+def test_a_bmodel_that_was_written_into_is_made_again(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    """The finished file and the store's are one file: what is done to one is noticed in the other."""
+    bmodel = Path(build(checkout, first[1])["bmodels"][0])
+    whole = bmodel.read_bytes()
+    with bmodel.open("r+b") as stream:
+        stream.seek(len(whole) // 2)
+        stream.write(bytes(64))
+    assert bmodel.read_bytes() != whole
+    again = build(checkout, first[1])
+    assert Path(again["bmodels"][0]).read_bytes() == whole
+
+
+def test_a_second_build_into_the_same_folder_waits_for_nobody(checkout: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    (out / ".build").mkdir(parents=True)
+    with (out / ".build/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        flags = ("--seq-length", 32, "--trust-remote-code")
+        done = cli("build", checkout, "--out", out, *flags, check=False)
+    assert done.returncode == 3
+    assert "another build is running" in done.stderr
+
+
+@pytest.mark.tpu
+def test_damaged_notes_of_earlier_builds_only_cost_time(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    for name, text in (("finals.json", "[]"), ("digests.json", '{"a": 1}'), ("unfinished.json", "7")):
+        (first[1] / ".build" / name).write_text(text)
+    assert build(checkout, first[1])["passed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--name", "../evil"), 2, "is no file name"),
+        (("--memory", "much"), 2, "is not a size"),
+        (("--recipe", "nope"), 2, "nope"),
+        (("--scheduler", "nonsense"), 2, "is no address"),
+        (("--no-pack", "--prove", "1"), 2, "has no use with --no-pack"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_at_once(
+    checkout: Path, tmp_path: Path, flags: tuple[str, ...], code: int, message: str
+) -> None:
+    done = cli("build", checkout, "--out", tmp_path / "o", "--trust-remote-code", *flags, check=False)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_export_remembers_the_config_that_its_bmodel_is_made_with(exported: Path) -> None:
+    """A checkout may move or change before its export is compiled; a refit compares with what was."""
+    from qwen_surgery.exporting.manifest import Manifest
+
+    config = json.loads((exported.parent / "Qwen-two/config.json").read_text())
+    assert Manifest.load(exported).config == config
