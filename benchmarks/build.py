@@ -7,7 +7,7 @@
     python benchmarks/build.py 1.8B --llm-convert PYTHON   and the vendor's newer tool on the same sizes
 
 Weights are random. Peak RSS is that of the largest process, TPU-MLIR's tools included, and of all together,
-sampled 20 times a second (pages that processes share count for each). Bytes written are what they sent to disk
+sampled 20 times a second (pages that processes share count for each). Bytes written are what went to disk
 (``write_bytes`` of /proc/PID/io, in which the kernel counts finished children). ``cpu`` is processor seconds,
 which other work on the machine changes little. Nothing runs on the emulator.
 """
