@@ -116,9 +116,17 @@ def _round_in_place(values: np.ndarray, scratch: np.ndarray) -> None:
     np.trunc(values, out=values)
 
 
+def _extremes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest value of every row. Of short rows numpy finds them twice as fast as columns."""
+    if groups.shape[1] > 256:
+        return groups.min(axis=1), groups.max(axis=1)
+    columns = np.ascontiguousarray(groups.T)
+    return columns.min(axis=0), columns.max(axis=0)
+
+
 def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero), float32, one per row of *groups* [n, group]."""
-    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    low, high = _extremes(groups)
     top = np.float32(form.top)
     if form.symmetric:
         scale = np.maximum(np.abs(low), np.abs(high)) * np.float32(1 if form.signed else 2) / top
