@@ -139,7 +139,7 @@ class Builder:
     def _compiling(self, folder: Path, manifest: Manifest, digests: dict[str, str]) -> roadmap.Compiling:
         whole = roadmap.small_kinds(manifest.geometry) if self.running.pack else frozenset(vocabulary.KINDS)
         return roadmap.Compiling(
-            folder, manifest, self.options, self.toolchain, digests, self.logs, resources.cores(), whole
+            folder, manifest, self.options, self.toolchain, digests, self.logs, resources.cores() + 1, whole
         )
 
     def back(

@@ -25,10 +25,7 @@ _PASSED = ("HOME", "TMPDIR", "LANG", "LC_ALL", "TERM", "OMP_NUM_THREADS")
 
 #: Memory that a tool frees stays with it: the tools copy weights several times over, and without this the
 #: kernel clears more pages of every copy (model_transform of a 1.8B block: 2.5 s instead of 4.6 s).
-_KEEP_FREED = {
-    "GLIBC_TUNABLES": "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=33554432:"
-    "glibc.malloc.top_pad=67108864"
-}
+_KEEP_FREED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"}
 
 
 def home(environ: Mapping[str, str] | None = None) -> Path:
