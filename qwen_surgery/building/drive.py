@@ -138,8 +138,9 @@ class Builder:
 
     def _compiling(self, folder: Path, manifest: Manifest, digests: dict[str, str]) -> roadmap.Compiling:
         whole = roadmap.small_kinds(manifest.geometry) if self.running.pack else frozenset(vocabulary.KINDS)
+        threads = resources.cores() + 1
         return roadmap.Compiling(
-            folder, manifest, self.options, self.toolchain, digests, self.logs, resources.cores() + 1, whole
+            folder, manifest, self.options, self.toolchain, digests, self.logs, threads, whole
         )
 
     def back(
