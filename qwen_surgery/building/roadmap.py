@@ -88,7 +88,7 @@ class Compiling:
     """What the back part works on. ``digests``: net name -> digest of the content of all its weights.
 
     ``folder`` is the exported (and cleaned) folder, ``logs`` where the tools' logs go. ``jobs``: threads
-    that pack, one of them hashing. ``whole``: kinds of the vocabulary that must be compiled at their full size.
+    that pack, one of them hashing. ``whole``: kinds of the vocabulary that are compiled at their full size.
     """
 
     folder: Path
