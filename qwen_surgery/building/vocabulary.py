@@ -42,7 +42,9 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
         return _compile_narrow(params, work)
     except (CannotWiden, Unproven) as error:
         return {"widened": False, "reason": str(error)}
-    except ToolFailed as error:  # of a real fault the net fails again, compiled whole
+    except ToolFailed as error:
+        if "signal 9" in str(error):  # too little memory now says nothing of the net
+            raise
         return {"widened": False, "reason": f"a tool failed: {error.hint}"}
     finally:
         for folder in (work / "narrow", work / "wide"):
