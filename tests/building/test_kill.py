@@ -21,8 +21,19 @@ ROOT = Path(__file__).parents[2]
 
 def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """Jobs that a shell started in the background are born deaf to Ctrl-C, and so would their children be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_store(root: Path) -> None:
