@@ -268,6 +268,7 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
         for net in narrowed(compiling):
             cost = costs.narrow(net.kind, compiling.manifest.geometry, compiling.options)
             args = deploy_args(_job(compiling, net), compiling.options, cores, compiling.toolchain)
+            sibling = vocabulary.SIBLINGS.get(net.kind)
             tasks.append(
                 Task(
                     narrow_name(net, cores), "qwen_surgery.building.vocabulary:compile_narrow",
@@ -285,6 +286,9 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
                         **_places(compiling, net), "export": str(compiling.folder.absolute()),
                         "options": asdict(compiling.options),
                     },
+                    needs=tuple(
+                        narrow_name(other, cores) for other in narrowed(compiling) if other.kind is sibling
+                    ),
                     memory=cost.memory, disk=cost.disk, seconds=cost.seconds, keep=True,
                     command="model_deploy " + " ".join(args) + " (with a short vocabulary, then widened)",
                 )

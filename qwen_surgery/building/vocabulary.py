@@ -1,7 +1,8 @@
 """The nets of the vocabulary (embeddings, lm_head) in a build: compiled narrow, proven, widened.
 
-How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. A net that cannot go this way
-says why and is compiled at its full size, as every other net is.
+How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. ``embedding_cache`` is widened as
+``embedding`` was (:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is compiled
+at its full size, as every other net is.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from qwen_surgery.nets import Net, NetKind
 if TYPE_CHECKING:
     import onnx
 
-    from qwen_surgery.compiling.narrow import Steps
+    from qwen_surgery.compiling.narrow import Steps, Vocabulary
     from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.manifest import NetEntry
+    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.proof import Compiled
     from qwen_surgery.toolchain import Toolchain
     from qwen_surgery.weights import TensorRef
 
 #: Kinds whose weights are a table with a row per token of the vocabulary.
 KINDS = (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE, NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK)
+#: Kind -> the kind that looks up the same table and is widened before it.
+SIBLINGS = {NetKind.EMBEDDING_CACHE: NetKind.EMBEDDING}
+#: What a net leaves for its sibling: its narrow bmodel, without weights.
+_NARROW = "narrow.bmodel"
 #: Tables of fewer weights are compiled as they are: nothing would be saved.
 WORTHWHILE = 1 << 24
 
@@ -32,14 +39,15 @@ WORTHWHILE = 1 << 24
 def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -> dict[str, Any]:
     """Task: compile one net of the vocabulary narrow, prove it, widen it, prove that.
 
-    Leaves the widened bmodel, its profile and ``plan.json``; or, when the net cannot go this way,
-    ``{"widened": False, "reason": ...}`` as the task's answer.
+    Leaves the widened bmodel with holes for its weights, its profile and ``plan.json``; or, when the net cannot
+    go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its sibling's
+    outputs.
     """
     from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.proof import Unproven
 
     try:
-        return _compile_narrow(params, work)
+        return _compile_narrow(params, needs, work)
     except (CannotWiden, Unproven) as error:
         return {"widened": False, "reason": str(error)}
     except ToolFailed as error:
@@ -51,41 +59,99 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compile_narrow(params: dict[str, Any], work: Path) -> dict[str, Any]:
+def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -> dict[str, Any]:
     import onnx
 
     from qwen_surgery.building.actions import toolchain_of
     from qwen_surgery.compiling import narrow as narrowing
-    from qwen_surgery.compiling.profile import PROFILE, profile_of
     from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.packing.plans import Plan
     from qwen_surgery.packing.proof import Compiled, prove
-    from qwen_surgery.packing.widen import widen_plan
+    from qwen_surgery.packing.sibling import hollow
 
     folder, chain = Path(params["export"]), toolchain_of(params)
     manifest = Manifest.load(folder)
     entry = manifest.net(params["net"])
     template = onnx.load(str(folder / manifest.template_file(entry.kind)))
-    sizes = narrowing.sizes_of(template)
-    vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, sizes)
+    vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, narrowing.sizes_of(template))
     if vocabulary is None:
         raise narrowing.CannotWiden("the vocabulary is too small")
     model = narrowing.narrow_model(template, vocabulary)
     refs = narrowing.narrow_refs(entry.weights, vocabulary)
-    narrow, wide, logs = work / "narrow", work / "wide", Path(params["logs"])
+    narrow, logs = work / "narrow", Path(params["logs"])
     job = _bound(entry, model, refs, narrow, params["cleaned"])
     bmodel, steps = _compiled(job, params, chain, narrow, logs)
-    final = narrow / steps.final
-    plan = prove(Compiled(bmodel, final), model, refs)
-    log = logs / f"{entry.name}.{params['cores']}core.log"
-    probes = narrowing.run_steps(steps, vocabulary, chain, narrow, wide, log, entry.name)
-    texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
-    plan = widen_plan(plan, vocabulary, texts, wide / bmodel.name, probes)
-    (work / "plan.json").write_text(json.dumps({"plan": plan.to_json()}))
-    (wide / bmodel.name).replace(work / bmodel.name)
-    profile = profile_of(wide / bmodel.name)
-    if profile.exists():
-        profile.replace(work / PROFILE)
+    compiled = Compiled(bmodel, narrow / steps.final)
+    proven = prove(compiled, model, refs)
+
+    def widen() -> Plan:
+        log = logs / f"{entry.name}.{params['cores']}core.log"
+        return _widened(compiled, proven, vocabulary, steps, chain, work, log)
+
+    if entry.kind in SIBLINGS and needs:
+        (sibling,) = needs.values()
+        try:
+            plan = _like_sibling(compiled, proven, sibling, work)
+        except narrowing.CannotWiden as error:
+            print(f"widened on its own: {error}", flush=True)
+            plan = widen()
+    else:
+        plan = widen()
+    if entry.kind in SIBLINGS.values():
+        hollow(bmodel, proven, work / _NARROW)
+    plans = {"plan": plan.to_json(), "narrow": proven.to_json()}
+    (work / "plan.json").write_text(json.dumps(plans))
     return {"widened": True, "narrow": vocabulary.narrow, "weights": plan.weights}
+
+
+def _widened(
+    compiled: Compiled,
+    proven: Plan,
+    vocabulary: Vocabulary,
+    steps: Steps,
+    chain: Toolchain,
+    work: Path,
+    log: Path,
+) -> Plan:
+    """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
+    from qwen_surgery.compiling.narrow import run_steps
+    from qwen_surgery.packing.sibling import hollow
+    from qwen_surgery.packing.widen import widen_plan
+
+    wide, final = work / "wide", compiled.final_mlir
+    probes = run_steps(steps, vocabulary, chain, final.parent, wide, log, compiled.bmodel.stem)
+    texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
+    made = wide / compiled.bmodel.name
+    plan = widen_plan(proven, vocabulary, texts, made, probes)
+    hollow(made, plan, work / made.name)
+    _keep_profile(made, work)
+    return plan
+
+
+def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -> Plan:
+    """Widen the narrow net *compiled* as its *sibling* (that task's outputs) was."""
+    from qwen_surgery.compiling.narrow import CannotWiden
+    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.sibling import Corners, widen_like
+
+    wide = next((file for file in sibling.glob("*.bmodel") if file.name != _NARROW), None)
+    if wide is None:
+        raise CannotWiden("its sibling was not widened")
+    plans = json.loads((sibling / "plan.json").read_text())
+    if proven != Plan.from_json(plans["narrow"]):
+        raise CannotWiden("its sibling stores the weights differently")
+    plan = Plan.from_json(plans["plan"])
+    bmodel = compiled.bmodel
+    widen_like(Corners(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
+    _keep_profile(bmodel, work)  # looking up rows takes as long in a longer table
+    return plan
+
+
+def _keep_profile(bmodel: Path, work: Path) -> None:
+    from qwen_surgery.compiling.profile import PROFILE, profile_of
+
+    if profile_of(bmodel).exists():
+        profile_of(bmodel).replace(work / PROFILE)
 
 
 def _bound(
