@@ -11,7 +11,7 @@ from qwen_surgery.building import costs
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, NetKind
-from qwen_surgery.toolchain.worker import c_compiler
+from qwen_surgery.toolchain.preload import c_compiler
 
 #: What the emulator takes, measured: a 1.8B prefill block at S=512 is 5 minutes; the smallest net 0.05
 #: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).

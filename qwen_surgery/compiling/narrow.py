@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.preload import SPARSE_COPIES, compile_shared
 from qwen_surgery.weights import ITEM_SIZE, TensorRef
 
 if TYPE_CHECKING:
@@ -289,8 +290,9 @@ def run_steps(
         # own file again while writing.)
         final = (narrow / steps.final).read_text(encoding="utf-8")
         (wide / _weight_file(final)).symlink_to(os.devnull)
-    command = steps.place_and_emit
-    toolchain.run(command[0], command[1:], wide, log.with_suffix(".wide.log"), net=net)
+    command, log = steps.place_and_emit, log.with_suffix(".wide.log")
+    sparse = compile_shared(SPARSE_COPIES, wide)
+    toolchain.run(command[0], command[1:], wide, log, net=net, preload=sparse)
     return arrays
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain.environment import Toolchain
+from qwen_surgery.toolchain.preload import EMULATOR_YIELD
 from qwen_surgery.toolchain.worker import Worker
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ _EMULATORS = {
     "BM1688": ("libcmodel_bm1688.so", "libcmodel_1688.so"),
     "CV186X": ("libcmodel_bm1688.so", "libcmodel_1688.so"),
 }
-
-_YIELD = Path(__file__).with_name("emulator_yield.c")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,12 @@ class ChipEngine:
         # The chip's emulator under the name the runtime loads, without touching the toolchain's own links.
         libraries = {"libcmodel.so": self._library()}
         self._worker = Worker(
-            self.toolchain, arguments, "the chip emulator", str(self.bmodel), libraries, preload=_YIELD
+            self.toolchain,
+            arguments,
+            "the chip emulator",
+            str(self.bmodel),
+            libraries,
+            preload=EMULATOR_YIELD,
         )
         try:
             self.nets: tuple[str, ...] = tuple(self._ask({"op": "nets"})[0]["nets"])

@@ -217,10 +217,11 @@ class Toolchain:
         *,
         net: str = "",
         timeout: float | None = None,
+        preload: Path | None = None,
     ) -> ToolResult:
         """Run *tool* with *args* in *cwd*; stdout and stderr go to the file *log*, after the command itself.
 
-        *net* names what is worked on, for the error. The tool and everything it starts dies with this
+        *net* names what is worked on, for the error; *preload* is a library (see :mod:`.preload`). The tool and everything it starts dies with this
         process. Raises :class:`ToolFailed` with the net, the command and the log's last lines.
         """
         command = self.command(tool, args)
@@ -234,7 +235,7 @@ class Toolchain:
         with log.open("wb") as stream:
             stream.write(f"$ cd {shlex.quote(str(cwd))}\n$ {shlex.join(command)}\n".encode())
             stream.flush()
-            env = {**self.environ(), **_FEWER_FAULTS}
+            env = {**self.environ(), **(_FEWER_FAULTS if preload is None else {"LD_PRELOAD": str(preload)})}
             status, peak = run_guarded(command, cwd, env, stream.fileno(), timeout)
         seconds = time.monotonic() - started
         if status:

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.toolchain.environment import LOG_TAIL_LINES, Toolchain
+from qwen_surgery.toolchain.preload import compile_shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,19 +147,3 @@ class Worker:
             self.process.stdout.close()
         self._errors.close()
         self._scratch.cleanup()
-
-
-def c_compiler() -> str | None:
-    """The C compiler of this machine, if it has one."""
-    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-
-
-def compile_shared(source: Path, folder: Path) -> Path | None:
-    """A shared library of one C file, made in *folder*; None where there is no working C compiler."""
-    compiler = c_compiler()
-    if compiler is None:
-        return None
-    out = folder / f"{source.stem}.so"
-    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(out), str(source), "-ldl", "-lpthread"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return out if done.returncode == 0 else None

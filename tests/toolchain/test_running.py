@@ -18,7 +18,7 @@ from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.toolchain.environment import run_guarded, stop_all
-from qwen_surgery.toolchain.worker import compile_shared
+from qwen_surgery.toolchain.preload import compile_shared
 
 
 def tool_root(tmp_path: Path, text: str) -> Toolchain:
