@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building import resources, roadmap, vocabulary
 from qwen_surgery.building.digests import Identity, read_early, tensor_digests
 from qwen_surgery.building.graph import Done, Graph, Store, Task, peak_disk, require_disk, stale
-from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, _silent
+from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, silent
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
 from qwen_surgery.errors import Refused
@@ -54,7 +54,7 @@ class Running:
     executor: Executor | None = None
     workers: int | None = None  # of an executor that is elsewhere
     memory: int | None = None  # bytes that tasks may take together; None: most of what is free
-    watch: Watcher = _silent
+    watch: Watcher = silent
     say: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     pack: bool = True

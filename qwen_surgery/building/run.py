@@ -35,10 +35,9 @@ class State:
 
 @dataclass
 class Progress:
-    """What a display shows. ``fresh``: tasks that needed nothing, as their results were there."""
+    """What a display shows. ``expected``: task -> estimated seconds."""
 
     states: dict[str, State]
-    fresh: tuple[str, ...] = ()
     expected: dict[str, float] = field(default_factory=dict)
     jobs: int = 1
 
@@ -61,8 +60,8 @@ class Progress:
 Watcher = Callable[[Progress, str], None]
 
 
-def _silent(progress: Progress, event: str) -> None:
-    return None
+def silent(progress: Progress, event: str) -> None:
+    """Watch and say nothing."""
 
 
 class Runner:
@@ -83,7 +82,7 @@ class Runner:
         jobs: int,
         memory: int | None = None,
         executor: Executor | None = None,
-        watch: Watcher = _silent,
+        watch: Watcher = silent,
     ) -> None:
         self.graph, self.store, self.logs = graph, store, logs
         self.jobs = jobs
@@ -103,7 +102,6 @@ class Runner:
         require_disk(self.store.root, peak_disk(self.graph, todo))
         progress = Progress(
             {name: State(name) for name in todo},
-            tuple(name for name in self.graph.order if name not in todo),
             {name: self.graph.tasks[name].seconds for name in todo},
             self.jobs,
         )

@@ -1,8 +1,8 @@
 """The nets of the vocabulary (embeddings, lm_head) in a build: compiled narrow, proven, widened.
 
-How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. ``embedding_cache`` is widened as
-``embedding`` was (:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is compiled
-at its full size, as every other net is.
+How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. ``embedding_cache`` is widened
+as ``embedding`` was (:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is
+compiled at its full size, as every other net is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ WORTHWHILE = 1 << 24
 def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -> dict[str, Any]:
     """Task: compile one net of the vocabulary narrow, prove it, widen it, prove that.
 
-    Leaves the widened bmodel with holes for its weights, its profile and ``plan.json``; or, when the net cannot
-    go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its sibling's
-    outputs.
+    Leaves the widened bmodel with holes for its weights, its profile and ``plan.json``; or, when the net
+    cannot go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its
+    sibling's outputs.
     """
     from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.proof import Unproven
@@ -65,7 +65,6 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     from qwen_surgery.building.actions import toolchain_of
     from qwen_surgery.compiling import narrow as narrowing
     from qwen_surgery.exporting.manifest import Manifest
-    from qwen_surgery.packing.plans import Plan
     from qwen_surgery.packing.proof import Compiled, prove
     from qwen_surgery.packing.sibling import hollow
 

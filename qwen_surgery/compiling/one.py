@@ -84,18 +84,6 @@ def refuse_unsupported(options: CompileOptions, toolchain: Toolchain) -> None:
             )
 
 
-def compile_net(
-    job: NetJob, options: CompileOptions, toolchain: Toolchain, work: Path, logs: Path
-) -> tuple[Path, ...]:
-    """Compile one net in the folder *work*; the bmodels, one per core count of *options*.
-
-    Logs go to ``LOGS/<net>.transform.log`` and ``LOGS/<net>.deploy.log``. Raises ToolFailed naming the net.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    transform(job, toolchain, work, logs)
-    return tuple(deploy(job, options, cores, toolchain, work, logs)[0] for cores in options.cores)
-
-
 def transform(job: NetJob, toolchain: Toolchain, work: Path, logs: Path) -> ToolResult:
     """ONNX to Top dialect: writes ``<net>.mlir`` and its weight file into *work*."""
     args = transform_args(job, toolchain)

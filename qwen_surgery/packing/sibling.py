@@ -1,9 +1,9 @@
-"""A widened bmodel from that of a sibling: a net of the same weights that differs only in its input's length.
+"""A widened bmodel from that of a sibling: a net of the same weights with an input of another length.
 
-``embedding`` and ``embedding_cache`` look rows up in one table, S at a time or one. Compiled narrow, some words
-of their descriptions and instructions differ from one another. In the widened ``embedding`` (compiled, see
-:mod:`qwen_surgery.compiling.narrow`) some words differ from the narrow one's. As long as no word does both,
-what TPU-MLIR would write for the widened ``embedding_cache`` is known::
+``embedding`` and ``embedding_cache`` look rows up in one table, S at a time or one. Compiled narrow, some
+words of their descriptions and instructions differ from one another. In the widened ``embedding`` (compiled,
+see :mod:`qwen_surgery.compiling.narrow`) some words differ from the narrow one's. As long as no word does
+both, what TPU-MLIR would write for the widened ``embedding_cache`` is known::
 
                       narrow             widened
     embedding           a        ->         b           (both compiled)
@@ -50,20 +50,18 @@ def widen_like(corners: Corners, plan: Plan, target: Path) -> None:
     with Bmodel(corners.narrow) as narrow, Bmodel(corners.wide) as wide, Bmodel(corners.own) as own:
         _require_equal_weights(narrow, own)
         moved = _coefficients(wide).size - _coefficients(narrow).size
-        model = _value(*({**opened.model, "time": ""} for opened in (narrow, wide, own)), moved)
+        model = _value(*({**opened.model, "time": ""} for opened in (narrow, wide, own)), moved=moved)
         model["time"] = own.model["time"]
         with target.open("wb", buffering=0) as file:
             base = head_size(model, paged=wide.paged)
-            if base != wide.base:
-                raise CannotWiden("the descriptions differ in length")
             write_head(file, model, base, wide.size)
             for trio in zip(*(regions(opened.model) for opened in (narrow, wide, own)), strict=True):
                 places = [Region.of(binary) for binary in trio]
                 if places[1] == _coefficients(wide):
                     continue
                 parts = [opened.read(at) for opened, at in zip((narrow, wide, own), places, strict=True)]
-                write_at(file, _words(*parts, moved), base + places[1].start)
-            file.truncate(wide.length)
+                write_at(file, _words(*parts, moved=moved), base + places[1].start)
+            file.truncate(base + wide.size)
 
 
 def _coefficients(opened: Bmodel) -> Region:
@@ -76,17 +74,17 @@ def _require_equal_weights(one: Bmodel, other: Bmodel) -> None:
         raise CannotWiden("the siblings hold different weights")
 
 
-def _value(narrow: Any, wide: Any, own: Any, moved: int) -> Any:
+def _value(narrow: Any, wide: Any, own: Any, *, moved: int) -> Any:
     """The fourth corner of three descriptions, field by field."""
     values = (narrow, wide, own)
     if all(isinstance(value, Mapping) for value in values):
         if not narrow.keys() == wide.keys() == own.keys():
             raise CannotWiden("the siblings' descriptions have different fields")
-        return {name: _value(narrow[name], wide[name], own[name], moved) for name in own}
+        return {name: _value(narrow[name], wide[name], own[name], moved=moved) for name in own}
     if all(isinstance(value, list) for value in values):
         if not len(narrow) == len(wide) == len(own):
             raise CannotWiden("the siblings' descriptions have lists of different lengths")
-        return [_value(*trio, moved) for trio in zip(*values, strict=True)]
+        return [_value(*trio, moved=moved) for trio in zip(*values, strict=True)]
     if narrow == wide:
         return own
     if narrow == own:
@@ -96,7 +94,7 @@ def _value(narrow: Any, wide: Any, own: Any, moved: int) -> Any:
     raise CannotWiden(f"{narrow!r} became {wide!r} in the sibling, and here it is {own!r}")
 
 
-def _words(narrow: bytes, wide: bytes, own: bytes, moved: int) -> bytes:
+def _words(narrow: bytes, wide: bytes, own: bytes, *, moved: int) -> bytes:
     """The fourth corner of three regions, 32 bits at a time."""
     if not len(narrow) == len(wide) == len(own):
         raise CannotWiden("the siblings have different numbers of instructions")

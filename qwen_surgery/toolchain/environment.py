@@ -23,9 +23,9 @@ LOG_TAIL_LINES = 15
 #: pip's) stays out.
 _PASSED = ("HOME", "TMPDIR", "LANG", "LC_ALL", "TERM", "OMP_NUM_THREADS")
 
-#: The tools copy weights several times over, and half their time was the kernel clearing pages for that. So what
-#: they free stays with them, the heap grows in large steps, and it asks for huge pages (glibc from 2.35 on):
-#: model_transform of a 1.8B block takes 1.6 s, not 2.2 s, and 4.6 s without any of this.
+#: The tools copy weights several times over, and half their time was the kernel clearing pages for that. So
+#: what they free stays with them, the heap grows in large steps, and it asks for huge pages (glibc from 2.35
+#: on): model_transform of a 1.8B block takes 1.6 s instead of 4.6 s.
 _FEWER_FAULTS = {
     "GLIBC_TUNABLES": ":".join(
         (
@@ -221,8 +221,9 @@ class Toolchain:
     ) -> ToolResult:
         """Run *tool* with *args* in *cwd*; stdout and stderr go to the file *log*, after the command itself.
 
-        *net* names what is worked on, for the error; *preload* is a library (see :mod:`.preload`). The tool and everything it starts dies with this
-        process. Raises :class:`ToolFailed` with the net, the command and the log's last lines.
+        *net* names what is worked on, for the error; *preload* is a library to put before the tool's own (see
+        :mod:`.preload`). The tool and everything it starts dies with this process. Raises
+        :class:`ToolFailed` with the net, the command and the log's last lines.
         """
         command = self.command(tool, args)
         if not Path(command[0]).exists():

@@ -74,7 +74,9 @@ def test_fread_also_past_the_end_of_a_file(
         target = np.full(size * count + 10, 5, np.uint8)
         pieces = (ctypes.c_size_t(size), ctypes.c_size_t(count), file)
         got = library.fread(ctypes.c_void_p(target.ctypes.data), *pieces)
-        again = library.fread(ctypes.c_void_p(target.ctypes.data), ctypes.c_size_t(1), ctypes.c_size_t(9), file)
+        again = library.fread(
+            ctypes.c_void_p(target.ctypes.data), ctypes.c_size_t(1), ctypes.c_size_t(9), file
+        )
         results.append((got, again, target.tobytes()))
         LIBC.fclose(file)
     assert results[0] == results[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from golden.eras import ERAS, make_checkout
-from qwen_surgery.compiling.one import NetJob, combine, compile_net
+from qwen_surgery.compiling.one import NetJob, combine, deploy, transform
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Net
 from qwen_surgery.toolchain import Toolchain
@@ -40,7 +40,9 @@ def compile_blocks(bench: Bench, mode: str, work: Path) -> Path:
     for name in NETS:
         entry = manifest.net(name)
         job = NetJob(Net(name, entry.kind, entry.layer), bench.folder / entry.file, cleaned=False)
-        compiled += compile_net(job, options, toolchain, work / name, work / "logs")
+        (work / name).mkdir()
+        transform(job, toolchain, work / name, work / "logs")
+        compiled.append(deploy(job, options, 1, toolchain, work / name, work / "logs")[0])
     out = work / f"blocks_{mode}.bmodel"
     combine(compiled, out, toolchain, work / "logs")
     return out
