@@ -63,14 +63,14 @@ def deploy(kind: NetKind, g: Geometry, options: CompileOptions) -> Cost:
     return Cost(300 * _MB + 6 * count, 2 * lowered, 2.5 + count * 4.5e-8 + g.seq_length * 0.002)
 
 
-def narrow(kind: NetKind, g: Geometry, options: CompileOptions) -> Cost:
+def narrow(kind: NetKind, g: Geometry, options: CompileOptions, *, derived: bool) -> Cost:
     """A net of the vocabulary, compiled narrow and widened. TPU-MLIR copies its packed bytes several times
     over while it writes the bmodel; with a C compiler those copies take next to no memory
-    (``sparse_copies.c``).
+    (``sparse_copies.c``). *derived*: it is widened as its sibling was.
     """
     packed = packed_bytes(kind, g, options)
     copies = 1 if c_compiler() else 4
-    widening = 0.0 if kind is NetKind.EMBEDDING_CACHE else 1.0 + packed * 6e-9  # widened as embedding was
+    widening = 0.0 if derived else 1.0 + packed * 6e-9
     return Cost(600 * _MB + copies * packed, 2 * packed, 2.0 + widening)
 
 

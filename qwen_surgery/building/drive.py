@@ -156,7 +156,8 @@ class Builder:
             layers = roadmap.layers_to_prove(compiling, self.running.prove)
             first = self._proving(compiling, layers)
             done = self._run(first, proof_targets(first))
-            if not_widened := self._not_widened(compiling, done):
+            # More than once: without embedding widened, embedding_cache is a new task.
+            while not_widened := self._not_widened(compiling, done):
                 compiling = replace(compiling, whole=compiling.whole | not_widened)
                 first = self._proving(compiling, layers)
                 done = self._run(first, proof_targets(first))

@@ -23,6 +23,7 @@ from qwen_surgery.compiling.one import NetJob, deploy_args, transform_args
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Net, NetKind
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.preload import SPARSE_COPIES
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
@@ -266,9 +267,10 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
     tasks = []
     for cores in compiling.options.cores:
         for net in narrowed(compiling):
-            cost = costs.narrow(net.kind, compiling.manifest.geometry, compiling.options)
+            sibling = vocabulary.SIBLINGS.get(net.kind) if cores == 1 else None
+            needs = tuple(narrow_name(other, cores) for other in narrowed(compiling) if other.kind is sibling)
+            cost = costs.narrow(net.kind, compiling.manifest.geometry, compiling.options, derived=bool(needs))
             args = deploy_args(_job(compiling, net), compiling.options, cores, compiling.toolchain)
-            sibling = vocabulary.SIBLINGS.get(net.kind)
             tasks.append(
                 Task(
                     narrow_name(net, cores), "qwen_surgery.building.vocabulary:compile_narrow",
@@ -276,6 +278,7 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
                         "net": net.name, "cleaned": compiling.cleaned, "cores": cores, "flags": args,
                         "packer": packer_digest(),
                         "code": code_digest("qwen_surgery.compiling", "qwen_surgery.building.vocabulary"),
+                        "copies": hashlib.sha256(SPARSE_COPIES.read_bytes()).hexdigest(),
                     },
                     {
                         "template": _template_digest(compiling, net.kind),
@@ -286,9 +289,7 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
                         **_places(compiling, net), "export": str(compiling.folder.absolute()),
                         "options": asdict(compiling.options),
                     },
-                    needs=tuple(
-                        narrow_name(other, cores) for other in narrowed(compiling) if other.kind is sibling
-                    ),
+                    needs=needs,
                     memory=cost.memory, disk=cost.disk, seconds=cost.seconds, keep=True,
                     command="model_deploy " + " ".join(args) + " (with a short vocabulary, then widened)",
                 )

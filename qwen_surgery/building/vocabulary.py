@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.errors import ToolFailed
+from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.nets import Net, NetKind
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 #: Kinds whose weights are a table with a row per token of the vocabulary.
 KINDS = (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE, NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK)
-#: Kind -> the kind that looks up the same table and is widened before it.
+#: Kind -> the kind that looks up the same table and is widened before it (for one core: two share the work of
+#: a long input and not of a short one).
 SIBLINGS = {NetKind.EMBEDDING_CACHE: NetKind.EMBEDDING}
 #: What a net leaves for its sibling: its narrow bmodel, without weights.
 _NARROW = "narrow.bmodel"
@@ -37,7 +38,8 @@ WORTHWHILE = 1 << 24
 
 
 def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -> dict[str, Any]:
-    """Task: compile one net of the vocabulary narrow, prove it, widen it, prove that.
+    """Task: compile one net of the vocabulary narrow, prove it, widen it (and prove that) or derive the
+    widened net from its sibling's.
 
     Leaves the widened bmodel with holes for its weights, its profile and ``plan.json``; or, when the net
     cannot go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its
@@ -91,7 +93,7 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
         (sibling,) = needs.values()
         try:
             plan = _like_sibling(compiled, proven, sibling, work)
-        except narrowing.CannotWiden as error:
+        except (narrowing.CannotWiden, Refused) as error:
             print(f"widened on its own: {error}", flush=True)
             plan = widen()
     else:

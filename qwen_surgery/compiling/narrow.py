@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_surgery.errors import ToolFailed
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.preload import SPARSE_COPIES, compile_shared
 from qwen_surgery.weights import ITEM_SIZE, TensorRef
@@ -292,7 +293,12 @@ def run_steps(
         (wide / _weight_file(final)).symlink_to(os.devnull)
     command, log = steps.place_and_emit, log.with_suffix(".wide.log")
     sparse = compile_shared(SPARSE_COPIES, wide)
-    toolchain.run(command[0], command[1:], wide, log, net=net, preload=sparse)
+    try:
+        toolchain.run(command[0], command[1:], wide, log, net=net, preload=sparse)
+    except ToolFailed as error:
+        if sparse is None or "signal 9" in str(error):
+            raise
+        toolchain.run(command[0], command[1:], wide, log, net=net)
     return arrays
 
 

@@ -1,6 +1,6 @@
 """C code of this package that is put in front of a tool's libraries, on machines that can compile it.
 
-Nothing depends on it: without a C compiler tools take longer or more memory, and give the same.
+Without a C compiler, or with one that does not work, tools take longer or more memory, and give the same.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ def c_compiler() -> str | None:
 
 
 def compile_shared(source: Path, folder: Path) -> Path | None:
-    """A shared library of one C file, made in *folder*; None where there is no working C compiler."""
+    """A shared library of one C file, made in *folder*; None where there is no C compiler that works."""
     compiler = c_compiler()
     if compiler is None:
         return None
     out = folder / f"{source.stem}.so"
     command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(out), str(source), "-ldl", "-lpthread"]
-    done = subprocess.run(command, capture_output=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return out if done.returncode == 0 else None

@@ -13,7 +13,7 @@
 
 #define LARGE ((size_t)1 << 20)
 #define PAGE 4096
-#define PIECE ((size_t)1 << 17)
+#define PIECE ((size_t)1 << 14)
 
 static void *(*libc_memcpy)(void *, const void *, size_t);
 static void *(*libc_memset)(void *, int, size_t);
@@ -64,7 +64,7 @@ void *memcpy(void *restrict to, const void *restrict from, size_t size)
         const char *in = from;
         while (size--)
             *out++ = *in++;
-    } else if (size < LARGE) {
+    } else if (size < LARGE || (uintptr_t)to - (uintptr_t)from < size) { /* overlaps are libc's business */
         libc_memcpy(to, from, size);
     } else {
         copy(to, from, size);
@@ -96,7 +96,7 @@ void *memset(void *to, int value, size_t size)
 
 size_t fread(void *restrict to, size_t size, size_t count, FILE *restrict file)
 {
-    static __thread char piece[PIECE];
+    char piece[PIECE];
     size_t left = size * count, got;
     char *at = to;
 

@@ -29,12 +29,26 @@ ROW = 256  # bytes of a table's row
 
 
 def bmodel(
-    path: Path, rows: int, tokens: int, instructions: list[int], *, code: int = 7, paged: bool = True
+    path: Path,
+    rows: int,
+    tokens: int,
+    instructions: list[int],
+    *,
+    code: int = 7,
+    paged: bool = True,
+    again: bool = False,
 ) -> Path:
     """A bmodel with one net that looks up *tokens* rows in a table of *rows*, as the compiler lays it out:
     in pages, as TPU-MLIR 1.30 does, or not, as 1.6."""
     size = start = rows * ROW
     end = start + (PAGE if paged else 4 * len(instructions))
+    half = len(instructions) // 2
+    places = [
+        {"start": start, "size": 4 * half},
+        {"start": start + (0 if again else 4 * half), "size": 4 * half},
+    ]
+    if len(instructions) < 4:
+        places = [{"start": start, "size": 4 * len(instructions)}]
     words = struct.pack(f"<{len(instructions)}I", *instructions)
     model: dict[str, Any] = {
         "type": "B", "version": "2.2", "time": f"at {path.name[:1]}", "chip": "BM1684X",
@@ -47,7 +61,7 @@ def bmodel(
                 "coeff_mem": {
                     "address": PAGE, "check_code": [code] * 32, "binary_coeff": {"start": 0, "size": size},
                 },
-                "cmd_group": [{"gdma_num": 1, "binary_gdma": {"start": start, "size": len(words)}}],
+                "cmd_group": [{"gdma_num": 1, "binary_gdma": place} for place in places],
             }],
         }],
     }  # fmt: skip
@@ -119,6 +133,16 @@ def test_what_is_not_clear_is_refused(
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotWiden, match="different weights"):
         widened(tmp_path, [16], [4096], [16], code=8)
+
+
+def test_nets_that_share_equal_instructions_otherwise_are_refused(tmp_path: Path) -> None:
+    files = [
+        bmodel(tmp_path / "a", 16, 8, [16, 8, 1, 2]),
+        bmodel(tmp_path / "b", 4096, 8, [4096, 8, 1, 2]),
+        bmodel(tmp_path / "c", 16, 1, [16, 1, 0, 0], again=True),
+    ]
+    with pytest.raises(CannotWiden, match="share their instructions"):
+        sibling.widen_like(Corners(*files), plan(4096), tmp_path / "d")
 
 
 def test_coefficients_that_are_no_weights_are_refused(tmp_path: Path) -> None:

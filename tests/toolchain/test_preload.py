@@ -50,6 +50,17 @@ def test_memcpy(sparse: ctypes.CDLL, seed: int, size: int, to: int, start: int, 
     assert np.array_equal(target, expected)
 
 
+@pytest.mark.parametrize("shift", [-5000, -1, 1, 100, 4096, 5000])
+def test_overlapping_copies_are_as_before(sparse: ctypes.CDLL, shift: int) -> None:
+    results = []
+    for library in (LIBC, sparse):
+        data = content(4, 3 * LARGE)
+        start = data.ctypes.data + 8192
+        library.memcpy(ctypes.c_void_p(start + shift), ctypes.c_void_p(start), ctypes.c_size_t(2 * LARGE))
+        results.append(data.tobytes())
+    assert results[0] == results[1]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), SIZES, st.integers(0, 5000), st.sampled_from([0, 1, 256, 300]))
 def test_memset(sparse: ctypes.CDLL, seed: int, size: int, to: int, value: int) -> None:
@@ -80,6 +91,16 @@ def test_fread_also_past_the_end_of_a_file(
         results.append((got, again, target.tobytes()))
         LIBC.fclose(file)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("text", ["no program", "#!/bin/sh\nexit 1\n"])
+def test_a_compiler_that_does_not_work_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "cc").write_text(text)
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compile_shared(SPARSE_COPIES, tmp_path) is None
 
 
 def test_zeros_take_no_memory(sparse: ctypes.CDLL) -> None:
