@@ -221,7 +221,7 @@ class Toolchain:
     ) -> ToolResult:
         """Run *tool* with *args* in *cwd*; stdout and stderr go to the file *log*, after the command itself.
 
-        *net* names what is worked on, for the error; *preload* is a library to put before the tool's own (see
+        *net* names what is worked on, for the error; *preload* is a library in *cwd* to put before the tool's own (see
         :mod:`.preload`). The tool and everything it starts dies with this process. Raises
         :class:`ToolFailed` with the net, the command and the log's last lines.
         """
@@ -239,7 +239,7 @@ class Toolchain:
             env = {**self.environ(), **_FEWER_FAULTS}
             if preload is not None:
                 # Huge pages would fill the holes that it leaves. Relative: the loader splits at : and space.
-                env["LD_PRELOAD"] = os.path.join(".", os.path.relpath(preload, cwd))
+                env["LD_PRELOAD"] = f"./{preload.relative_to(cwd)}"
                 del env["GLIBC_TUNABLES"]
             status, peak = run_guarded(command, cwd, env, stream.fileno(), timeout)
         seconds = time.monotonic() - started
