@@ -221,8 +221,8 @@ class Toolchain:
     ) -> ToolResult:
         """Run *tool* with *args* in *cwd*; stdout and stderr go to the file *log*, after the command itself.
 
-        *net* names what is worked on, for the error; *preload* is a library in *cwd* to put before the tool's own (see
-        :mod:`.preload`). The tool and everything it starts dies with this process. Raises
+        *net* names what is worked on, for the error; *preload* is a library in *cwd* to put before the tool's
+        own (see :mod:`.preload`). The tool and everything it starts dies with this process. Raises
         :class:`ToolFailed` with the net, the command and the log's last lines.
         """
         command = self.command(tool, args)
