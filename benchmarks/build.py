@@ -4,6 +4,7 @@
     python benchmarks/build.py 1.8B                all 24 layers
     python benchmarks/build.py 7B                  all 32 layers
     python benchmarks/build.py 7B --refit          also refit to other weights and back
+    python benchmarks/build.py 7B --change         also build again after one layer's weights changed
     python benchmarks/build.py 1.8B --llm-convert PYTHON   and the vendor's newer tool on the same sizes
 
 Weights are random. Peak RSS is that of the largest process, TPU-MLIR's tools included, and of all together,
@@ -30,6 +31,7 @@ import numpy as np
 
 from golden.eras import make_checkout
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.weights import WeightIndex
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("bench-build"))
     parser.add_argument("--memory", help="bound for tasks side by side, as 6G")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--change", action="store_true", help="build again with one weight changed")
     parser.add_argument(
         "--llm-convert", metavar="PYTHON", help="also run the vendor's tool: its environment's python"
     )
@@ -191,6 +194,9 @@ def main() -> int:
     result["load"] = os.getloadavg()
     (bmodel,) = out.glob("BM1684X/*.bmodel")
     result["bmodel_gb"] = round(bmodel.stat().st_size / 1e9, 3)
+    if args.change:
+        change_a_weight(source, layers // 2)
+        result["changed"] = run(build, work / "changed.log")
     if args.refit:
         result |= refit(tool, bmodel, source, checkpoint(work, args.geometry, layers, 1), work)
     if args.llm_convert:
@@ -204,6 +210,16 @@ def main() -> int:
         for folder in [*work.glob("ckpt-*"), *work.glob("qwen2-*")]:
             shutil.rmtree(folder)
     return 0
+
+
+def change_a_weight(source: Path, layer: int) -> None:
+    """Turn over one bit of a weight of *layer* in the checkpoint *source*."""
+    ref = WeightIndex.open(source)[f"transformer.h.{layer}.mlp.w1.weight"]
+    with ref.file.open("r+b") as shard:
+        shard.seek(ref.offset)
+        first = shard.read(1)[0]
+        shard.seek(ref.offset)
+        shard.write(bytes([first ^ 1]))
 
 
 def llm_convert(python: Path, name: str, layers: int, seq_length: int, work: Path) -> dict[str, float]:

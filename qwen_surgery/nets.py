@@ -29,6 +29,11 @@ class NetKind(str, Enum):
     BLOCK_CACHE = "block_cache"
 
     @property
+    def chooses(self) -> bool:
+        """Whether it is a head that chooses a token: no weights of the checkpoint in it."""
+        return self in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
+
+    @property
     def per_layer(self) -> bool:
         return self in (NetKind.BLOCK, NetKind.BLOCK_CACHE)
 

@@ -155,7 +155,7 @@ def _place(kind: NetKind, work: Path) -> Iterator[Path]:
     long the path of its folder is (12 of 12 equal with one length, 8 of 10 with ten). So heads, which are
     small, are compiled where the path always has the same length.
     """
-    if kind not in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD):
+    if not kind.chooses:
         yield work
         return
     with tempfile.TemporaryDirectory(prefix="qwen-surgery-") as folder:
@@ -164,9 +164,8 @@ def _place(kind: NetKind, work: Path) -> Iterator[Path]:
         yield Path(folder)
         for entry in Path(folder).iterdir():
             if not entry.is_symlink():
-                (work / entry.name).unlink(
-                    missing_ok=True
-                )  # a link to the source must not be written through
+                # Not through a link to what the task before left.
+                (work / entry.name).unlink(missing_ok=True)
                 shutil.move(entry, work / entry.name)
 
 

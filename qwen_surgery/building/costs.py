@@ -29,7 +29,7 @@ def weights_of(kind: NetKind, g: Geometry) -> int:
     if kind.per_layer:
         projection = g.heads * g.head_dim
         return g.hidden * (4 * projection + 3 * (g.intermediate // 2) + 2) + 3 * projection
-    if kind in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD):
+    if kind.chooses:
         return 0
     return g.vocab * g.hidden + g.hidden
 

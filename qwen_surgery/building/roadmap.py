@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from qwen_surgery.nets import Geometry
 
 _ACTIONS = "qwen_surgery.building.actions"
-#: Kinds without weights of the checkpoint: nothing to pack.
-_HEADS = (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
 _MB = 1_000_000
 
 
@@ -123,7 +121,7 @@ def small_kinds(geometry: Geometry) -> frozenset[NetKind]:
 
 def first_nets(compiling: Compiling) -> tuple[Net, ...]:
     """One net of every kind that holds weights: what is compiled when packing."""
-    return tuple(net for net in compiling.nets if net.kind not in _HEADS and net.layer in (None, 0))
+    return tuple(net for net in compiling.nets if not net.kind.chooses and net.layer in (None, 0))
 
 
 def packable(compiling: Compiling) -> tuple[Net, ...]:

@@ -226,7 +226,7 @@ def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str
     elif kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK):
         flags += ["--quant_input"]
     flags += ["--chip", options.target]
-    heads = kind in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
+    heads = kind.chooses
     if options.num_device > 1 and not heads:
         flags += ["--num_device", str(options.num_device)]
     if cores > 1:
@@ -239,7 +239,7 @@ def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str
 
 
 def _quantize_flags(kind: NetKind, options: CompileOptions) -> list[str]:
-    if kind in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD):
+    if kind.chooses:
         return []
     if kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE):
         return ["--quantize", QUANTIZE[options.float_mode]]

@@ -63,7 +63,7 @@ def widen_like(corners: Corners, plan: Plan, target: Path) -> None:
                     raise CannotWiden("the siblings share their instructions differently")
                 if places[1] == _coefficients(wide):
                     continue
-                parts = [opened.read(at) for opened, at in zip((narrow, wide, own), places, strict=False)]
+                parts = [opened.read(at) for opened, at in zip((narrow, wide, own), places[:3], strict=True)]
                 write_at(file, _words(*parts, moved=moved), base + places[1].start)
             file.truncate(base + wide.size)
 
