@@ -48,12 +48,16 @@ class Cleaning:
 
 
 def chosen_passes(
-    recipe: str | Path | None = None, skip: Iterable[str] = (), toolchain: str | None = None
+    recipe: str | Path | None = None,
+    skip: Iterable[str] = (),
+    toolchain: str | None = None,
+    also: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Names of the passes that run, ONNX and Top dialect, in running order.
 
     *recipe* is a TOML file (see :mod:`graph_passes.framework.recipe`), *skip* switches more of them off, and
-    *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take. Raises Usage for a bad
+    *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take; *also* are passes that only
+    run where something needs them. Raises Usage for a bad
     recipe or an unknown name.
     """
     from graph_passes.framework import recipe as recipes
@@ -61,7 +65,7 @@ def chosen_passes(
 
     skip = tuple(skip)
     try:
-        names = recipes.read(recipe) if recipe is not None else recipes.without(())
+        names = recipes.read(recipe) if recipe is not None else recipes.without((), also)
         registry.require_known(skip)
     except registry.UnknownPass as error:
         raise Usage(str(error), hint=f"passes are {', '.join(error.known)}") from error

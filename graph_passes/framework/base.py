@@ -39,6 +39,8 @@ class GraphPass(ABC):
     precondition: ClassVar[str]
     #: Toolchain versions ("1.6") that cannot take this pass's result; it is switched off for them by name.
     not_for: ClassVar[tuple[str, ...]] = ()
+    #: Whether it only runs where it is asked for by name.
+    optional: ClassVar[bool] = False
 
     @abstractmethod
     def rewrite(self, graph: Any) -> list[str]:

@@ -25,6 +25,8 @@ BUILT_IN = (
     "graph_passes.joint_mlp:JointMlp",
     "graph_passes.zero_bias:ZeroBias",
     "graph_passes.token_lanes:TokenLanes",
+    "graph_passes.free_length:FreeLength",
+    "graph_passes.bounded_mask:BoundedMask",
 )
 
 

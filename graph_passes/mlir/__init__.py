@@ -28,6 +28,7 @@ class MlirPass(ABC):
     why: ClassVar[str]
     precondition: ClassVar[str]
     not_for: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
 
     @abstractmethod
     def rewrite(self, module: Module) -> list[str]:

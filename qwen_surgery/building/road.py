@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building import roadmap, session, verifying
 from qwen_surgery.building.drive import Builder, Built, Running, proof_targets, upstream_config
 from qwen_surgery.building.graph import Graph, Task
-from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
+from qwen_surgery.compiling.options import CompileOptions, needed_passes, refuse_uncleaned
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _start(
     config = upstream_config(sources)
     index = WeightIndex.open(checkout)
     builder = Builder(out, resolved, toolchain, running)
-    passes = () if given["no_clean"] else _passes(given, toolchain)
+    passes = () if given["no_clean"] else _passes(given, toolchain, needed_passes(resolved))
     refuse_uncleaned(resolved, passes)
     front = builder.front(opened, sources, index, passes, trust=given["trust_remote_code"])
     depth = verifying.depth(given["depth"], geometry, resolved, given["steps"])
@@ -86,11 +86,11 @@ def _start(
     return _Start(builder, front, config, depth, checkout, given["recipe"], index, planned)
 
 
-def _passes(given: Mapping[str, Any], toolchain: Toolchain) -> tuple[str, ...]:
+def _passes(given: Mapping[str, Any], toolchain: Toolchain, also: Sequence[str]) -> tuple[str, ...]:
     from qwen_surgery.cleaning import chosen_passes
 
     version = toolchain.version if toolchain.version != "unknown" else None
-    return chosen_passes(skip=given["skip"], toolchain=version)
+    return chosen_passes(skip=given["skip"], toolchain=version, also=also)
 
 
 def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str, Any]) -> Outcome:

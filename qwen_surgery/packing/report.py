@@ -14,6 +14,8 @@ from qwen_surgery.packing import sidefile
 from qwen_surgery.packing.container import Bmodel, Region, regions
 from qwen_surgery.packing.schema import DATA_TYPES
 from qwen_surgery.packing.sidefile import Prediction, SideFile
+from qwen_surgery.runtime.generations import Suitability, suitability
+from qwen_surgery.runtime.memory import BASIC, IO_ALONE
 
 _PER_LAYER = re.compile(r"(block|block_cache)_(\d+)")
 
@@ -30,7 +32,8 @@ class TensorReport:
 @dataclass(frozen=True)
 class NetReport:
     """One net: its tensors and the bytes it takes. ``shared`` says that another net before it holds its
-    weights."""
+    weights; ``io_alone``, that its inputs and outputs have addresses of their own; ``tagged``, that they have
+    none, but tags that the demos do not know."""
 
     name: str
     inputs: tuple[TensorReport, ...]
@@ -41,6 +44,7 @@ class NetReport:
     shared: bool
     dynamic: bool
     io_alone: bool
+    tagged: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Report:
     layers: int
     nets: tuple[NetReport, ...]
     contract: tuple[str, ...]
+    runtimes: tuple[Suitability, ...]
     speed: Speed | None
     notes: Mapping[str, str]
     refit: str
@@ -105,7 +110,8 @@ def _net(net: dict[str, Any], seen: set[Region]) -> NetReport:
         runtime_bytes=parameter["ctx_size"] + parameter["io_size"],
         shared=shared and weights.size > 0,
         dynamic=bool(parameter["is_dynamic"]),
-        io_alone=net["addr_mode"] == 1,
+        io_alone=net["addr_mode"] == IO_ALONE,
+        tagged=net["addr_mode"] not in (BASIC, IO_ALONE),
     )
 
 
@@ -166,12 +172,14 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     problems = []
     for report in reports:
         kind = _kind(report.name, fused)
+        if report.tagged:
+            problems.append(
+                f"{report.name}: its tensors have tags for addresses, which the demos do not know"
+            )
         if fused and kind is NetKind.LM_HEAD_TOPK:
             continue  # its token's shape differs between TPU-MLIR versions, and runtimes read one number
         problems += _compare(report.name, "input", report.inputs, inputs(kind, geometry))
         problems += _compare(report.name, "output", report.outputs, outputs(kind, geometry))
-        if kind is not NetKind.BLOCK_CACHE and report.io_alone:
-            problems.append(f"{report.name}: io_alone is only for block_cache nets")
     return problems
 
 
@@ -211,6 +219,9 @@ def inspect(path: Path) -> Report:
         model, length = bmodel.model, bmodel.length
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
+    contract = tuple(_contract(reports, layers))
+    runtimes = () if contract else suitability(path)
+    overwritten = tuple(f"{one.generation}: {what}" for one in runtimes for what in one.hazards)
     return Report(
         path=str(path),
         size=length,
@@ -220,7 +231,8 @@ def inspect(path: Path) -> Report:
         devices=max(1, model["device_num"]),
         layers=layers,
         nets=reports,
-        contract=tuple(_contract(reports, layers)),
+        contract=contract + overwritten,
+        runtimes=runtimes,
         speed=speed(side.predictions, layers, any(r.name == "greedy_head" for r in reports))
         if side
         else None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_surgery.nets import Geometry
     from qwen_surgery.weights import WeightIndex
 
-LEVELS = ("source", "onnx", "mlir", "chip")
+LEVELS = ("source", "onnx", "mlir", "chip", "runtime")
 MODES = ("bf16", "f16", "int8", "int4")
 _DEFAULT_STEPS = 8
 #: Cases are kept for the next level up to this many bytes.
@@ -66,8 +66,8 @@ class Request:
                 raise Usage(f"there is no level {level}", hint=f"levels are {', '.join(LEVELS)}")
             if level in ("onnx", "mlir") and not self.onnx:
                 raise Usage(f"level {level} needs an exported folder", hint="give --onnx DIR")
-            if level == "chip" and not self.bmodels:
-                raise Usage("level chip needs a bmodel", hint="give --bmodel FILE")
+            if level in ("chip", "runtime") and not self.bmodels:
+                raise Usage(f"level {level} needs a bmodel", hint="give --bmodel FILE")
         return tuple(level for level in LEVELS if level in levels)
 
 
@@ -126,6 +126,8 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
         report.levels.append(_mlir_level(parts, folders[-1]))
     for bmodel in request.bmodels if "chip" in levels else ():
         report.levels.append(_chip_level(parts, bmodel))
+    for bmodel in request.bmodels if "runtime" in levels else ():
+        report.levels.append(_runtime_level(parts, bmodel))
     # Linux counts in KiB; children are the emulator and TPU-MLIR's tools.
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     report.peak_rss = max(usage) * 1024
@@ -141,7 +143,7 @@ def _open(
 
     checkout = Checkout.open(request.checkout)
     folders = [OrtEngine(folder) for folder in request.onnx]
-    bmodels = request.bmodels if "chip" in levels else ()
+    bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
@@ -282,6 +284,32 @@ def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
     mode = _mode_of(parts.request, bmodel)
     with ChipEngine(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
         return _level(parts, "chip", mode, chip.chip, chip, contract=True)
+
+
+def _runtime_level(parts: _Parts, bmodel: Path) -> LevelResult:
+    """A bmodel in the vendor's own runtime, as each generation of demos drives it."""
+    from qwen_surgery.toolchain.environment import Toolchain
+    from qwen_surgery.verification.on_runtime import check_runtimes
+
+    result = LevelResult("runtime", _mode_of(parts.request, bmodel), "bmruntime")
+
+    def work() -> None:
+        longest = _end_to_end_prompt(parts)
+        seq_length, steps = parts.geometry.seq_length, parts.request.steps
+        # Short, and as long as it may be: what overlaps shows in a prompt's last rows.
+        lengths = Selection((max(1, seq_length // 3), seq_length - steps), seed=parts.request.seed)
+        prompts = make_prompts(lengths, parts.geometry) if not parts.request.prompt_lengths else [longest]
+        result.checks += check_runtimes(
+            bmodel,
+            Toolchain.find(parts.request.toolchain),
+            parts.geometry,
+            prompts,
+            steps,
+            Sampling(seed=parts.request.seed),
+            progress=lambda what: parts.progress(f"runtime: {what}"),
+        )
+
+    return timed(result, work)
 
 
 def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
