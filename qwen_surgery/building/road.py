@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building import roadmap, session, verifying
 from qwen_surgery.building.drive import Builder, Built, Running, proof_targets, upstream_config
 from qwen_surgery.building.graph import Graph, Task
-from qwen_surgery.compiling.options import CompileOptions, needed_passes, refuse_uncleaned
+from qwen_surgery.compiling.options import CompileOptions, needed_passes, refuse_uncleaned, unsuited
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def walk(checkout: Path, out: Path, options: CompileOptions, given: Mapping[str,
             verify = _verify_tasks(start, given) if start.depth != "none" else None
             built = builder.back(compiling, start.config, start.front, verify)
         built.done = {**done, **built.done}
+        if unsuited(builder.options):
+            display.say(unsuited(builder.options))
         if start.depth == "none" and given["depth"] != "none":
             display.say("not verified: the emulator is one chip, this bmodel needs several")
         elif 2 in builder.options.cores:

@@ -122,6 +122,12 @@ class CompileOptions:
             raise Usage(f"--addr-mode {self.addr_mode} is unknown", hint="modes: " + ", ".join(ADDR_MODES))
         if self.dynamic and self.target != "bm1684x":
             raise Usage(f"--dynamic is not supported on {self.target}", hint="it needs bm1684x")
+        if self.dynamic and self.num_device > 1 and profile.name == "llm-tpu":
+            raise Usage(
+                "--dynamic does not go with --num-device on --runtime llm-tpu: demo_parallel keeps the "
+                "hidden states in the first block's memory, where a dynamic block works while it reads them",
+                hint="leave --dynamic out, or use --runtime sophon-demo",
+            )
         if self.dynamic and not profile.dynamic:
             raise Usage(
                 f"--runtime {profile.name} always gives the whole sequence length: --dynamic has no use"
@@ -212,6 +218,17 @@ _NEEDS_PASSES = {
         "TPU-MLIR cannot split the raw graphs over several chips (it fails an assertion)",
     ),
 }
+
+
+def unsuited(options: CompileOptions) -> str:
+    """What demos cannot do with a bmodel of these resolved options; empty when all of its runtime's can."""
+    if options.addr_mode == "io_alone":
+        return ""
+    return (
+        "--addr-mode basic does not suit LLM-TPU's chat.cpp: where nets share memory, "
+        "penalty_sample_head's inputs lie over the logits, and from 2025-06 on the KV cache over "
+        "everything; it suits sophon-demo's qwen.py, which has buffers of its own"
+    )
 
 
 def needed_passes(options: CompileOptions) -> tuple[str, ...]:

@@ -211,8 +211,12 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
     return side, "yes"
 
 
-def inspect(path: Path) -> Report:
-    """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel."""
+def inspect(path: Path, profile: str | None = None) -> Report:
+    """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel.
+
+    It is held against every generation of demos, or those of *profile*: one of them that cannot read the file
+    at all breaks the contract only where a profile was named.
+    """
     with Bmodel(path) as bmodel:
         seen: set[Region] = set()
         reports = tuple(_net(net, seen) for net in bmodel.nets if net.get("parameter"))
@@ -220,8 +224,9 @@ def inspect(path: Path) -> Report:
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
     contract = tuple(_contract(reports, layers))
-    runtimes = () if contract else suitability(path)
+    runtimes = () if contract else suitability(path, profile)
     overwritten = tuple(f"{one.generation}: {what}" for one in runtimes for what in one.hazards)
+    refused = tuple(f"{one.generation}: {one.refusal}" for one in runtimes if profile and one.refusal)
     return Report(
         path=str(path),
         size=length,
@@ -231,7 +236,7 @@ def inspect(path: Path) -> Report:
         devices=max(1, model["device_num"]),
         layers=layers,
         nets=reports,
-        contract=contract + overwritten,
+        contract=contract + refused + overwritten,
         runtimes=runtimes,
         speed=speed(side.predictions, layers, any(r.name == "greedy_head" for r in reports))
         if side

@@ -219,13 +219,17 @@ class Copying(Flow):
 
     def decode(self, token: int) -> None:
         self.tokens.append(token)
-        self.machine.write(self.nets["embedding_cache"].inputs[0].memory, np.array([token], np.int32))
+        self.feed(self.nets["embedding_cache"].inputs[0].memory, token)
         self.launch("embedding_cache")
         states = self.nets["embedding_cache"].outputs[0].memory
         for layer in range(self.layers):
             states = self.step(layer, states)
         self.machine.copy(self.nets["lm_head"].inputs[0].memory, states)
         self.launch("lm_head")
+
+    def feed(self, to: Memory, token: int) -> None:
+        """Bring *token* to embedding_cache."""
+        self.machine.write(to, np.array([token], np.int32))
 
     def step(self, layer: int, states: Memory) -> Memory:
         """One layer over the latest token."""
@@ -244,6 +248,15 @@ class Copying(Flow):
         self.machine.copy(self.slot(self.keys[layer]), net.outputs[1].memory)
         self.machine.copy(self.slot(self.values[layer]), net.outputs[2].memory)
         return net.outputs[0].memory
+
+
+class CopyingToken(Copying):
+    """LLM-TPU's demo.cpp of 2024-02, whose lm_head gives the token: it is copied from there, on the device."""
+
+    samples = False
+
+    def feed(self, to: Memory, token: int) -> None:
+        self.machine.copy(to, self.result)
 
 
 class CopyingAlone(Copying):
@@ -376,12 +389,20 @@ class InPlace(Flow):
         output = Argument(self.logits_memory, net.outputs[0].shape)
         self.machine.launch("lm_head", [Argument(state, net.inputs[0].shape)], [output])
 
+    def fed(self, token: int) -> Memory:
+        """Where *token* is for embedding_cache: where a head left it, or written anew."""
+        if self.fused:
+            return self.result
+        if "greedy_head" in self.nets:
+            return self.nets["greedy_head"].outputs[0].memory
+        self.machine.write(self.token, np.array([token], np.int32))
+        return self.token
+
     def decode(self, token: int) -> None:
         self.tokens.append(token)
         write, launch = self.machine.write, self.machine.launch
-        write(self.token, np.array([token], np.int32))
         state = Argument(self.state, self.nets["embedding_cache"].outputs[0].shape)
-        launch("embedding_cache", [Argument(self.token, (1, 1))], [state])
+        launch("embedding_cache", [Argument(self.fed(token), (1, 1))], [state])
         write(self.next_position, decode_position(len(self.tokens)))
         write(self.next_mask, self.decode_mask())
         for layer in range(self.layers):
@@ -412,6 +433,10 @@ class Parallel(InPlace):
 
     def rows(self, length: int) -> tuple[int, int]:
         return self.seq_length, length
+
+    def fed(self, token: int) -> Memory:
+        self.machine.write(self.token, np.array([token], np.int32))
+        return self.token
 
 
 class InPlaceFloat16(InPlace):

@@ -50,7 +50,7 @@ _WHY_NOT = {
 
 GENERATIONS = (
     Generation(
-        "chat-2024", "LLM-TPU models/Qwen/python_demo/chat.cpp, 2024-03 to 2025-06",
+        "chat-2024", "LLM-TPU models/Qwen/python_demo/chat.cpp, 2024-03-28 to 2025-06",
         ("llm-tpu", "sophon-demo"), flows.Copying, (HEADS,), (True,),
     ),
     Generation(
@@ -64,6 +64,10 @@ GENERATIONS = (
     Generation(
         "qwen.py-2024-08", "sophon-demo sample/Qwen/python/qwen.py, from 2024-08",
         ("sophon-demo",), flows.InPlace, (HEADS, LOGITS, FUSED), (True, False),
+    ),
+    Generation(
+        "demo.cpp-2024-02", "LLM-TPU models/Qwen/demo/demo.cpp, 2024-02-19 to 2024-03-19",
+        ("sophon-demo-2024.1",), flows.CopyingToken, (FUSED,), (True,),
     ),
     Generation(
         "qwen.py-2024-03", "sophon-demo sample/Qwen/python/qwen.py, 2024-03",

@@ -16,7 +16,7 @@ from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, defau
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
-from qwen_surgery.verification.results import LevelResult, Report
+from qwen_surgery.verification.results import Check, LevelResult, Report
 from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
@@ -229,15 +229,15 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Parts, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+    parts: _Parts, level: str, mode: str, name: str, engine: Engine, bmodel: Path | None = None
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
     heads = "greedy_head" in engine.nets or level != "chip"
 
     def work() -> None:
-        if contract:
-            result.checks += check_contract(engine, parts.geometry)
+        if bmodel is not None:
+            result.checks += [*check_contract(engine, parts.geometry), _memory_check(bmodel)]
         wanted = parts.selection.net_names(parts.geometry, heads=heads)
         result.checks += check_nets(
             engine,
@@ -283,7 +283,14 @@ def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
 
     mode = _mode_of(parts.request, bmodel)
     with ChipEngine(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
-        return _level(parts, "chip", mode, chip.chip, chip, contract=True)
+        return _level(parts, "chip", mode, chip.chip, chip, bmodel)
+
+
+def _memory_check(bmodel: Path) -> Check:
+    """Whether the demos find every tensor as they left it, by the bmodel's addresses."""
+    from qwen_surgery.packing.report import inspect
+
+    return Check("all nets", None, "contract", "memory", {}, inspect(bmodel).contract)
 
 
 def _runtime_level(parts: _Parts, bmodel: Path) -> LevelResult:
