@@ -251,7 +251,7 @@ class Copying(Flow):
 
 
 class CopyingToken(Copying):
-    """LLM-TPU's demo.cpp of 2024-02, whose lm_head gives the token: it is copied from there, on the device."""
+    """LLM-TPU's demo.cpp of 2024-02, whose lm_head gives the token: the device copies it from there."""
 
     samples = False
 

@@ -94,7 +94,7 @@ def test_a_dynamic_bf16_model_gives_every_demo_the_right_tokens(checkout: Path, 
 def test_a_crash_of_the_runtime_is_a_reported_failure(bf16: Path) -> None:
     with Device(bf16, Toolchain.find(), shared=True) as device:
         states = device.nets["embedding"].outputs[0].memory
-        with pytest.raises(ToolFailed, match="the vendor's runtime (was killed|ended)"):
+        with pytest.raises(ToolFailed, match=r"the vendor's runtime (was killed|ended)"):
             device.copy(Memory(0xB000000000, states.size), states)
 
 
