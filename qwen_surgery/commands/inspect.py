@@ -104,17 +104,36 @@ def _range(memory: Memory, start: int) -> str:
     return f"{memory.address - start:,} + {memory.size:,}"
 
 
+def _bundle(model: Path, folder: Path) -> None:
+    from qwen_surgery.packing.report import geometry_of
+    from qwen_surgery.runtime.bundle import write_bundle
+    from qwen_surgery.toolchain.emulator import ChipEngine
+
+    with ChipEngine(model) as chip, console.err().status("bundle") as status:
+        write_bundle(model, chip, geometry_of(model), folder, lambda net: status.update(f"bundle {net}"))
+    console.err().print(f"bundle: {folder}; copy it to the board with its files and run run.sh")
+
+
 @click.command(name="inspect", help="Show the nets of MODEL.bmodel and check the contract with the runtimes.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON to stdout.")
 @click.option("--all", "every", is_flag=True, help="Show every layer, not only the first.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write inputs and expected outputs of every net, for bmrt_test on a board (runs the emulator: "
+    "small models take seconds, a 1.8B one hours).",
+)
 @click.option("--regions", is_flag=True, help="Show where inputs and outputs lie under shared memory.")
 @click.option(
     "--runtime",
     type=click.Choice(list(PROFILES)),
     help="Only judge by the demos that this --runtime of a build is for.  [default: by all that can read it]",
 )
-def command(model: Path, as_json: bool, every: bool, regions: bool, runtime: str | None) -> None:
+def command(
+    model: Path, as_json: bool, every: bool, bundle: Path | None, regions: bool, runtime: str | None
+) -> None:
     """Exit code 1 when the contract is not kept, 3 when MODEL is not a whole bmodel."""
     from qwen_surgery.packing.report import inspect
     from qwen_surgery.runtime.memory import layout
@@ -126,5 +145,7 @@ def command(model: Path, as_json: bool, every: bool, regions: bool, runtime: str
         _print(report, every)
     if regions and not as_json:
         _print_regions(layout(model, shared=True), every)
+    if bundle is not None:
+        _bundle(model, bundle)
     if report.contract:
         raise Missed(f"{model} does not keep the contract with the vendor's runtimes")

@@ -211,6 +211,17 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
     return side, "yes"
 
 
+def geometry_of(path: Path) -> Geometry:
+    """The sizes that the tensors of the bmodel at *path* speak of. Raises Refused when they speak of none."""
+    with Bmodel(path) as bmodel:
+        reports = {net["name"]: _net(net, set()) for net in bmodel.nets if net.get("parameter")}
+    layers = sum(name.startswith("block_cache_") for name in reports)
+    try:
+        return _geometry(reports, layers)
+    except (KeyError, IndexError, ValueError) as error:
+        raise Refused(f"{path} does not hold the nets of a Qwen v1 model") from error
+
+
 def inspect(path: Path, profile: str | None = None) -> Report:
     """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel.
 

@@ -19,6 +19,7 @@ from qwen_surgery.runtime.flows import Flow
 from qwen_surgery.runtime.generations import Generation, of_profile
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
+from qwen_surgery.verification.engines import Engine
 from qwen_surgery.verification.results import Check
 from qwen_surgery.verification.runtime import Runtime, Sampling
 
@@ -65,7 +66,7 @@ def check_runtimes(
 
 
 def net_by_net(
-    chip: ChipEngine, geometry: Geometry, prompt: Sequence[int], steps: int, sampling: Sampling
+    chip: Engine, geometry: Geometry, prompt: Sequence[int], steps: int, sampling: Sampling
 ) -> Conversation:
     """The same conversation on the emulator without a runtime's memory."""
     run = Runtime(chip, geometry)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from golden.eras import make_checkout
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.runtime.device import Device
+from qwen_surgery.runtime.flows import own
 from qwen_surgery.runtime.memory import Memory, NetMemory, layout
 from qwen_surgery.toolchain import Toolchain
 from tests.building.test_build import cli
@@ -96,6 +98,25 @@ def test_a_crash_of_the_runtime_is_a_reported_failure(bf16: Path) -> None:
         states = device.nets["embedding"].outputs[0].memory
         with pytest.raises(ToolFailed, match=r"the vendor's runtime (was killed|ended)"):
             device.copy(Memory(0xB000000000, states.size), states)
+
+
+def test_a_bundle_replays_in_the_runtime(bf16: Path, tmp_path: Path) -> None:
+    """Byte for byte what a board's tool would read and compare."""
+    cli("inspect", bf16, "--bundle", tmp_path / "bundle")
+    given, expected = (
+        (tmp_path / f"bundle/{name}_ref_data.dat").read_bytes() for name in ("input", "output")
+    )
+    with Device(bf16, Toolchain.find(), shared=True) as device:
+        for net in device.nets.values():
+            for place in net.inputs:
+                data, given = given[: place.memory.size], given[place.memory.size :]
+                device.write(place.memory, np.frombuffer(data, np.uint8))
+            device.launch(net.name, [own(p) for p in net.inputs], [own(p) for p in net.outputs])
+            for place in net.outputs:
+                data, expected = expected[: place.memory.size], expected[place.memory.size :]
+                assert device.read(place.memory).tobytes() == data, f"{net.name}: {place.name}"
+    assert not given and not expected
+    assert cli("inspect", bf16, "--bundle", tmp_path / "bundle", check=False).returncode == 3
 
 
 @pytest.mark.slow

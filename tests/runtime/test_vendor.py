@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from golden.eras import make_checkout
-from qwen_surgery.packing.report import _geometry, inspect
+from qwen_surgery.packing.report import geometry_of
 from qwen_surgery.runtime.generations import FUSED, HEADS
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
@@ -46,8 +46,7 @@ def meant(models: dict[str, Path]) -> dict[str, list[Conversation]]:
     """What the nets one by one say: a short prompt, and one that nearly fills the export length."""
     found = {}
     for kind, bmodel in models.items():
-        report = inspect(bmodel)
-        geometry = _geometry({net.name: net for net in report.nets}, report.layers)
+        geometry = geometry_of(bmodel)
         prompts = [np.random.default_rng(n).integers(0, 4096, n).tolist() for n in (20, 60)]
         with ChipEngine(bmodel, Toolchain.find()) as chip:
             found[kind] = [net_by_net(chip, geometry, prompt, STEPS, Sampling()) for prompt in prompts]
