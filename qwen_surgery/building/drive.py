@@ -25,7 +25,7 @@ from qwen_surgery.building.digests import Identity, read_early, tensor_digests
 from qwen_surgery.building.graph import Done, Graph, Store, Task, peak_disk, require_disk, stale
 from qwen_surgery.building.run import MEMORY_SHARE, Runner, Watcher, silent
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
+from qwen_surgery.compiling.options import CompileOptions, refuse_for_runtime, refuse_uncleaned
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
@@ -508,4 +508,5 @@ def open_export(builder: Builder, onnx_dir: Path) -> roadmap.Compiling:
                 f"{folder} lacks net {net.name} ({net.kind.value}), which --runtime {options.runtime} needs",
                 hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
             )
+    refuse_for_runtime(options, manifest.passes)
     return builder.compiling(folder, manifest)

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building import roadmap, session, verifying
 from qwen_surgery.building.drive import Builder, Built, Running, proof_targets, upstream_config
 from qwen_surgery.building.graph import Graph, Task
-from qwen_surgery.compiling.options import CompileOptions, needed_passes, refuse_uncleaned, unsuited
+from qwen_surgery.compiling.options import (
+    CompileOptions,
+    needed_passes,
+    refuse_for_runtime,
+    refuse_uncleaned,
+    unsuited,
+)
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -80,6 +86,7 @@ def _start(
     builder = Builder(out, resolved, toolchain, running)
     passes = () if given["no_clean"] else _passes(given, toolchain, needed_passes(resolved))
     refuse_uncleaned(resolved, passes)
+    refuse_for_runtime(resolved, passes)
     front = builder.front(opened, sources, index, passes, trust=given["trust_remote_code"])
     depth = verifying.depth(given["depth"], geometry, resolved, given["steps"])
     planned = roadmap.planned_manifest(checkout, geometry, resolved, given["recipe"], passes)

@@ -246,6 +246,10 @@ def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
                 f"{option} needs cleaned nets: {why}",
                 hint=f"run `qwen-surgery clean` on the export first, with the pass {' and '.join(missing)}",
             )
+
+
+def refuse_for_runtime(options: CompileOptions, passes: tuple[str, ...]) -> None:
+    """Raise :class:`Usage` where the runtime needs a pass that the nets have not been through."""
     missing = [name for name in needed_passes(options) if name not in passes]
     if missing:
         raise Usage(

@@ -1,7 +1,8 @@
 """A bundle for a board: inputs and expected outputs of every net, as the vendor's ``bmrt_test`` takes them.
 
-``compilation.bmodel``, ``input_ref_data.dat``, ``output_ref_data.dat``: the bytes of the tensors in the chip's own
-types, one after the other, in the order of the nets and their tensors. ``NET.npz`` has the same with names.
+``compilation.bmodel``, ``input_ref_data.dat`` and ``output_ref_data.dat``: the bytes of the tensors in the
+chip's own types, one after the other, in the order of the nets and their tensors. ``NET.npz`` has the same
+with names.
 """
 
 from __future__ import annotations

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions, deploy_flags, needed_passes, refuse_uncleaned
+from qwen_surgery.compiling.options import (
+    CompileOptions,
+    deploy_flags,
+    needed_passes,
+    refuse_for_runtime,
+    refuse_uncleaned,
+)
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
@@ -166,8 +172,8 @@ def test_what_raw_graphs_cannot_carry_is_refused(options: dict[str, object]) -> 
 def test_a_runtime_that_needs_a_pass_gets_no_net_without_it() -> None:
     resolved = CompileOptions(runtime="sophon-demo-2024.1").resolved(QWEN_7B)
     with pytest.raises(Usage, match="cleaned with the pass bounded-mask"):
-        refuse_uncleaned(resolved, ("fold-constants", "rotary"))
-    refuse_uncleaned(resolved, needed_passes(resolved))
+        refuse_for_runtime(resolved, ("fold-constants", "rotary"))
+    refuse_for_runtime(resolved, needed_passes(resolved))
 
 
 def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> None:
