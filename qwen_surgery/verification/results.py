@@ -39,6 +39,21 @@ class Check:
         return self.net if self.layer is None else self.net.removesuffix(f"_{self.layer}")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer by two models: their tokens (without the end token) and their text."""
+
+    question: str
+    reference: tuple[int, ...]
+    candidate: tuple[int, ...]
+    reference_text: str
+    candidate_text: str
+
+    @property
+    def equal(self) -> bool:
+        return self.reference == self.candidate
+
+
 @dataclass
 class LevelResult:
     """All checks of one level. ``name`` tells two runs of a level apart (raw, cleaned)."""
@@ -49,6 +64,7 @@ class LevelResult:
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
     texts: dict[str, list[int]] = field(default_factory=dict)  # greedy tokens: reference and candidate
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -92,6 +108,7 @@ class Report:
                     "passed": level.passed,
                     "seconds": round(level.seconds, 3),
                     "greedy_tokens": level.texts,
+                    "answers": [{**asdict(answer), "equal": answer.equal} for answer in level.answers],
                     "checks": [{**_finite(asdict(check)), "passed": check.passed} for check in level.checks],
                 }
                 for level in self.levels
