@@ -54,7 +54,7 @@ def cannot_write(error: OSError, what: str, path: Path | None = None) -> ToolFai
 def require_disk(
     folder: Path, needed: int, what: str = "this", hint: str = "free some space or choose another folder"
 ) -> None:
-    """Raise ToolFailed when the disk of *folder*, which may not exist yet, has fewer than *needed* bytes free."""
+    """Raise ToolFailed when the disk of *folder*, made or not yet, has fewer than *needed* bytes free."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent

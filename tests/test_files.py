@@ -169,7 +169,7 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
     """Also for a folder that is still to be made."""
     free = shutil.disk_usage(tmp_path).free
     files.require_disk(tmp_path / "not" / "there", 0)
-    with pytest.raises(ToolFailed, match="the thing needs .* MB of disk") as failed:
+    with pytest.raises(ToolFailed, match=r"the thing needs .* MB of disk") as failed:
         files.require_disk(tmp_path / "not" / "there", free * 2, "the thing", "make room")
     assert failed.value.hint == "make room"
 
