@@ -25,7 +25,7 @@ from qwen_surgery import console
 from qwen_surgery.nets import Geometry, NetKind
 
 if TYPE_CHECKING:
-    from qwen_surgery.predicting import Prediction
+    from qwen_surgery.measuring.prediction import Prediction
     from qwen_surgery.toolchain import Toolchain
 
 MODES = ("bf16", "int8", "int4")
@@ -86,7 +86,7 @@ class Bench:
         self._found: dict[tuple[str, ...], Prediction] = {}
 
     def template(self, kind: str, length: int) -> object:
-        from qwen_surgery.predicting import templates_of
+        from qwen_surgery.measuring.prediction import templates_of
 
         if (kind, length) not in self._templates:
             sizes = self.sizes
@@ -116,7 +116,7 @@ class Bench:
         """Compile once per graph: passes that change nothing give what the others give. Raises ToolFailed."""
         from qwen_surgery.compiling.one import supports
         from qwen_surgery.compiling.options import CompileOptions
-        from qwen_surgery.predicting import compile_template
+        from qwen_surgery.measuring.prediction import compile_template
 
         key = self.key(kind, length, mode, passes)
         if key not in self._found:

@@ -75,7 +75,7 @@ def export(params: Params, needs: Needs, work: Path) -> Params:
 
 def clean(params: Params, needs: Needs, work: Path) -> Params:
     """Run the graph passes over the exported templates and bind every net again."""
-    from qwen_surgery.cleaning import clean_export
+    from qwen_surgery.exporting.cleaning import clean_export
 
     cleaning = clean_export(needs["export"] / ONNX, work / ONNX, passes=params["passes"], check="each")
     nodes = {
@@ -96,7 +96,7 @@ def transform_net(params: Params, needs: Needs, work: Path) -> Params:
     """
     import onnx
 
-    from qwen_surgery.cleaning import refuse_unfit
+    from qwen_surgery.exporting.cleaning import refuse_unfit
 
     job = _job(params)
     refuse_unfit(onnx.load(str(job.onnx), load_external_data=False), job.net.name)

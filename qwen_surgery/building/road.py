@@ -87,7 +87,7 @@ def _start(
 
 
 def _passes(given: Mapping[str, Any], toolchain: Toolchain) -> tuple[str, ...]:
-    from qwen_surgery.cleaning import chosen_passes
+    from qwen_surgery.exporting.cleaning import chosen_passes
 
     version = toolchain.version if toolchain.version != "unknown" else None
     return chosen_passes(skip=given["skip"], toolchain=version)

@@ -1,8 +1,8 @@
 """The nets of the vocabulary (embeddings, lm_head) in a build: compiled narrow, proven, widened.
 
-How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. ``embedding_cache`` is widened
-as ``embedding`` was (:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is
-compiled at its full size, as every other net is.
+How and why is in :mod:`qwen_surgery.vocabulary.narrow`; here it becomes a task. ``embedding_cache`` is
+widened as ``embedding`` was (:mod:`qwen_surgery.vocabulary.derive`). A net that cannot go this way says why
+and is compiled at its full size, as every other net is.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qwen_surgery.nets import Net, NetKind
 if TYPE_CHECKING:
     import onnx
 
-    from qwen_surgery.compiling.narrow import Steps, Vocabulary
     from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.manifest import NetEntry
     from qwen_surgery.packing.plans import Plan
     from qwen_surgery.packing.proof import Compiled
     from qwen_surgery.toolchain import Toolchain
+    from qwen_surgery.vocabulary.narrow import Steps, Vocabulary
     from qwen_surgery.weights import TensorRef
 
 #: Kinds whose weights are a table with a row per token of the vocabulary.
@@ -45,8 +45,8 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
     cannot go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its
     sibling's outputs.
     """
-    from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.proof import Unproven
+    from qwen_surgery.vocabulary.narrow import CannotWiden
 
     try:
         return _compile_narrow(params, needs, work)
@@ -65,10 +65,10 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     import onnx
 
     from qwen_surgery.building.actions import toolchain_of
-    from qwen_surgery.compiling import narrow as narrowing
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing.proof import Compiled, prove
-    from qwen_surgery.packing.sibling import hollow
+    from qwen_surgery.vocabulary import narrow as narrowing
+    from qwen_surgery.vocabulary.derive import hollow
 
     folder, chain = Path(params["export"]), toolchain_of(params)
     manifest = Manifest.load(folder)
@@ -115,9 +115,9 @@ def _widened(
     log: Path,
 ) -> Plan:
     """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
-    from qwen_surgery.compiling.narrow import run_steps
-    from qwen_surgery.packing.sibling import hollow
-    from qwen_surgery.packing.widen import widen_plan
+    from qwen_surgery.vocabulary.derive import hollow
+    from qwen_surgery.vocabulary.narrow import run_steps
+    from qwen_surgery.vocabulary.plan import widen_plan
 
     wide, final = work / "wide", compiled.final_mlir
     probes = run_steps(steps, vocabulary, chain, final.parent, wide, log, compiled.bmodel.stem)
@@ -131,9 +131,9 @@ def _widened(
 
 def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -> Plan:
     """Widen the narrow net *compiled* as its *sibling* (that task's outputs) was."""
-    from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.plans import Plan
-    from qwen_surgery.packing.sibling import Corners, widen_like
+    from qwen_surgery.vocabulary.derive import Corners, widen_like
+    from qwen_surgery.vocabulary.narrow import CannotWiden
 
     wide = next((file for file in sibling.glob("*.bmodel") if file.name != _NARROW), None)
     if wide is None:
@@ -175,9 +175,9 @@ def _compiled(
     job: NetJob, params: dict[str, Any], chain: Toolchain, folder: Path, logs: Path
 ) -> tuple[Path, Steps]:
     """The narrow net compiled as any other, and the steps that took."""
-    from qwen_surgery.compiling.narrow import Steps
     from qwen_surgery.compiling.one import deploy, transform
     from qwen_surgery.compiling.options import CompileOptions
+    from qwen_surgery.vocabulary.narrow import Steps
 
     transform(job, chain, folder, logs)
     bmodel, result = deploy(job, CompileOptions(**params["options"]), params["cores"], chain, folder, logs)

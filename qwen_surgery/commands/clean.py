@@ -11,7 +11,7 @@ from rich.markup import escape
 from qwen_surgery import console
 
 if TYPE_CHECKING:
-    from qwen_surgery.cleaning import Cleaning, KindReport
+    from qwen_surgery.exporting.cleaning import Cleaning, KindReport
 
 
 @click.command(
@@ -51,8 +51,8 @@ def command(
     explain: bool,
     as_json: bool,
 ) -> None:
-    from qwen_surgery.cleaning import chosen_passes, clean_export
     from qwen_surgery.errors import Usage
+    from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 
     names = chosen_passes(recipe, skip, for_toolchain)
     if onnx_dir is None:

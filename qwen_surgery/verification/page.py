@@ -280,7 +280,7 @@ def pass_counts(request: Request) -> list[PassCounts]:
     if raw is None or cleaned is None:
         return []
     from graph_passes.framework import registry
-    from qwen_surgery.cleaning import clean_template
+    from qwen_surgery.exporting.cleaning import clean_template
     from qwen_surgery.exporting.template import Template
 
     known = {one.name for one in registry.onnx_passes()}

@@ -11,16 +11,16 @@ import pytest
 
 from golden import cycles
 from graph_passes.framework import recipe, registry
-from qwen_surgery import exactness
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
-from qwen_surgery.nets import Geometry, NetKind
-from qwen_surgery.predicting import (
+from qwen_surgery.measuring import accuracy
+from qwen_surgery.measuring.prediction import (
     Prediction,
     compile_template,
     random_weights,
     templates_of,
 )
+from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from tests.graph_passes.conftest import SEQ_LENGTH
@@ -67,13 +67,13 @@ def test_cleaned_nets_are_as_exact_as_exported_ones(
 ) -> None:
     """On the emulator, against float32: passes on the Top dialect have no other proof than this."""
     template = templates("sdpa")[kind]
-    inputs = exactness.inputs_of(template, LENGTH, seed=3)
-    wanted = exactness.reference(template, random_weights(template), inputs)
+    inputs = accuracy.inputs_of(template, LENGTH, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
     got = {}
     for cleaned in (False, True):
         with ChipEngine(compiled(kind, mode, cleaned)[0], toolchain) as chip:
             outputs = chip.run(kind.value, inputs)
-        got[cleaned] = exactness.cosines(kind, wanted, outputs, LENGTH)
+        got[cleaned] = accuracy.cosines(kind, wanted, outputs, LENGTH)
     for exported_one, cleaned_one in zip(got[False], got[True], strict=True):
         assert cleaned_one >= exported_one - 2e-6
         assert cleaned_one > {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}[mode]
@@ -116,14 +116,14 @@ def test_tpu_mlir_1_6_takes_cleaned_nets(
     if not found:
         pytest.skip("TPU-MLIR 1.6 is not installed: qwen-surgery toolchain install --version 1.6")
     template, old = templates("sdpa")[kind], found[0]
-    inputs = exactness.inputs_of(template, LENGTH, seed=3)
-    wanted = exactness.reference(template, random_weights(template), inputs)
+    inputs = accuracy.inputs_of(template, LENGTH, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
     options = CompileOptions(mode=mode, addr_mode="basic").resolved()
     reached = []
     for name, passes in (("raw", None), ("cleaned", recipe.without(registry.unfit(old.version)))):
         bmodel, _ = compile_template(template, passes, options, old, tmp_path / name)
         with ChipEngine(bmodel, old) as chip:
-            reached.append(exactness.cosines(kind, wanted, chip.run(kind.value, inputs), LENGTH))
+            reached.append(accuracy.cosines(kind, wanted, chip.run(kind.value, inputs), LENGTH))
     for raw, cleaned in zip(*reached, strict=True):
         assert cleaned >= raw - 2e-6 and cleaned > 0.98
 

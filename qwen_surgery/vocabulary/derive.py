@@ -2,7 +2,7 @@
 
 ``embedding`` and ``embedding_cache`` look rows up in one table, S at a time or one. Compiled narrow, some
 words of their descriptions and instructions differ from one another. In the widened ``embedding`` (compiled,
-see :mod:`qwen_surgery.compiling.narrow`) some words differ from the narrow one's. As long as no word does
+see :mod:`qwen_surgery.vocabulary.narrow`) some words differ from the narrow one's. As long as no word does
 both, that also tells what TPU-MLIR writes for the widened ``embedding_cache``::
 
                       narrow             widened
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_surgery.compiling.narrow import CannotWiden
 from qwen_surgery.packing.container import Bmodel, Region, head_size, regions, write_at, write_head
 from qwen_surgery.packing.plans import Plan
+from qwen_surgery.vocabulary.narrow import CannotWiden
 
 _WORD = 1 << 32
 

@@ -5,7 +5,7 @@ take 5 GB and most of a build's time. But what they do does not depend on how ma
 *narrow* net with the table's first rows goes through them, the lowered text is *widened* to the real
 vocabulary, and the compiler's last steps, which place weights and emit instructions, run on that text.
 
-The weights of the widened net are a *probe*: pseudo-random bytes. :mod:`qwen_surgery.packing.widen` finds
+The weights of the widened net are a *probe*: pseudo-random bytes. :mod:`qwen_surgery.vocabulary.plan` finds
 them again in what was compiled, which shows where the real ones belong. The commands are those that
 model_deploy itself ran for the narrow net, read from its log.
 """

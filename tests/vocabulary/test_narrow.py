@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from qwen_surgery.compiling import narrow
-from qwen_surgery.compiling.narrow import CannotWiden, Steps, Vocabulary
+from qwen_surgery.vocabulary import narrow
+from qwen_surgery.vocabulary.narrow import CannotWiden, Steps, Vocabulary
 
 SIZES = Vocabulary(full=4000, narrow=1440)
 

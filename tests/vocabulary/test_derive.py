@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_surgery.compiling.narrow import CannotWiden
-from qwen_surgery.packing import sibling
 from qwen_surgery.packing.container import (
     Bmodel,
     Region,
@@ -22,7 +20,9 @@ from qwen_surgery.packing.container import (
     write_head,
 )
 from qwen_surgery.packing.plans import Plain, Plan
-from qwen_surgery.packing.sibling import Corners
+from qwen_surgery.vocabulary import derive as sibling
+from qwen_surgery.vocabulary.derive import Corners
+from qwen_surgery.vocabulary.narrow import CannotWiden
 
 PAGE = 4096
 ROW = 256  # bytes of a table's row

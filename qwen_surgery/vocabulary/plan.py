@@ -1,9 +1,9 @@
-"""The pack plan of a net whose vocabulary was widened (:mod:`qwen_surgery.compiling.narrow`).
+"""The pack plan of a net whose vocabulary was widened (:mod:`qwen_surgery.vocabulary.narrow`).
 
 Two things are shown. That the narrow plan is right was proven on bytes that the compiler made of real
-weights (:mod:`.proof`). That it holds for the real vocabulary is shown here: the widened net has the narrow
-net's arrays, each at its real size, and every byte of the probe that it was compiled from stands where the
-plan puts the weights' bytes.
+weights (:mod:`qwen_surgery.packing.proof`). That it holds for the real vocabulary is shown here: the widened
+net has the narrow net's arrays, each at its real size, and every byte of the probe that it was compiled from
+stands where the plan puts the weights' bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_surgery.compiling.narrow import CannotWiden, ProbeArray, Vocabulary, probe
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.arrays import Array, arrays_in_text
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.plans import Placement, Plan, Quantised
+from qwen_surgery.vocabulary.narrow import CannotWiden, ProbeArray, Vocabulary, probe
 
 
 def widen_plan(
