@@ -57,11 +57,12 @@ def export(params: Params, needs: Needs, work: Path) -> Params:
     """Export a checkout (patched in memory, never written) into ``onnx/``."""
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import export as run
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     path = Path(params["checkout"])
     checkout = Checkout.open(path)
-    sources = checkout.sources(recipe=params["recipe"], seq_length=params["seq_length"])
+    sources = Sources.of(checkout, recipe=params["recipe"], seq_length=params["seq_length"])
     manifest = run(
         sources,
         WeightIndex.open(path),

@@ -61,6 +61,7 @@ def command(
     from qwen_surgery.exporting.placement import WeightMode
     from qwen_surgery.exporting.remote_code import require_trust
     from qwen_surgery.patching.receipt import Receipt
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     require_trust(trust_remote_code, "export")
@@ -68,7 +69,8 @@ def command(
     receipt = Receipt.load(checkout)
     patching = meanwhile(
         partial(
-            opened.sources,
+            Sources.of,
+            opened,
             recipe=recipe or (receipt.recipe if receipt else DEFAULT_RECIPE),
             seq_length=seq_length or (receipt.seq_length if receipt else DEFAULT_SEQ_LENGTH),
         )

@@ -80,6 +80,7 @@ def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> 
     from golden.eras import make_checkout
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import trace_templates
+    from qwen_surgery.patching.sources import Sources
 
     make_checkout(
         folder,
@@ -91,7 +92,7 @@ def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> 
         trained_length=max(geometry.seq_length, 2048),
         sparse=True,
     )
-    sources = Checkout.open(folder).sources(recipe="static", seq_length=geometry.seq_length)
+    sources = Sources.of(Checkout.open(folder), recipe="static", seq_length=geometry.seq_length)
     return trace_templates(sources, geometry, kinds)
 
 

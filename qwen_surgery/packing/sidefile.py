@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from codemods.config.facts import ModelFacts
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
@@ -24,15 +25,15 @@ FORMAT = 1
 SUFFIX = ".side.json"
 
 #: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
-COMPILED_IN: dict[str, Any] = {
-    "layer_norm_epsilon": 1e-6,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "no_bias": True,
-    "use_logn_attn": False,
-    "use_dynamic_ntk": False,
-}
+COMPILED_IN = (
+    "layer_norm_epsilon",
+    "rotary_emb_base",
+    "rotary_pct",
+    "scale_attn_weights",
+    "no_bias",
+    "use_logn_attn",
+    "use_dynamic_ntk",
+)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,9 @@ def head_digest(bmodel: Path) -> str:
         return hashlib.sha256(file.read(opened.base)).hexdigest()
 
 
-def compiled_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json that a refit cannot change, with upstream's defaults where it is silent."""
-    values = {name: config.get(name, default) for name, default in COMPILED_IN.items()}
-    return {**values, "trained_length": config.get("seq_length", 2048)}
+def compiled_in(facts: ModelFacts) -> dict[str, Any]:
+    """What a refit cannot change of a model."""
+    return {**{name: facts[name] for name in COMPILED_IN}, "trained_length": facts.trained_length}
 
 
 def describe(
@@ -109,7 +109,8 @@ def describe(
 ) -> SideFile:
     """The side file of *bmodel*, just written from *pieces*.
 
-    *config* is the unpatched config.json. Pieces without plan or tensors are recorded as not refittable.
+    *config* is the unpatched config.json with its silent keys written out. Pieces without plan or tensors
+    are recorded as not refittable.
     """
     plans: list[Plan] = []
     nets = {}
@@ -125,7 +126,7 @@ def describe(
         geometry,
         tuple(plans),
         nets,
-        compiled_in(config),
+        compiled_in(ModelFacts.from_config(config)),
         predictions or {},
         notes or {},
     )

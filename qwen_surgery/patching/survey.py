@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from codemods.base import Outcome, Status
+from codemods.identity import may_be_modeling
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.history import Item, Source
 
@@ -97,7 +98,7 @@ def _rows(
 
 def _candidate(data: bytes | None) -> bool:
     """Whether a content may be Qwen v1 modeling code: spares parsing thousands of other files."""
-    return data is None or edits.may_be_modeling(data)
+    return data is None or may_be_modeling(data)
 
 
 def judge(

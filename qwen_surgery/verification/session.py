@@ -20,8 +20,8 @@ from qwen_surgery.verification.results import LevelResult, Report
 from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip")
@@ -137,6 +137,7 @@ def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[_Parts, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
@@ -146,7 +147,7 @@ def _open(
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
-    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
     for folder in folders:
         _refuse_other_model(folder, sources)
     geometry = checkout.geometry(seq_length)
