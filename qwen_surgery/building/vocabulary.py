@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qwen_surgery.packing.plans import Plan
     from qwen_surgery.packing.proof import Compiled
     from qwen_surgery.toolchain import Toolchain
-    from qwen_surgery.vocabulary.narrow import Steps, Vocabulary
+    from qwen_surgery.vocabulary.lowered import Steps
+    from qwen_surgery.vocabulary.narrow import Vocabulary
     from qwen_surgery.weights import TensorRef
 
 #: Kinds whose weights are a table with a row per token of the vocabulary.
@@ -46,11 +47,11 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
     sibling's outputs.
     """
     from qwen_surgery.packing.proof import Unproven
-    from qwen_surgery.vocabulary.narrow import CannotWiden
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     try:
         return _compile_narrow(params, needs, work)
-    except (CannotWiden, Unproven) as error:
+    except (CannotExtend, Unproven) as error:
         return {"widened": False, "reason": str(error)}
     except ToolFailed as error:
         if "signal 9" in str(error):  # too little memory now says nothing of the net
@@ -68,7 +69,8 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing.proof import Compiled, prove
     from qwen_surgery.vocabulary import narrow as narrowing
-    from qwen_surgery.vocabulary.derive import hollow
+    from qwen_surgery.vocabulary.derive import copy_without_weights
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     folder, chain = Path(params["export"]), toolchain_of(params)
     manifest = Manifest.load(folder)
@@ -76,7 +78,7 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     template = onnx.load(str(folder / manifest.template_file(entry.kind)))
     vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, narrowing.sizes_of(template))
     if vocabulary is None:
-        raise narrowing.CannotWiden("the vocabulary is too small")
+        raise CannotExtend("the vocabulary is too small")
     model = narrowing.narrow_model(template, vocabulary)
     refs = narrowing.narrow_refs(entry.weights, vocabulary)
     narrow, logs = work / "narrow", Path(params["logs"])
@@ -93,13 +95,13 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
         (sibling,) = needs.values()
         try:
             plan = _like_sibling(compiled, proven, sibling, work)
-        except (narrowing.CannotWiden, Refused) as error:
+        except (CannotExtend, Refused) as error:
             print(f"widened on its own: {error}", flush=True)
             plan = widen()
     else:
         plan = widen()
     if entry.kind in SIBLINGS.values():
-        hollow(bmodel, proven, work / _NARROW)
+        copy_without_weights(bmodel, proven, work / _NARROW)
     plans = {"plan": plan.to_json(), "narrow": proven.to_json()}
     (work / "plan.json").write_text(json.dumps(plans))
     return {"widened": True, "narrow": vocabulary.narrow, "weights": plan.weights}
@@ -115,16 +117,16 @@ def _widened(
     log: Path,
 ) -> Plan:
     """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
-    from qwen_surgery.vocabulary.derive import hollow
-    from qwen_surgery.vocabulary.narrow import run_steps
-    from qwen_surgery.vocabulary.plan import widen_plan
+    from qwen_surgery.vocabulary.derive import copy_without_weights
+    from qwen_surgery.vocabulary.lowered import run_steps
+    from qwen_surgery.vocabulary.plan import extend_plan
 
     wide, final = work / "wide", compiled.final_mlir
     probes = run_steps(steps, vocabulary, chain, final.parent, wide, log, compiled.bmodel.stem)
     texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
     made = wide / compiled.bmodel.name
-    plan = widen_plan(proven, vocabulary, texts, made, probes)
-    hollow(made, plan, work / made.name)
+    plan = extend_plan(proven, vocabulary, texts, made, probes)
+    copy_without_weights(made, plan, work / made.name)
     _keep_profile(made, work)
     return plan
 
@@ -132,18 +134,18 @@ def _widened(
 def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -> Plan:
     """Widen the narrow net *compiled* as its *sibling* (that task's outputs) was."""
     from qwen_surgery.packing.plans import Plan
-    from qwen_surgery.vocabulary.derive import Corners, widen_like
-    from qwen_surgery.vocabulary.narrow import CannotWiden
+    from qwen_surgery.vocabulary.derive import Known, derive
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     wide = next((file for file in sibling.glob("*.bmodel") if file.name != _NARROW), None)
     if wide is None:
-        raise CannotWiden("its sibling was not widened")
+        raise CannotExtend("its sibling was not widened")
     plans = json.loads((sibling / "plan.json").read_text())
     if proven != Plan.from_json(plans["narrow"]):
-        raise CannotWiden("its sibling stores the weights differently")
+        raise CannotExtend("its sibling stores the weights differently")
     plan = Plan.from_json(plans["plan"])
     bmodel = compiled.bmodel
-    widen_like(Corners(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
+    derive(Known(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
     _keep_profile(bmodel, work)  # looking up rows takes as long in a longer table
     return plan
 
@@ -177,7 +179,7 @@ def _compiled(
     """The narrow net compiled as any other, and the steps that took."""
     from qwen_surgery.compiling.one import deploy, transform
     from qwen_surgery.compiling.options import CompileOptions
-    from qwen_surgery.vocabulary.narrow import Steps
+    from qwen_surgery.vocabulary.lowered import Steps
 
     transform(job, chain, folder, logs)
     bmodel, result = deploy(job, CompileOptions(**params["options"]), params["cores"], chain, folder, logs)

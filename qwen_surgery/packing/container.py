@@ -214,6 +214,16 @@ class RegionWriter:
         os.ftruncate(self._file.fileno(), self._base + self.end)
 
 
+def coefficients(opened: Bmodel) -> Region:
+    """Where the weights of a bmodel of one net lie."""
+    return Region.of(opened.nets[0]["parameter"][0]["coeff_mem"]["binary_coeff"])
+
+
+def check_code(opened: Bmodel) -> bytes:
+    """The digest that a bmodel of one net carries of its weights; empty where it carries none."""
+    return bytes(opened.nets[0]["parameter"][0]["coeff_mem"].get("check_code", []))
+
+
 def write_at(file: BinaryIO, data: bytes | memoryview, position: int) -> None:
     """Write all of *data* at *position* of the unbuffered *file*, without moving its cursor."""
     view = memoryview(data).cast("B")
