@@ -208,13 +208,13 @@ def assemble(params: Params, needs: Needs, work: Path) -> Params:
     """
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing import expand, sidefile
-    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.plans import PackPlan
 
     manifest = Manifest.load(Path(params["export"]))
     plans = {}
     for kind, task in params["plans"].items():
         data = json.loads((needs[task] / "plan.json").read_text())
-        plans[kind] = Plan.from_json(data["plan"]) if "plan" in data else None
+        plans[kind] = PackPlan.from_json(data["plan"]) if "plan" in data else None
     old = _previous_nets(params)
     pieces = []
     for row in params["nets"]:

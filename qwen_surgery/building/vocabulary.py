@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.manifest import NetEntry
-    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.plans import PackPlan
     from qwen_surgery.packing.proof import Compiled
     from qwen_surgery.toolchain import Toolchain
     from qwen_surgery.vocabulary.lowered import Steps
@@ -87,7 +87,7 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     compiled = Compiled(bmodel, narrow / steps.final)
     proven = prove(compiled, model, refs)
 
-    def widen() -> Plan:
+    def widen() -> PackPlan:
         log = logs / f"{entry.name}.{params['cores']}core.log"
         return _widened(compiled, proven, vocabulary, steps, chain, work, log)
 
@@ -109,13 +109,13 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
 
 def _widened(
     compiled: Compiled,
-    proven: Plan,
+    proven: PackPlan,
     vocabulary: Vocabulary,
     steps: Steps,
     chain: Toolchain,
     work: Path,
     log: Path,
-) -> Plan:
+) -> PackPlan:
     """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
     from qwen_surgery.vocabulary.derive import copy_without_weights
     from qwen_surgery.vocabulary.lowered import run_steps
@@ -131,9 +131,9 @@ def _widened(
     return plan
 
 
-def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -> Plan:
+def _like_sibling(compiled: Compiled, proven: PackPlan, sibling: Path, work: Path) -> PackPlan:
     """Widen the narrow net *compiled* as its *sibling* (that task's outputs) was."""
-    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.plans import PackPlan
     from qwen_surgery.vocabulary.derive import Known, derive
     from qwen_surgery.vocabulary.narrow import CannotExtend
 
@@ -141,9 +141,9 @@ def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -
     if wide is None:
         raise CannotExtend("its sibling was not widened")
     plans = json.loads((sibling / "plan.json").read_text())
-    if proven != Plan.from_json(plans["narrow"]):
+    if proven != PackPlan.from_json(plans["narrow"]):
         raise CannotExtend("its sibling stores the weights differently")
-    plan = Plan.from_json(plans["plan"])
+    plan = PackPlan.from_json(plans["plan"])
     bmodel = compiled.bmodel
     derive(Known(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
     _keep_profile(bmodel, work)  # looking up rows takes as long in a longer table

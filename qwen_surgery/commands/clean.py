@@ -60,16 +60,7 @@ def command(
             raise Usage("ONNX_DIR is missing", hint="or ask for --explain alone to read about the passes")
         _explain_passes(names)
         return
-    from rich.progress import Progress
-
-    with Progress(console=console.err(), transient=True) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
+    with console.progress_bars() as progress:
         cleaning = clean_export(onnx_dir, out, passes=names, check=check, progress=progress)
     if as_json:
         console.print_json(

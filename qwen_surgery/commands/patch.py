@@ -15,7 +15,7 @@ from qwen_surgery.errors import SurgeryError
 from qwen_surgery.patching import edits
 
 if TYPE_CHECKING:
-    from qwen_surgery.patching.plan import Plan
+    from qwen_surgery.patching.plan import Patch
 
 
 @click.command("patch")
@@ -84,7 +84,7 @@ def command(
 
 
 def _report(
-    plan: Plan,
+    plan: Patch,
     notes: tuple[str, ...],
     show_diff: bool,
     as_json: bool,
@@ -116,7 +116,7 @@ def _report(
         click.echo(note, err=True)
 
 
-def _last_line(plan: Plan, written: bool) -> str:
+def _last_line(plan: Patch, written: bool) -> str:
     from qwen_surgery.patching import report
 
     said = report.summary(plan.shown)
@@ -128,7 +128,7 @@ def _last_line(plan: Plan, written: bool) -> str:
     return f"{said}; {verb}: {', '.join(plan.changed)}"
 
 
-def _to_json(plan: Plan, notes: tuple[str, ...], diff: str | None, written: bool) -> dict[str, Any]:
+def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: bool) -> dict[str, Any]:
     from qwen_surgery.patching import report
 
     known = plan.known()

@@ -19,7 +19,7 @@ from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.planning import plan, require_space
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.exporting.template import Template
-from qwen_surgery.exporting.writing import Origin, Progress, no_progress, write_folder
+from qwen_surgery.exporting.writing import Progress, Provenance, no_progress, write_folder
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.weights import WeightIndex
 
@@ -40,7 +40,7 @@ def export(
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Write every net of the contract into *onnx_path* (see :class:`Plan` for what it takes).
+    """Write every net of the contract into *onnx_path* (see :class:`ExportPlan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
     being done with how much of how much. Raises Usage without trust, Refused for input that does not fit,
@@ -63,7 +63,7 @@ def export(
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
     progress("trace", len(kinds), len(kinds))
-    origin = Origin(
+    origin = Provenance(
         checkout=str(index.path),
         recipe=str(sources.recipe),
         trained_length=sources.facts.trained_length,

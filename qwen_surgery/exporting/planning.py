@@ -25,7 +25,7 @@ _GRAPH_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """Everything an export will write, known before it starts."""
 
     geometry: Geometry
@@ -129,7 +129,7 @@ def plan(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
-) -> Plan:
+) -> ExportPlan:
     """Bind every net to its tensors and decide how weights are kept.
 
     *mode* None means hard links, or one copy where the disk does not allow links. Raises Refused for weights
@@ -160,7 +160,7 @@ def plan_weights(
     *,
     mode: WeightMode | None,
     onnx_path: Path,
-) -> Plan:
+) -> ExportPlan:
     """Decide how the weights of the nets *kept* reach *onnx_path*, and what that takes (see :func:`plan`)."""
     files = tuple(dict.fromkeys(ref.file for b in kept for ref in refs[b.net].values()))
     mode, reason = _choose_mode(mode, files, onnx_path)
@@ -175,7 +175,7 @@ def plan_weights(
     table_bytes = 2 * 4 * geometry.seq_length * geometry.head_dim
     blocks = sum(1 for b in kept if b.kind.per_layer) if mode is WeightMode.INLINE else 1
     graph_bytes = _GRAPH_BYTES * len(kept) + table_bytes * (sum(k.per_layer for k in kinds) + blocks)
-    return Plan(
+    return ExportPlan(
         geometry, kept, {b.net: refs[b.net] for b in kept}, mode, reason, files, weight_bytes, graph_bytes
     )
 
@@ -211,7 +211,7 @@ def _refuse_too_large_inline(
             )
 
 
-def require_space(todo: Plan, onnx_path: Path) -> None:
+def require_space(todo: ExportPlan, onnx_path: Path) -> None:
     """Raise ToolFailed when the disk of *onnx_path* is too full for *todo*."""
     folder = onnx_path.absolute().parent
     while not folder.exists():

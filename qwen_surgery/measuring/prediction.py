@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class NetPrediction:
     """One net as compiled: cycles and milliseconds on the chip, nodes of the ONNX graph, operations in the
     Top dialect (inputs, weights and constants not counted), bytes of the bmodel."""
 
@@ -105,7 +105,7 @@ def compile_template(
     *,
     check: str = "off",
     seed: int = 0,
-) -> tuple[Path, Prediction]:
+) -> tuple[Path, NetPrediction]:
     """Clean (None: leave as exported), bind random weights, compile one net in *work*: the bmodel and its
     cost.
 
@@ -141,6 +141,6 @@ def compile_template(
     if profile is None:
         raise ToolFailed(f"{name}: model_deploy predicted nothing for this net")
     ops = [op for op in Module.parse(text).ops if op.name not in ("top.Input", "top.Weight", "top.None")]
-    return bmodel, Prediction(
+    return bmodel, NetPrediction(
         profile.cycles, profile.milliseconds, len(cleaned.model.graph.node), len(ops), bmodel.stat().st_size
     )

@@ -26,7 +26,7 @@ def _has_arithmetic(expression: Expression) -> bool:
     return expression[0] not in ("slot", "const") and _has_arithmetic(expression[-1])
 
 
-class Sources:
+class ElementOrigins:
     """Knows the *shapes* of all slots; answers where an expression's elements come from."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
@@ -95,7 +95,7 @@ class Coverage:
     """Collects what has been used of each weight."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self._sources = Sources(shapes)
+        self._sources = ElementOrigins(shapes)
         self._shapes = dict(shapes)
         self._rows = {name: np.zeros(shape[0] if shape else 1, bool) for name, shape in shapes.items()}
         self._elements: dict[str, np.ndarray] = {}

@@ -26,7 +26,7 @@ import numpy as np
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.arrays import FLOATS, Array, GroupedMatMul, arrays, grouped_matmuls
 from qwen_surgery.packing.container import Bmodel, Region
-from qwen_surgery.packing.coverage import Coverage, Sources
+from qwen_surgery.packing.coverage import Coverage, ElementOrigins
 from qwen_surgery.packing.expressions import (
     Expression,
     Found,
@@ -36,7 +36,7 @@ from qwen_surgery.packing.expressions import (
     slots,
     transpose,
 )
-from qwen_surgery.packing.plans import Placement, Plain, Plan, Quantised, Tensors, pack
+from qwen_surgery.packing.plans import PackPlan, Placement, Plain, Quantised, Tensors, pack
 
 if TYPE_CHECKING:
     import onnx
@@ -97,7 +97,7 @@ class _Search:
     """Looks for a compiled net's arrays among candidates."""
 
     def __init__(
-        self, section: bytes, base: int, candidates: list[list[_Candidate]], sources: Sources
+        self, section: bytes, base: int, candidates: list[list[_Candidate]], sources: ElementOrigins
     ) -> None:
         self._section = section
         self._base = base
@@ -302,7 +302,7 @@ def _candidates(expressions: dict[str, Expression], read: Any) -> list[_Candidat
     return list(result.values())
 
 
-def _check_bytes(plan: Plan, tensors: Tensors, section: bytes) -> None:
+def _check_bytes(plan: PackPlan, tensors: Tensors, section: bytes) -> None:
     """Raise Unproven unless packing *tensors* gives the bytes of *section*."""
     wrong: list[int] = []
 
@@ -323,7 +323,7 @@ def _check_check_code(parameter: dict[str, Any], bmodel: Bmodel, region: Region)
         raise Unproven("the compiled net's weights are encrypted")
 
 
-def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Plan:
+def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> PackPlan:
     """The proven pack plan of one kind of net.
 
     *compiled* is a net of that kind, compiled from *template* (weights are its inputs ``weight/<slot>``) with
@@ -336,7 +336,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pl
             raise Unproven("it is compiled to several nets or stages")
         parameter = bmodel.nets[0]["parameter"][0]
         if "coeff_mem" not in parameter:
-            return Plan(0, ())
+            return PackPlan(0, ())
         region = Region.of(parameter["coeff_mem"]["binary_coeff"])
         _check_check_code(parameter, bmodel, region)
         section = bmodel.read(region)
@@ -345,7 +345,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pl
     for array in arrays(mlir):
         if not 0 <= array.address - base <= len(section) - array.nbytes:
             raise Unproven("the MLIR text and the bmodel do not belong together")
-    plan = Plan(len(section), tuple(_explain(found, mlir, base, section, tensors)))
+    plan = PackPlan(len(section), tuple(_explain(found, mlir, base, section, tensors)))
     _check_bytes(plan, tensors, section)
     return plan
 
@@ -364,7 +364,7 @@ def _explain(found: Found, mlir: str, base: int, section: bytes, tensors: Tensor
         for array in found.constants.values()
         for candidate in _matrices(["const", [], []], Stored(array, "F32"))
     ]
-    sources = Sources(shapes)
+    sources = ElementOrigins(shapes)
     tiers = [_candidates(found.frontier, read), _candidates(found.inner, read)]
     search = _Search(section, base, tiers, sources)
     placements, unexplained = _placements(search, mlir, base, _Tables(section, base, [tables], sources))

@@ -58,7 +58,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Report:
+class BmodelReport:
     """A bmodel. ``contract`` lists every difference from the contract with the runtimes; empty means kept."""
 
     path: str
@@ -203,7 +203,7 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
     return side, "yes"
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path) -> BmodelReport:
     """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel."""
     with Bmodel(path) as bmodel:
         seen: set[Region] = set()
@@ -211,7 +211,7 @@ def inspect(path: Path) -> Report:
         model, length = bmodel.model, bmodel.length
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
-    return Report(
+    return BmodelReport(
         path=str(path),
         size=length,
         chip=model["chip"],

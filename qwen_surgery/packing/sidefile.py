@@ -19,7 +19,7 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.packing.expand import Piece, replacing
-from qwen_surgery.packing.plans import Plan
+from qwen_surgery.packing.plans import PackPlan
 
 FORMAT = 1
 SUFFIX = ".side.json"
@@ -66,7 +66,7 @@ class SideFile:
 
     heads: tuple[str, ...]
     geometry: Geometry
-    plans: tuple[Plan, ...]
+    plans: tuple[PackPlan, ...]
     nets: Mapping[str, NetWeights]
     config: Mapping[str, Any]
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def describe(
     *config* is the unpatched config.json with its silent keys written out. Pieces without plan or tensors
     are recorded as not refittable.
     """
-    plans: list[Plan] = []
+    plans: list[PackPlan] = []
     nets = {}
     for piece in pieces:
         if piece.plan is None or piece.tensors is None:
@@ -162,7 +162,7 @@ def heads_of(bmodel: Path) -> tuple[str, ...]:
 def _parse(data: dict[str, Any]) -> SideFile:
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']} is not known")
-    plans = tuple(Plan.from_json(plan) for plan in data["plans"])
+    plans = tuple(PackPlan.from_json(plan) for plan in data["plans"])
     nets = {}
     for name, net in data["nets"].items():
         tensors = {slot: (str(t[0]), tuple(t[1])) for slot, t in net["tensors"].items()}

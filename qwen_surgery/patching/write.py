@@ -23,7 +23,7 @@ from qwen_surgery.patching.receipt import RECEIPT, STATE, Receipt
 class Written:
     """What a patch wrote: the plan, the names of the files whose bytes changed, and notes for the user."""
 
-    plan: planning.Plan
+    plan: planning.Patch
     changed: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -98,7 +98,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _notes(plan: planning.Plan) -> list[str]:
+def _notes(plan: planning.Patch) -> list[str]:
     notes = []
     for name, origin in plan.origins.items():
         path = plan.checkout.path / name
@@ -115,7 +115,7 @@ def _notes(plan: planning.Plan) -> list[str]:
     return notes
 
 
-def _commit(plan: planning.Plan, receipt: Receipt) -> None:
+def _commit(plan: planning.Patch, receipt: Receipt) -> None:
     root = plan.checkout.path
     state = root / STATE
     atomic.make_state(state)

@@ -33,7 +33,7 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import Plan
+from qwen_surgery.packing.plans import PackPlan
 from qwen_surgery.vocabulary.narrow import CannotExtend
 
 _WORD = 1 << 32
@@ -48,7 +48,7 @@ class Known:
     own: Path
 
 
-def derive(known: Known, plan: Plan, target: Path) -> None:
+def derive(known: Known, plan: PackPlan, target: Path) -> None:
     """Write the net's full bmodel to *target*; where *plan* puts weights it has holes.
 
     Raises :class:`CannotExtend` when a word depends both on the vocabulary and on the input's length.
@@ -122,7 +122,7 @@ def _words(narrow: bytes, full: bytes, own: bytes, *, moved: int) -> bytes:
     return np.where(both, (c + step) % _WORD, np.where(a == b, c, b)).astype("<u4").tobytes()
 
 
-def copy_without_weights(source: Path, plan: Plan, target: Path) -> None:
+def copy_without_weights(source: Path, plan: PackPlan, target: Path) -> None:
     """A copy of the bmodel *source* at *target* with holes where *plan* puts weights: they take no disk."""
     with Bmodel(source) as opened, target.open("wb", buffering=0) as file:
         section = coefficients(opened)

@@ -18,14 +18,18 @@ import numpy as np
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.arrays import Array, arrays_in_text
 from qwen_surgery.packing.container import Bmodel, check_code, coefficients
-from qwen_surgery.packing.plans import Placement, Plan, Quantised
+from qwen_surgery.packing.plans import PackPlan, Placement, Quantised
 from qwen_surgery.vocabulary.narrow import CannotExtend, Vocabulary
 from qwen_surgery.vocabulary.probe import ProbeArray, probe
 
 
 def extend_plan(
-    narrow: Plan, vocabulary: Vocabulary, texts: tuple[str, str], bmodel: Path, probes: Sequence[ProbeArray]
-) -> Plan:
+    narrow: PackPlan,
+    vocabulary: Vocabulary,
+    texts: tuple[str, str],
+    bmodel: Path,
+    probes: Sequence[ProbeArray],
+) -> PackPlan:
     """The plan of the extended net in *bmodel*, proven.
 
     *texts* are the final MLIR of the narrow and of the extended net; *probes* what the latter was compiled
@@ -37,7 +41,7 @@ def extend_plan(
             raise CannotExtend("the check code of the extended net is not that of its weights")
         start = opened.base + region.start
         moved = _moved(texts, vocabulary, region.size)
-        plan = Plan(region.size, tuple(_extended(p, vocabulary, moved) for p in narrow.placements))
+        plan = PackPlan(region.size, tuple(_extended(p, vocabulary, moved) for p in narrow.placements))
         section = np.memmap(bmodel, np.uint8, "r", start, (region.size,))
         _find_probes(plan, vocabulary, section, list(moved.values()), probes)
     return plan
@@ -92,7 +96,11 @@ def _extended(placement: Placement, vocabulary: Vocabulary, moved: Mapping[int, 
 
 
 def _find_probes(
-    plan: Plan, vocabulary: Vocabulary, section: np.ndarray, arrays: list[Array], probes: Sequence[ProbeArray]
+    plan: PackPlan,
+    vocabulary: Vocabulary,
+    section: np.ndarray,
+    arrays: list[Array],
+    probes: Sequence[ProbeArray],
 ) -> None:
     """Raise :class:`CannotExtend` unless every probe stands where *plan* puts what it stands for."""
     extended = [p for p in plan.placements if vocabulary.full in p.shape]

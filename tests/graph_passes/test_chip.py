@@ -15,7 +15,7 @@ from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
 from qwen_surgery.measuring import accuracy
 from qwen_surgery.measuring.prediction import (
-    Prediction,
+    NetPrediction,
     compile_template,
     random_weights,
     templates_of,
@@ -37,11 +37,11 @@ LENGTH = 40
 @pytest.fixture(scope="module")
 def compiled(
     templates: Templates, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[NetKind, str, bool], tuple[Path, Prediction]]:
+) -> Callable[[NetKind, str, bool], tuple[Path, NetPrediction]]:
     """A layer's net at the tiny geometry, cleaned or as exported, compiled once per run."""
-    made: dict[tuple[NetKind, str, bool], tuple[Path, Prediction]] = {}
+    made: dict[tuple[NetKind, str, bool], tuple[Path, NetPrediction]] = {}
 
-    def of(kind: NetKind, mode: str, cleaned: bool) -> tuple[Path, Prediction]:
+    def of(kind: NetKind, mode: str, cleaned: bool) -> tuple[Path, NetPrediction]:
         key = (kind, mode, cleaned)
         if key not in made:
             made[key] = compile_template(
@@ -59,7 +59,7 @@ def compiled(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_cleaned_nets_are_as_exact_as_exported_ones(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]],
     templates: Templates,
     toolchain: Toolchain,
     kind: NetKind,
@@ -82,7 +82,7 @@ def test_cleaned_nets_are_as_exact_as_exported_ones(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_net_needs_more_cycles_than_recorded(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]],
     toolchain: Toolchain,
     kind: NetKind,
     mode: str,
@@ -93,7 +93,7 @@ def test_no_net_needs_more_cycles_than_recorded(
 
 
 def test_block_and_block_cache_share_one_set_of_weights(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]], toolchain: Toolchain, tmp_path: Path
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]], toolchain: Toolchain, tmp_path: Path
 ) -> None:
     """A pass that packs weights differently for prefill and decode would double the model's memory."""
     files = [compiled(kind, "int4", True)[0] for kind in KINDS]

@@ -22,7 +22,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import export
 from qwen_surgery.exporting.manifest import Manifest, NetEntry
 from qwen_surgery.nets import NetKind
-from qwen_surgery.packing import Compiled, Piece, Plan, prove
+from qwen_surgery.packing import Compiled, PackPlan, Piece, prove
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.patching.sources import Sources
 from qwen_surgery.toolchain import Toolchain
@@ -162,7 +162,7 @@ class Bench:
         deploy = ["--mlir", f"{net}.mlir", *flags, "--model", f"{net}.bmodel"]
         self.toolchain.run("model_deploy", deploy, work, work / "deploy.log")
 
-    def plan(self, net: str) -> Plan:
+    def plan(self, net: str) -> PackPlan:
         return prove(self.compiled(net), self.model.template(net), self.model.entry(net).weights)
 
     def pieces(self, nets: Sequence[str] = NETS) -> list[Piece]:

@@ -19,7 +19,7 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import Plain, Plan
+from qwen_surgery.packing.plans import PackPlan, Plain
 from qwen_surgery.vocabulary.derive import Known, copy_without_weights, derive
 from qwen_surgery.vocabulary.narrow import CannotExtend
 
@@ -73,8 +73,8 @@ def bmodel(
     return path
 
 
-def plan(rows: int) -> Plan:
-    return Plan(rows * ROW, (Plain(0, ["slot", "table"], (rows, ROW // 2), 0, rows, "BF16", False),))
+def plan(rows: int) -> PackPlan:
+    return PackPlan(rows * ROW, (Plain(0, ["slot", "table"], (rows, ROW // 2), 0, rows, "BF16", False),))
 
 
 def derived(
@@ -147,7 +147,7 @@ def test_nets_that_share_equal_instructions_otherwise_are_refused(tmp_path: Path
 def test_coefficients_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     file = bmodel(tmp_path / "a", 16, 8, [1])
     with pytest.raises(CannotExtend, match="no weights"):
-        derive(Known(file, file, file), Plan(16 * ROW, ()), tmp_path / "d")
+        derive(Known(file, file, file), PackPlan(16 * ROW, ()), tmp_path / "d")
 
 
 @given(st.integers(0, 15), st.integers(1, 15))
@@ -158,7 +158,7 @@ def test_a_hollow_copy_keeps_every_byte_that_is_no_weight(
     file = bmodel(folder / "a", 16, 8, [1, 2, 3])
     stop = min(16, start + rows)
     part = Plain(start * ROW, ["slot", "table"], (16, ROW // 2), start, stop, "BF16", False)
-    copy_without_weights(file, Plan(16 * ROW, (part,)), folder / "b")
+    copy_without_weights(file, PackPlan(16 * ROW, (part,)), folder / "b")
     with Bmodel(file) as opened:
         base = opened.base
     was, made = bytearray(file.read_bytes()), (folder / "b").read_bytes()
