@@ -18,8 +18,7 @@ class FlashAttention(ConfigEdit):
     title = "Switch FlashAttention off"
     why = (
         "where the flash-attn package is installed, upstream's FlashAttention path takes over: it cannot be "
-        "traced, and in early revisions it ignores attention_mask. The plain path computes the same "
-        "attention."
+        "traced, and in early revisions it ignores attention_mask. The plain path computes the same."
     )
     examples = (
         Example(

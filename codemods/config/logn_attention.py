@@ -19,8 +19,7 @@ class LognAttention(ConfigEdit):
     why = (
         "LogN multiplies the query by log(position) / log(seq_length) beyond seq_length. The decode net's "
         "key is always S + 1 long, so with seq_length set to S it would scale every decode query by "
-        "log(S + 1) / log(S). Up to the trained length the unpatched model's factor is exactly 1: off is "
-        "exact."
+        "log(S + 1) / log(S). Up to the trained length the unpatched model's factor is 1: off is exact."
     )
     declines = ("the export length is above the trained length and LogN is on: the factor is needed there",)
     examples = (

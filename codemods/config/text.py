@@ -1,7 +1,6 @@
 """Edit one JSON object's members in place: indentation, key order, newlines, BOM and final newline stay.
 
-Only the characters of a changed value are replaced; a new member is put after the last one in the file's
-own style.
+Only the characters of a changed value are replaced; a new member goes after the last one, in its style.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Which edits: 'static' reproduces the unpatched model at every position, 'documented' makes the"
     " vendor guide's five edits and no more; or one that an installed package provides.",
 )
-@click.option("--skip", multiple=True, metavar="CODEMOD", help="Leave out one edit; may be repeated.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave out the edit NAME; may be repeated.")
 @click.option("--diff", "show_diff", is_flag=True, help="Write nothing; print a diff that git apply takes.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when something would change.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcomes as JSON, alone on stdout.")

@@ -1,8 +1,8 @@
 """What can be asked of a compile, and which combinations make no sense.
 
 Everything that cannot work is refused here, before a tool runs. Where the reference scripts accept
-something that the demos then cannot use (an f16 model whose embedding still gives bf16 bits), the reason is
-in the message.
+something that the demos then cannot use (an f16 model whose embedding still gives bf16 bits), the message
+says why.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class CompileOptions:
     """One compile. ``None`` means: what the runtime and target call for (see :meth:`resolved`).
 
     ``num_core`` is for chips of several cores: how many, or None for a file for each count, as the reference
-    script makes.
-    ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size`` counts input
-    features per scale.
+    script makes. ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size``
+    counts input features per scale.
     """
 
     mode: str = "int4"

@@ -74,9 +74,7 @@ def with_weights(template: Template, weights: dict[str, np.ndarray]) -> onnx.Mod
 
 
 def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> dict[NetKind, Template]:
-    """Templates of the newest era's own-written modeling code at *geometry*; the checkout goes to
-    *folder*.
-    """
+    """Templates of the newest era's own-written code at *geometry*; the checkout goes to *folder*."""
     from golden.eras import make_checkout
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import trace_templates
@@ -106,8 +104,7 @@ def compile_template(
     check: str = "off",
     seed: int = 0,
 ) -> tuple[Path, NetPrediction]:
-    """Clean (None: leave as exported), bind random weights, compile one net in *work*: the bmodel and its
-    cost.
+    """Clean (None: leave as exported), bind random weights, compile in *work*: the bmodel and its cost.
 
     *options* must be resolved. Without cleaning TPU-MLIR runs its own simplification, as in the documented
     flow. Raises ToolFailed when a tool fails.

@@ -1,5 +1,4 @@
-"""Which elements of which weights an expression reads: for telling two expressions apart and for finding
-gaps."""
+"""Which elements of which weights an expression reads: to tell two expressions apart and to find gaps."""
 
 from __future__ import annotations
 
@@ -33,11 +32,10 @@ class ElementOrigins:
         self._shapes = dict(shapes)
 
     def numbers(self, expression: Expression, slot: str) -> np.ndarray:
-        """For every element of *expression*: which element of *slot* it comes from, counted from 1; 0 for
-        none.
+        """For every element of *expression*: which element of *slot* it is, counted from 1; 0 for none.
 
-        Arithmetic passes on the numbers of the side that comes from the slot. uint32, or uint64 for huge
-        slots.
+        Arithmetic passes on the numbers of the side that comes from the slot. The type is uint32, and uint64
+        for huge slots.
         """
         kind = expression[0]
         if kind == "slot":

@@ -41,8 +41,7 @@ _MAX_TABLE = 1 << 24  # elements of a table that is compared with what was compi
 
 @dataclass(frozen=True)
 class Stored:
-    """Values as a checkpoint stores them: *array* (uint16 bits for BF16, float16, float32) of kind
-    *dtype*."""
+    """Values as a checkpoint stores them: *array* (BF16 as uint16 bits, float16, float32) of *dtype*."""
 
     array: np.ndarray
     dtype: str
@@ -112,8 +111,8 @@ class Found:
     """What a template says about its weights.
 
     ``frontier``: expressions that the graph proper consumes; ``inner``: those on the way there.
-    ``constants``: tables that depend on no weight, as float32. ``shapes``: of every tensor named here or a
-    slot.
+    ``constants``: tables that depend on no weight, as float32. ``shapes``: of every slot and of every tensor
+    named here.
     """
 
     frontier: dict[str, Expression]

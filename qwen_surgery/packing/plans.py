@@ -156,8 +156,7 @@ def _placement(data: dict[str, Any]) -> Placement:
 
 
 class Matrix:
-    """The value of one placement's expression, read in blocks of rows where it is a checkpoint tensor as it
-    lies."""
+    """The value of one placement's expression, by blocks of rows where it is a tensor as it lies."""
 
     def __init__(self, expression: Expression, shape: tuple[int, int], tensors: Tensors) -> None:
         self._direct: StoredTensor | None = None
@@ -261,9 +260,9 @@ def _pack_quantised(
 def pack(plan: PackPlan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:
     """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
 
-    Only the plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a missing tensor, a
-    tensor of another shape than the plan was made for, values that are not finite, or a shard that ends too
-    early.
+    Only the plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is
+    missing or of another shape than the plan was made for, values that are not finite, or a shard that ends
+    too early.
     """
     missing = plan.slots - set(tensors)
     if missing:

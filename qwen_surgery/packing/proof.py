@@ -5,8 +5,7 @@ expressions, evaluated on the weights that were compiled and packed by :mod:`.fo
 out when
 
 - every array is explained: by weights, by a table of the template, or as a single number or integers;
-- every array has one explanation only (equal weights in two places would leave it open which one belongs
-there);
+- every array has one explanation only (equal weights in two places would leave it open which belongs where);
 - every element of every weight is used by the plan;
 - packing the same weights by the plan gives the compiler's bytes, all of them.
 
@@ -52,8 +51,7 @@ class Unproven(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One net as model_deploy left it: the *bmodel* with this net alone, and the ``*_final.mlir`` beside
-    it."""
+    """One net as model_deploy left it: a *bmodel* of this net alone, the ``*_final.mlir`` beside it."""
 
     bmodel: Path
     final_mlir: Path
@@ -189,8 +187,7 @@ def _forms(matmul: GroupedMatMul) -> list[formats.Quantisation]:
 
 
 def _without_mirrors(hits: list[_Hit]) -> list[_Hit]:
-    """Drop hits that say the same as another one: a matrix stored by columns is its transpose stored by
-    rows."""
+    """Drop hits that say the same: a matrix stored by columns is its transpose stored by rows."""
     known = {json.dumps([hit.candidate.expression, hit.transposed]) for hit in hits}
     kept = []
     for hit in sorted(hits, key=lambda h: len(json.dumps(h.candidate.expression))):
@@ -327,8 +324,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pa
     """The proven pack plan of one kind of net.
 
     *compiled* is a net of that kind, compiled from *template* (weights are its inputs ``weight/<slot>``) with
-    the weights *tensors* (slot -> tensor). Raises :class:`Unproven` when any byte stays unexplained or
-    differs.
+    the weights *tensors* (slot -> tensor). Raises :class:`Unproven` when a byte stays unexplained or differs.
     """
     mlir = compiled.final_mlir.read_text(encoding="utf-8", errors="replace")
     with Bmodel(compiled.bmodel) as bmodel:

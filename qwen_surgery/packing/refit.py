@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refitted:
-    """What a refit did: the file, its size in bytes, weights packed, and the nets that hold no checkpoint
-    weights."""
+    """What a refit did: the file, its size in bytes, weights packed, nets without checkpoint weights."""
 
     path: Path
     size: int
@@ -103,8 +102,7 @@ def refit(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
-    """Write *output*: the nets of *bmodel* with the weights of *index* (a checkout's tensors), and its side
-    file.
+    """Write *output*, the nets of *bmodel* with the weights of *index* (*checkout*'s), and its side file.
 
     *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
     missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;

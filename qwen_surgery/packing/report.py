@@ -29,8 +29,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class NetReport:
-    """One net: its tensors and the bytes it takes. ``shared`` says that another net before it holds its
-    weights."""
+    """One net: its tensors and its bytes. ``shared``: a net before it holds its weights."""
 
     name: str
     inputs: tuple[TensorReport, ...]
@@ -45,8 +44,7 @@ class NetReport:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted times in milliseconds: the first token (prefill of S positions), each further one, and
-    tokens/s.
+    """Predicted milliseconds for the first token (prefill of S positions) and each further one; tokens/s.
 
     ``uncounted`` are the nets without a prediction of their own.
     """
@@ -176,8 +174,7 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
 
 
 def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
-    """Predicted speed of a model of *layers* layers, greedy decoding; None without a prediction for its
-    blocks.
+    """Predicted speed of *layers* layers, decoding greedily; None without a prediction for the blocks.
 
     TPU-MLIR states no time for nets that are one memory copy (the embeddings): those are left out and named.
     """

@@ -38,8 +38,7 @@ COMPILED_IN = (
 
 @dataclass(frozen=True)
 class NetWeights:
-    """The weights of one net: the index of its *plan*, and per slot the checkpoint tensor's name and
-    shape."""
+    """The weights of one net: the index of its *plan*; slot -> name and shape of the checkpoint tensor."""
 
     plan: int
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -57,11 +56,10 @@ class Prediction:
 class SideFile:
     """The content of a side file; see the module's text.
 
-    ``heads`` are the head digests of the bmodels it belongs to: one, but for moments while a refit replaces a
-    file.
-    ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and ``trained_length``.
-    ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is free text by name:
-    mode, TPU-MLIR version, what could not be packed and why.
+    ``heads`` are the head digests of the bmodels it belongs to: one, but for the moment in which a refit
+    replaces a file. ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and
+    ``trained_length``. ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is
+    free text by name: mode, TPU-MLIR version, what could not be packed and why.
     """
 
     heads: tuple[str, ...]

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qwen_surgery.verification.reference import ReferenceModel
     from qwen_surgery.weights import WeightIndex
 
-#: Stages of the road whose numbers are recorded; the last needs a toolchain.
-STAGES = ("torch", "onnxruntime", "tpu-mlir")
 _LIBRARY = {"torch": ("torch", "numpy"), "onnxruntime": ("onnxruntime", "numpy"), "tpu-mlir": ()}
 _SEQ_LENGTH = 32
 _STEPS = 4

@@ -3,8 +3,8 @@
 TPU-MLIR's first two steps hold such a net's weights in float32, several times over: at 151,936 x 2,048 they
 take 5 GB and most of a build's time. But what they do does not depend on how many rows the table has. So a
 *narrow* net with the table's first rows goes through them, its lowered text is *extended* to the full
-vocabulary (:mod:`.lowered`), and the compiler's last steps, which place weights and emit instructions, run on
-that text.
+vocabulary (:mod:`.lowered`), and on that text run the compiler's last steps, which place weights and emit
+instructions.
 
 The weights of the extended net are a *probe*: pseudo-random bytes (:mod:`.probe`). :mod:`.plan` finds them
 again in what was compiled, which shows where the real ones belong.

@@ -134,14 +134,14 @@ def test_a_7b_export_is_cleaned_in_little_memory_and_time(tmp_path: Path) -> Non
     assert usage.ru_utime + usage.ru_stime < 10
 
 
-def test_skip_and_recipe_switch_passes_off(exported: Path, tmp_path: Path) -> None:
+def test_skip_and_a_file_switch_passes_off(exported: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[passes]\njoint-mlp = false\n")
-    clean(exported, "--out", tmp_path / "cleaned", "--recipe", recipe, "--skip", "kv-join", "--json")
+    clean(exported, "--out", tmp_path / "cleaned", "--passes", recipe, "--skip", "kv-join", "--json")
     passes = Manifest.load(tmp_path / "cleaned").passes
     assert "joint-mlp" not in passes and "kv-join" not in passes and "rotary" in passes
     recipe.write_text('only = ["fold-constants"]\n')
-    clean(exported, "--out", tmp_path / "cleaned", "--recipe", recipe, "--json")
+    clean(exported, "--out", tmp_path / "cleaned", "--passes", recipe, "--json")
     assert Manifest.load(tmp_path / "cleaned").passes == ("fold-constants",)
 
 
@@ -158,7 +158,7 @@ def test_an_older_toolchain_loses_the_passes_it_cannot_take(exported: Path, tmp_
 def test_a_bad_recipe_is_a_usage_error(exported: Path, tmp_path: Path, recipe: str) -> None:
     (tmp_path / "recipe.toml").write_text(recipe)
     with pytest.raises(Usage, match=r"recipe\.toml"):
-        clean(exported, "--out", tmp_path / "cleaned", "--recipe", tmp_path / "recipe.toml")
+        clean(exported, "--out", tmp_path / "cleaned", "--passes", tmp_path / "recipe.toml")
     assert not (tmp_path / "cleaned").exists()
 
 
