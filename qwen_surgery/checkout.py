@@ -13,7 +13,9 @@ from codemods.identity import identify, may_be_modeling
 from codemods.source import SourceError
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.files import read_regular
 
+LARGEST_CONFIG = 16 << 20  # bytes; real ones have about a thousand
 DEFAULT_NAME = "modeling_qwen.py"
 DEFAULT_RECIPE = "static"
 DEFAULT_SEQ_LENGTH = 512
@@ -89,12 +91,9 @@ def _read_config(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise Refused(f"{root} is not a directory", hint="give the directory that holds config.json")
     path = root / CONFIG
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise Refused(
-            f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory"
-        ) from None
+    text = read_regular(path, LARGEST_CONFIG, follow=True)
+    if text is None:
+        raise Refused(f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory")
     try:
         config = json.loads(text.decode("utf-8-sig"))
     except ValueError as error:

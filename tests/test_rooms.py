@@ -23,7 +23,7 @@ ROOMS = (
     "qwen_surgery",  # its __init__: the version
     "qwen_surgery.errors",
     "qwen_surgery.console",
-    "qwen_surgery.atomic",
+    "qwen_surgery.files",
     "qwen_surgery.chips",
     "qwen_surgery.nets",
     "qwen_surgery.weights",

@@ -13,6 +13,7 @@ from qwen_surgery.exporting import placement as placing
 from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
+from qwen_surgery.files import require_disk
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.weights import TensorRef, WeightIndex
 
@@ -216,4 +217,4 @@ def require_space(todo: ExportPlan, onnx_path: Path) -> None:
     folder = onnx_path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    placing.require_space(folder, todo.weight_bytes + todo.graph_bytes)
+    require_disk(folder, todo.weight_bytes + todo.graph_bytes, "the export")

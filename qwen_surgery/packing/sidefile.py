@@ -16,9 +16,10 @@ from typing import Any
 
 from codemods.config.facts import ModelFacts
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import replacing
 from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
-from qwen_surgery.packing.expand import Piece, replacing
+from qwen_surgery.packing.expand import Piece
 from qwen_surgery.packing.plans import PackPlan
 
 FORMAT = 1

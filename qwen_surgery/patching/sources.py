@@ -8,11 +8,10 @@ from functools import cached_property
 from codemods.base import Outcome
 from codemods.config.facts import ModelFacts
 from codemods.recipes import UnknownRecipe
-from qwen_surgery import atomic
 from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
 from qwen_surgery.errors import Refused, Usage
-from qwen_surgery.patching import plan
-from qwen_surgery.patching.receipt import STATE, Receipt
+from qwen_surgery.patching import plan, write
+from qwen_surgery.patching.receipt import Receipt
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Sources:
         cls, checkout: Checkout, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH
     ) -> Sources:
         """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
-        if (checkout.path / STATE / atomic.JOURNAL).exists():
+        if write.pending(checkout.path):
             raise Refused(
                 f"an interrupted patch or restore of {checkout.path} waits to be finished",
                 hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
