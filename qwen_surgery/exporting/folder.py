@@ -1,4 +1,4 @@
-"""Which folders an export may replace."""
+"""Which folders an export may take the place of."""
 
 from __future__ import annotations
 

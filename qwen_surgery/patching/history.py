@@ -46,7 +46,7 @@ class Item:
     config: str | None = None
 
 
-class Source(Protocol):
+class RevisionSource(Protocol):
     """Something that holds revisions."""
 
     def items(self) -> list[Item]:
@@ -56,7 +56,7 @@ class Source(Protocol):
         """The contents of *keys*; None for one that is missing (a partial clone)."""
 
 
-def open_source(path: Path, since: str | None) -> Source:
+def open_source(path: Path, since: str | None) -> RevisionSource:
     """The source at *path*; *since* limits a git repository to what is not reachable from that revision."""
     if not path.exists():
         raise Refused(f"{path}: no such file or directory")

@@ -26,7 +26,7 @@ from qwen_surgery.patching.receipt import FileRecord, Receipt
 class Written:
     """What a patch wrote: the plan, the names of the files whose bytes changed, and notes for the user."""
 
-    plan: planning.Plan
+    plan: planning.Patch
     changed: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -100,7 +100,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _notes(plan: planning.Plan) -> list[str]:
+def _notes(plan: planning.Patch) -> list[str]:
     notes = []
     for name, origin in plan.origins.items():
         path = plan.checkout.path / name
@@ -120,7 +120,7 @@ def _notes(plan: planning.Plan) -> list[str]:
     return notes
 
 
-def _commit(plan: planning.Plan, receipt: Receipt) -> None:
+def _commit(plan: planning.Patch, receipt: Receipt) -> None:
     root = plan.checkout.path
     state = root / STATE
     journal.make_state(root)
@@ -139,7 +139,7 @@ def _commit(plan: planning.Plan, receipt: Receipt) -> None:
     journal.commit(root, actions)
 
 
-def _changed(plan: planning.Plan, receipt: Receipt, name: str) -> Write:
+def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> Write:
     """The new content of *name*; other options that leave it unpatched bring its mode and links back too."""
     path, result, expect = plan.checkout.path / name, plan.result[name], digest(plan.current[name])
     old = plan.receipt.files.get(name) if plan.receipt else None

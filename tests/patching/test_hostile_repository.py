@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from golden.eras import modeling_source
-from tests.patching.conftest import Result, git
+from tests.patching.conftest import Result, git, process
 
 Cli = Callable[..., Result]
 
@@ -198,12 +198,7 @@ def test_a_repository_that_is_none_is_one_line(kind: str, repository: Path, tmp_
     else:
         shutil.rmtree(repository / ".git")
         (repository / ".git").write_text("gitdir: \0/etc\n")
-    command = ["python", "-m", "qwen_surgery", "survey", str(repository)]
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, *command[1:]], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = process("survey", repository, timeout=60)
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and "root:" not in done.stderr
 
 
