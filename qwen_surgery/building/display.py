@@ -110,7 +110,9 @@ def _table(progress: Progress) -> RenderableType:
     for state in _shown(states):
         elapsed = time.monotonic() - state.started if state.state == "running" else state.seconds
         memory = size(state.peak_rss) if state.peak_rss else ""
-        table.add_row(state.name, _MARKS[state.state], clock(elapsed) if elapsed else "", memory)
+        table.add_row(
+            state.name, console.styled(_MARKS[state.state]), clock(elapsed) if elapsed else "", memory
+        )
     waiting = sum(state.state == "waiting" for state in states)
     foot = f"{len(done)} of {len(states)} done, {waiting} waiting, {clock(progress.eta())} to go"
     return Group(table, ProgressBar(total=len(states), completed=len(done), width=60), foot)

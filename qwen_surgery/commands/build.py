@@ -75,7 +75,7 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         return
     if outcome.depth == "contract" and outcome.report is not None:
         for problem in outcome.report["problems"]:
-            console.err().print(f"missed: {problem}", markup=False)
+            console.err().print(f"missed: {problem}")
         if outcome.passed:
             console.out().print(f"{outcome.report['nets']} nets as the runtimes count them")
     elif outcome.report is not None:
@@ -85,8 +85,8 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         report = restored(outcome.report)
         console.out().print(make_table(report))
         for line in token_lines(report):
-            console.out().print(line, markup=False, soft_wrap=True)
+            console.out().print(line, soft_wrap=True)
         for line in misses(report):
-            console.err().print(f"missed: {line}", markup=False)
+            console.err().print(f"missed: {line}")
     for path in outcome.built.bmodels:
-        console.out().print(f"{path} ({size(path.stat().st_size)})", markup=False)
+        console.out().print(f"{path} ({size(path.stat().st_size)})")

@@ -54,4 +54,4 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
         )
         return
     for path in built.bmodels:
-        console.out().print(f"{path} ({session.size(path.stat().st_size)})", markup=False)
+        console.out().print(f"{path} ({session.size(path.stat().st_size)})")
