@@ -12,7 +12,7 @@ from qwen_surgery import console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qwen_surgery.building.run import Progress, State
+    from qwen_surgery.building.runner import Progress, State
 
 _MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -44,7 +44,6 @@ class Display:
 
     def __init__(self) -> None:
         self._live: Any = None
-        self._bars: dict[str, int] = {}
         self._tty = sys.stderr.isatty()
 
     def __enter__(self) -> Display:
@@ -66,7 +65,7 @@ class Display:
         console.err().print(text, markup=False)
 
     def __call__(self, progress: Progress, event: str) -> None:
-        """What :class:`~.run.Runner` calls."""
+        """What :class:`~.runner.Runner` calls."""
         if self._live is not None:
             self._live.update(_table(progress))
         elif event:

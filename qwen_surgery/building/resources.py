@@ -1,9 +1,12 @@
-"""What this machine has: cores and memory free for a build."""
+"""What this machine has free for a build: cores, memory, disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+from qwen_surgery.errors import ToolFailed
 
 
 def cores() -> int:
@@ -32,3 +35,13 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return max(free, 0)
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Raise :class:`ToolFailed` when the disk of *folder* has less than *needed* bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ToolFailed(
+            f"the build needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free",
+            hint="free some space or choose another --out",
+        )

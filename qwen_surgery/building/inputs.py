@@ -1,0 +1,153 @@
+"""What a build is made from, and the digests that tell when it changed: sources, weights, templates, code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qwen_surgery.compiling.one import NetJob
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.nets import Geometry, Net, NetKind
+from qwen_surgery.toolchain import Toolchain
+
+if TYPE_CHECKING:
+    from qwen_surgery.checkout import Sources
+    from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.weights import TensorRef, WeightIndex
+
+Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "verify"]
+
+
+def task_name(verb: Verb, subject: str, cores: int = 1) -> str:
+    """What the task is called that does *verb* to a net or to a bmodel file."""
+    return f"{verb}:{subject}" if cores == 1 else f"{verb}:{subject}:{cores}core"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """An exported (and cleaned) folder and how to compile it.
+
+    ``weights`` holds per net a digest of the content of all its weights, ``templates`` per kind one of the
+    graph and its tables. In a plan made before the export both are empty. ``logs`` is where tools log to.
+    """
+
+    folder: Path
+    geometry: Geometry
+    passes: tuple[str, ...]
+    options: CompileOptions
+    toolchain: Toolchain
+    logs: Path
+    weights: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[NetKind, str] = field(default_factory=dict)
+
+    @property
+    def nets(self) -> tuple[Net, ...]:
+        """The nets of the bmodel, in order."""
+        return self.options.nets(self.geometry.layers)
+
+    @property
+    def first_nets(self) -> tuple[Net, ...]:
+        """One net of every kind that holds weights."""
+        return tuple(net for net in self.nets if not net.kind.chooses and net.layer in (None, 0))
+
+    def job(self, net: Net) -> NetJob:
+        """*net* as TPU-MLIR's commands name it."""
+        return NetJob(net, Path(f"{net.name}.onnx"), bool(self.passes))
+
+    def digests(self, net: Net) -> dict[str, str]:
+        """Of all that decides what *net* compiles to, but for flags."""
+        return {
+            "template": self.templates.get(net.kind, ""),
+            "weights": self.weights.get(net.name, ""),
+            "toolchain": self.toolchain.identity,
+        }
+
+    def onnx(self, net: Net) -> Path:
+        return self.folder / self.job(net).onnx
+
+    def bmodel(self, cores: int) -> Path:
+        """Where the finished bmodel goes, relative to the output folder."""
+        return self.options.file_name(self.geometry.seq_length, cores)
+
+    def fit_passes(self) -> tuple[str, ...]:
+        """The passes that cleaned the nets, less those whose Top-dialect text this toolchain cannot take."""
+        from graph_passes.framework.registry import unfit
+
+        off = unfit(self.toolchain.version)
+        return tuple(name for name in self.passes if name not in off)
+
+    def drawn_layers(self, count: int) -> tuple[int, ...]:
+        """*count* of the packed layers, drawn at random, the same ones whenever the build is the same."""
+        packed = range(1, self.geometry.layers)
+        digests = self.weights or {net.name: "" for net in self.nets}
+        seed = json.dumps(sorted(digests.items()))
+        return tuple(sorted(random.Random(seed).sample(packed, min(count, len(packed)))))
+
+
+def template_digests(manifest: Manifest) -> dict[NetKind, str]:
+    """Per kind of net, of its weight-free graph and the tables beside it."""
+    tables = sorted(manifest.constants.values())
+    return {
+        NetKind(kind): hashlib.sha256("".join([entry["sha256"], *tables]).encode()).hexdigest()
+        for kind, entry in manifest.templates.items()
+    }
+
+
+def net_digests(manifest: Manifest, digests: Mapping[TensorRef, str]) -> dict[str, str]:
+    """Per net, of the content of all its weights; *digests* are the tensors' own."""
+    texts = {
+        net.name: json.dumps({slot: digests[ref] for slot, ref in net.weights.items()}, sort_keys=True)
+        for net in manifest.nets
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:32] for name, text in texts.items()}
+
+
+def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
+    """Of all files that decide the export, and of the places of the weights (their content is looked at
+    later)."""
+    digests = {
+        f"{which}/{name}": hashlib.sha256(content).hexdigest()
+        for which, files in (("reference", sources.reference), ("patched", sources.patched))
+        for name, content in files.items()
+    }
+    places = []
+    for name, ref in sorted(index.items()):
+        stat = ref.file.stat()
+        places.append(
+            [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
+        )
+    digests["weights"] = hashlib.sha256(json.dumps(places).encode()).hexdigest()
+    return digests
+
+
+@cache
+def code_digest(*names: str) -> str:
+    """Of the code of packages and modules, and data beside it: what changed code made is made anew."""
+    digest = hashlib.sha256()
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        roots = spec.submodule_search_locations
+        files: Iterable[Path] = [Path(spec.origin)]
+        if roots:
+            files = (file for root in roots for file in Path(root).rglob("*"))
+        for file in sorted(files):
+            if file.suffix in (".py", ".json", ".c"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def pass_modules(passes: Sequence[str]) -> tuple[str, ...]:
+    """Where the code of *passes* is: this project's, and other packages' modules."""
+    from graph_passes.framework import registry
+
+    chosen = registry.select(registry.all_passes(), passes)
+    return ("graph_passes", *sorted({type(one).__module__ for one in chosen}))

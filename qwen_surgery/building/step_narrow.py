@@ -1,0 +1,232 @@
+"""Compile a net of the vocabulary (embeddings, lm_head) with a short vocabulary, prove it, widen it.
+
+How and why is in :mod:`qwen_surgery.compiling.narrow`. ``embedding_cache`` is widened as ``embedding`` was
+(:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is compiled at its full
+size, as every other net is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery.building.graph import Cost, Task
+from qwen_surgery.building.inputs import Inputs, code_digest, task_name
+from qwen_surgery.building.sizes import MB, packed_bytes, weights_of
+from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step_prove import load_plan, save_plan
+from qwen_surgery.compiling.one import NetJob, deploy, deploy_args, transform
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.profile import PROFILE, profile_of
+from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.nets import Net, NetKind
+from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.preload import SPARSE_COPIES, c_compiler
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qwen_surgery.compiling.narrow import Steps, Vocabulary
+    from qwen_surgery.exporting.manifest import NetEntry
+    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.proof import Compiled
+    from qwen_surgery.weights import TensorRef
+
+#: Kinds whose weights are a table with a row per token of the vocabulary.
+KINDS = (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE, NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK)
+#: Kind -> the kind that looks up the same table and is widened before it. (For one core: two share the work
+#: of a long input and not of a short one.)
+SAME_TABLE = {NetKind.EMBEDDING_CACHE: NetKind.EMBEDDING}
+#: Tables of fewer weights are compiled as they are: nothing would be saved.
+WORTHWHILE = 1 << 24
+#: What a net leaves for the one with the same table: its narrow bmodel without weights, and the plan of that.
+_NARROW, _NARROW_PLAN = "narrow.bmodel", "narrow"
+
+
+@dataclass(frozen=True)
+class Narrow(Step):
+    """Compile *net* narrow, prove it, then widen it and prove that; or derive the widened net from what the
+    task *like* made, whose net has the same table.
+
+    Leaves the widened bmodel with holes for its weights, its profile and its plan, if there is a way.
+    """
+
+    net: Net
+    cleaned: bool
+    cores: int
+    flags: tuple[str, ...]
+    like: str | None
+    packer: str
+    code: str
+    copies: str
+    export: Path = field(metadata=PLACE)
+    options: CompileOptions = field(metadata=PLACE)
+    toolchain: Toolchain = field(metadata=PLACE)
+    logs: Path = field(metadata=PLACE)
+
+    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+        from qwen_surgery.compiling.narrow import CannotWiden
+        from qwen_surgery.packing.proof import Unproven
+
+        kind = self.net.kind.value
+        try:
+            plan = self._run(needs, work)
+            return {"kind": kind, "widened": True, "weights": plan.weights}
+        except (CannotWiden, Unproven) as error:
+            return {"kind": kind, "widened": False, "reason": str(error)}
+        except ToolFailed as error:
+            if error.signal == 9:  # too little memory now says nothing of the net
+                raise
+            return {"kind": kind, "widened": False, "reason": f"a tool failed: {error.hint}"}
+        finally:
+            for folder in (work / "narrow", work / "wide"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(self, needs: Mapping[str, Path], work: Path) -> Plan:
+        import onnx
+
+        from qwen_surgery.compiling import narrow as narrowing
+        from qwen_surgery.exporting.manifest import Manifest
+        from qwen_surgery.packing.proof import Compiled, prove
+        from qwen_surgery.packing.sibling import hollow
+
+        manifest = Manifest.load(self.export)
+        entry = manifest.net(self.net.name)
+        template = onnx.load(str(self.export / manifest.template_file(entry.kind)))
+        vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, narrowing.sizes_of(template))
+        if vocabulary is None:
+            raise narrowing.CannotWiden("the vocabulary is too small")
+        model = narrowing.narrow_model(template, vocabulary)
+        refs = narrowing.narrow_refs(entry.weights, vocabulary)
+        bmodel, steps = self._compiled(_bound(entry, model, refs, work / "narrow"))
+        compiled = Compiled(bmodel, work / "narrow" / steps.final)
+        proven = prove(compiled, model, refs)
+        plan = None
+        if self.like is not None:
+            try:
+                plan = _derived(compiled, proven, needs[self.like], work)
+            except (narrowing.CannotWiden, Refused) as error:
+                print(f"widened on its own: {error}", flush=True)
+        if plan is None:
+            plan = self._widened(compiled, proven, vocabulary, steps, work)
+        if self.net.kind in SAME_TABLE.values():
+            hollow(bmodel, proven, work / _NARROW)
+            save_plan(work, proven, _NARROW_PLAN)
+        save_plan(work, plan)
+        return plan
+
+    def _compiled(self, file: Path) -> tuple[Path, Steps]:
+        """The narrow net in *file* compiled as any other, and the steps that took."""
+        from qwen_surgery.compiling.narrow import Steps
+
+        job, folder = NetJob(self.net, file, self.cleaned), file.parent
+        transform(job, self.toolchain, folder, self.logs)
+        bmodel, result = deploy(job, self.options, self.cores, self.toolchain, folder, self.logs)
+        return bmodel, Steps.read(result.log.read_text(errors="replace"))
+
+    def _widened(
+        self, compiled: Compiled, proven: Plan, vocabulary: Vocabulary, steps: Steps, work: Path
+    ) -> Plan:
+        """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
+        from qwen_surgery.compiling.narrow import run_steps
+        from qwen_surgery.packing.sibling import hollow
+        from qwen_surgery.packing.widen import widen_plan
+
+        wide, final = work / "wide", compiled.final_mlir
+        log = self.logs / f"{self.net.name}.{self.cores}core.log"
+        probes = run_steps(steps, vocabulary, self.toolchain, final.parent, wide, log, compiled.bmodel.stem)
+        texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
+        made = wide / compiled.bmodel.name
+        plan = widen_plan(proven, vocabulary, texts, made, probes)
+        hollow(made, plan, work / made.name)
+        _keep_profile(made, work)
+        return plan
+
+
+def _bound(entry: NetEntry, model: onnx.ModelProto, refs: dict[str, TensorRef], folder: Path) -> Path:
+    """The narrow net with its weights inside, as a file in *folder*."""
+    import onnx
+
+    from qwen_surgery.exporting.placement import InlinePlacement
+    from qwen_surgery.exporting.template import Template, bind
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{entry.name}.onnx"
+    onnx.save(bind(Template(entry.kind, model), refs, InlinePlacement()), str(file))
+    return file
+
+
+def _derived(compiled: Compiled, proven: Plan, like: Path, work: Path) -> Plan:
+    """Widen the narrow net *compiled* as the one was whose outputs are in *like*."""
+    from qwen_surgery.compiling.narrow import CannotWiden
+    from qwen_surgery.packing.sibling import Corners, widen_like
+
+    wide = next((file for file in like.glob("*.bmodel") if file.name != _NARROW), None)
+    plan = load_plan(like)
+    if wide is None or plan is None:
+        raise CannotWiden("the net with the same table was not widened")
+    if proven != load_plan(like, _NARROW_PLAN):
+        raise CannotWiden("the net with the same table stores the weights differently")
+    bmodel = compiled.bmodel
+    widen_like(Corners(like / _NARROW, wide, bmodel), plan, work / bmodel.name)
+    _keep_profile(bmodel, work)  # looking up rows takes as long in a longer table
+    return plan
+
+
+def _keep_profile(bmodel: Path, work: Path) -> None:
+    if profile_of(bmodel).exists():
+        profile_of(bmodel).replace(work / PROFILE)
+
+
+def worth_narrowing(inputs: Inputs) -> tuple[Net, ...]:
+    """The nets of the vocabulary that are large enough to be worth narrowing."""
+    nets = [net for net in inputs.first_nets if net.kind in KINDS]
+    return tuple(net for net in nets if weights_of(net.kind, inputs.geometry) >= WORTHWHILE)
+
+
+def not_widened(answers: Iterable[Mapping[str, Any]]) -> dict[NetKind, str]:
+    """Kind -> why it must be compiled at its full size, of those that this step said so of."""
+    return {NetKind(said["kind"]): said["reason"] for said in answers if not said["widened"]}
+
+
+def narrow_task(inputs: Inputs, net: Net, cores: int) -> Task:
+    """Compile *net* narrow for *cores*, and widen it."""
+    other = SAME_TABLE.get(net.kind) if cores == 1 else None
+    like = next((task_name("narrow", one.name) for one in worth_narrowing(inputs) if one.kind is other), None)
+    flags = deploy_args(inputs.job(net), inputs.options, cores, inputs.toolchain)
+    return Task(
+        task_name("narrow", net.name, cores),
+        Narrow(
+            net=net,
+            cleaned=bool(inputs.passes),
+            cores=cores,
+            flags=tuple(flags),
+            like=like,
+            packer=code_digest("qwen_surgery.packing"),
+            code=code_digest("qwen_surgery.compiling", __name__),
+            copies=hashlib.sha256(SPARSE_COPIES.read_bytes()).hexdigest(),
+            export=inputs.folder,
+            options=inputs.options,
+            toolchain=inputs.toolchain,
+            logs=inputs.logs,
+        ),
+        inputs.digests(net),
+        needs=(like,) if like else (),
+        cost=_cost(inputs, net, derived=like is not None),
+        keep=True,
+        command="model_deploy " + " ".join(flags) + " (with a short vocabulary, then widened)",
+        expected={"kind": net.kind.value, "widened": True},
+    )
+
+
+def _cost(inputs: Inputs, net: Net, *, derived: bool) -> Cost:
+    """TPU-MLIR copies a net's packed bytes several times over while it writes the bmodel; with a C compiler
+    those copies take next to no memory (``sparse_copies.c``)."""
+    packed = packed_bytes(net.kind, inputs.geometry, inputs.options)
+    copies = 1 if c_compiler() else 4
+    widening = 0.0 if derived else 1.0 + packed * 6e-9
+    return Cost(600 * MB + copies * packed, 2 * packed, 2.0 + widening)
