@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qwen_surgery.building.digests import Identity, tensor_digests
 from qwen_surgery.building.graph import Answer, Done, Expansion, Graph, Task
-from qwen_surgery.building.inputs import Inputs, Verb, net_digests, task_name, template_digests
+from qwen_surgery.building.inputs import Inputs, Verb, task_name
 from qwen_surgery.building.outputs import Outputs
 from qwen_surgery.building.runner import Runner
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_assemble import Previous, assemble_task, compare_task
 from qwen_surgery.building.step_compile import combine_task, compile_tasks
-from qwen_surgery.building.step_narrow import narrow_task, not_widened, worth_narrowing
-from qwen_surgery.building.step_prove import Prove, prove_task, unproven
+from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
+from qwen_surgery.building.step_prove import Prove, prove_task, refused
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
 
 Items = list[Task | Expansion]
+Early = Callable[[], Mapping[Identity, str]]
 
 
 @dataclass
@@ -75,12 +76,15 @@ class Packing:
         """Compile and prove the first net of each kind."""
         narrow = worth_narrowing(self.inputs)
         kinds = frozenset(net.kind for net in narrow)
-        whole = [net for net in self.inputs.nets if net.kind not in kinds]
-        narrowing = [narrow_task(self.inputs, net, cores) for cores in self._cores for net in narrow]
+        layers = (None, 0, *self.compared)
+        whole = [net for net in self.inputs.nets if net.kind not in kinds and net.layer in layers]
+        narrowing = [
+            narrow_task(self.inputs, net, cores) for cores in self.inputs.options.cores for net in narrow
+        ]
         proving = self._prove([net for net in self.inputs.first_nets if net.kind not in kinds])
         return [
             *narrowing,
-            *self._compile([net for net in whole if net.layer in (None, 0, *self.compared)]),
+            *compile_tasks(self.inputs, whole, keep=True),
             *proving,
             Expansion(_names(narrowing), partial(self._narrowed, kinds, _names(proving))),
         ]
@@ -89,39 +93,32 @@ class Packing:
         self, kinds: frozenset[NetKind], proofs: tuple[str, ...], answers: Mapping[str, Answer]
     ) -> Items:
         """The narrow nets are compiled: compile and prove those whole that could not be widened."""
-        failed = not_widened(answer.info for answer in answers.values())
+        failed = refused(answer.info for answer in answers.values())
         for kind, why in failed.items():
             self.say(f"{kind.value}: compiled at its full size, which takes longer ({why})")
         nets = [net for net in self.inputs.first_nets if net.kind in failed]
         proving = self._prove(nets)
         ready = Expansion((*proofs, *_names(proving)), partial(self._proven, kinds - failed.keys()))
-        return [*self._compile(nets), *proving, ready]
+        return [*compile_tasks(self.inputs, nets, keep=True), *proving, ready]
 
     def _proven(self, narrow: Collection[NetKind], answers: Mapping[str, Answer]) -> Items:
         """All is proven that can be: compile every layer of the other kinds, and write the bmodels."""
-        reasons = unproven(answer.info for answer in answers.values())
+        reasons = refused(answer.info for answer in answers.values())
         for kind, why in reasons.items():
             then = "every layer of it is compiled instead" if kind.per_layer else "refit will not be possible"
             self.say(f"{kind.value}: packing is not proven ({why}); {then}")
         compiled = (None, 0, *self.compared)
         rest = [net for net in self.inputs.nets if net.kind in reasons and net.layer not in compiled]
-        items: Items = [*self._compile(rest)]
-        for cores in self._cores:
+        items: Items = [*compile_tasks(self.inputs, rest, keep=True)]
+        for cores in self.inputs.options.cores:
             previous = self.previous.get(self.inputs.bmodel(cores).name)
             items.append(assemble_task(self.inputs, cores, self.config, narrow, reasons, previous))
-            compared = [net for net in self.inputs.nets if net.layer in self.compared]
-            items += [compare_task(self.inputs, net, cores) for net in compared]
+            packed = [net for net in self.inputs.nets if net.layer in self.compared]
+            items += [compare_task(self.inputs, net, cores) for net in packed]
         return items
 
-    @property
-    def _cores(self) -> tuple[int, ...]:
-        return self.inputs.options.cores
-
-    def _compile(self, nets: list[Net]) -> list[Task]:
-        return compile_tasks(self.inputs, nets, keep=True)
-
     def _prove(self, nets: list[Net]) -> list[Task]:
-        return [prove_task(self.inputs, net, cores) for cores in self._cores for net in nets]
+        return [prove_task(self.inputs, net, cores) for cores in self.inputs.options.cores for net in nets]
 
 
 def _names(tasks: list[Task]) -> tuple[str, ...]:
@@ -144,21 +141,18 @@ class Builder:
         if self.pack != running.request.pack:
             running.say("several chips share every net: layers are compiled one by one, not packed")
 
-    def planned_inputs(self, folder: Path, passes: tuple[str, ...]) -> Inputs:
-        """What will be compiled once it is exported into *folder*: right nets and sizes, no digests."""
-        return Inputs(folder, self.geometry, passes, self.options, self.toolchain, self.outputs.logs)
-
-    def inputs(self, folder: Path, early: Mapping[Identity, str]) -> Inputs:
-        """What the exported *folder* holds. Reads the weights once to know what they are, but for those whose
-        digests are in *early*."""
+    def inputs(self, folder: Path, passes: tuple[str, ...], early: Early | None = None) -> Inputs:
+        """The nets in *folder* as what is compiled; without *early*, before they are exported. Reads the
+        weights once to know what they are, but for those whose digests *early* has."""
         from qwen_surgery.exporting.manifest import Manifest
 
+        planned = Inputs(folder, self.geometry, passes, self.options, self.toolchain, self.outputs.logs)
+        if early is None:
+            return planned
         manifest = Manifest.load(folder)
         refs = {ref for net in manifest.nets for ref in net.weights.values()}
-        digests = tensor_digests(refs, self.outputs.digests, self.running.progress, early)
-        planned = self.planned_inputs(folder, manifest.passes)
-        weights, templates = net_digests(manifest, digests), template_digests(manifest)
-        return replace(planned, weights=weights, templates=templates)
+        digests = tensor_digests(refs, self.outputs.digests, self.running.progress, early())
+        return planned.exported(manifest, digests)
 
     def tasks(self, inputs: Inputs, config: Mapping[str, Any], say: Callable[[str], None]) -> Items:
         """Everything behind the export."""
@@ -177,21 +171,14 @@ class Builder:
 
     def make(self, graph: Graph) -> BuildResult:
         """Run *graph* and put the bmodels in their place."""
-        runner = Runner(
-            graph,
-            self.outputs.store,
-            self.outputs.logs,
-            jobs=self.running.jobs,
-            memory=self.running.memory,
-            executor=self.running.executor,
-            watch=self.running.watch,
-            grown=lambda graph: self.outputs.want(graph.keys.values()),
-        )
+        out, run = self.outputs, self.running
+        runner = Runner(graph, out.store, out.logs, run.jobs, run.memory, run.executor, run.watch)
+        runner.grown = lambda grown: out.want(grown.keys.values())
         done, keys = runner.run(), graph.keys
         bmodels = [
-            self.outputs.place(path, keys[task], done[task].info.get("nets", {}), keys.values())
+            out.place(path, keys[task], done[task].info.get("nets", {}), keys.values())
             for task, path in self.bmodels().items()
         ]
         proofs = [name for name, task in graph.tasks.items() if isinstance(task.step, Prove)]
-        unpacked = unproven(done[name].info for name in proofs)
-        return BuildResult(bmodels, done, runner.ran, {kind.value: why for kind, why in unpacked.items()})
+        unpacked = {kind.value: why for kind, why in refused(done[name].info for name in proofs).items()}
+        return BuildResult(bmodels, done, list(runner.progress.states), unpacked)

@@ -51,11 +51,9 @@ def reading_early(refs: Iterable[TensorRef]) -> Iterator[Callable[[], dict[Ident
     """
     stop = threading.Event()
 
-    def read() -> dict[Identity, str]:
-        return {identity(ref): _digest(ref) for ref in takewhile(lambda _: not stop.is_set(), refs)}
-
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read)
+        more = takewhile(lambda _: not stop.is_set(), refs)
+        reading = pool.submit(lambda: {identity(ref): _digest(ref) for ref in more})
 
         def found() -> dict[Identity, str]:
             stop.set()

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,27 +131,19 @@ class Graph:
 
         With *plan*, tasks that are not done count as done, with the answer that is expected of them.
         """
-        grown = False
-        while due := self._next_due(store, plan):
-            expansion, answers = due
-            self._waiting.remove(expansion)
-            self.add(expansion.grow(answers))
-            grown = True
-        return grown
-
-    def _next_due(self, store: Store, plan: bool) -> tuple[Expansion, dict[str, Answer]] | None:
         for expansion in self._waiting:
-            answers = {}
-            for name in expansion.after:
-                answer = store.answer(self.keys[name])
-                if answer is None and plan:
-                    answer = Answer(self.tasks[name].expected, store.folder(self.keys[name]), planned=True)
-                if answer is None:
-                    break
-                answers[name] = answer
-            else:
-                return expansion, answers
-        return None
+            answers = {name: self._answer(name, store, plan) for name in expansion.after}
+            known = {name: answer for name, answer in answers.items() if answer is not None}
+            if len(known) == len(answers):
+                self._waiting.remove(expansion)
+                self.add(expansion.grow(known))
+                self.grow(store, plan=plan)
+                return True
+        return False
+
+    def _answer(self, name: str, store: Store, plan: bool) -> Answer | None:
+        key, expected = self.keys[name], self.tasks[name].expected
+        return store.answer(key) or (Answer(expected, store.folder(key), planned=True) if plan else None)
 
     def users(self, name: str) -> tuple[str, ...]:
         """The tasks that need *name*."""
@@ -159,8 +152,8 @@ class Graph:
     @property
     def targets(self) -> tuple[str, ...]:
         """The tasks whose outputs are wanted: those that no other needs or that expansions wait for."""
-        needed = {need for task in self.tasks.values() for need in task.needs}
-        return tuple(name for name in self.order if name not in needed or name in self.awaited)
+        needed = {need for task in self.tasks.values() for need in task.needs} - self.awaited
+        return tuple(name for name in self.order if name not in needed)
 
     @property
     def awaited(self) -> set[str]:
@@ -267,13 +260,13 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def stale(graph: Graph, store: Store, targets: Iterable[str] | None = None) -> tuple[str, ...]:
-    """The tasks that must run for *targets* (by default those of *graph*) to have their outputs, in order.
+def stale(graph: Graph, store: Store) -> tuple[str, ...]:
+    """The tasks that must run for all that *graph* wants to be there, in order.
 
     A finished task whose outputs were dropped runs again only if a task that must run needs them.
     """
     wanted = set()
-    stack = list(graph.targets if targets is None else targets)
+    stack = list(graph.targets)
     while stack:
         name = stack.pop()
         if name not in wanted and not store.has_outputs(graph.keys[name]):
@@ -288,15 +281,14 @@ def peak_disk(graph: Graph, names: Iterable[str]) -> int:
     Running side by side only brings forward what a task writes; the largest task is added for that.
     """
     todo = list(names)
+    users = Counter(need for name in todo for need in graph.tasks[name].needs)
     held: dict[str, int] = {}
     peak = 0
-    finished: set[str] = set()
     for name in todo:
         held[name] = graph.tasks[name].cost.disk
         peak = max(peak, sum(held.values()))
-        finished.add(name)
         for need in graph.tasks[name].needs:
-            users = [user for user in graph.users(need) if user in todo]
-            if need in held and not graph.tasks[need].keep and all(user in finished for user in users):
-                del held[need]
+            users[need] -= 1
+            if not users[need] and not graph.tasks[need].keep:
+                held.pop(need, None)
     return peak + max((graph.tasks[name].cost.disk for name in todo), default=0)

@@ -6,8 +6,8 @@ import hashlib
 import importlib.util
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -69,12 +69,21 @@ class Inputs:
             "toolchain": self.toolchain.identity,
         }
 
-    def onnx(self, net: Net) -> Path:
-        return self.folder / self.job(net).onnx
-
     def bmodel(self, cores: int) -> Path:
         """Where the finished bmodel goes, relative to the output folder."""
         return self.options.file_name(self.geometry.seq_length, cores)
+
+    def exported(self, manifest: Manifest, digests: Mapping[TensorRef, str]) -> Inputs:
+        """The same with what was exported; *digests* are those of the weights' tensors."""
+        tables = "".join(sorted(manifest.constants.values()))
+        slots = {net.name: {slot: digests[ref] for slot, ref in net.weights.items()} for net in manifest.nets}
+        return replace(
+            self,
+            weights={name: _digest(json.dumps(held, sort_keys=True))[:32] for name, held in slots.items()},
+            templates={
+                NetKind(kind): _digest(entry["sha256"] + tables) for kind, entry in manifest.templates.items()
+            },
+        )
 
     def fit_passes(self) -> tuple[str, ...]:
         """The passes that cleaned the nets, less those whose Top-dialect text this toolchain cannot take."""
@@ -91,22 +100,8 @@ class Inputs:
         return tuple(sorted(random.Random(seed).sample(packed, min(count, len(packed)))))
 
 
-def template_digests(manifest: Manifest) -> dict[NetKind, str]:
-    """Per kind of net, of its weight-free graph and the tables beside it."""
-    tables = sorted(manifest.constants.values())
-    return {
-        NetKind(kind): hashlib.sha256("".join([entry["sha256"], *tables]).encode()).hexdigest()
-        for kind, entry in manifest.templates.items()
-    }
-
-
-def net_digests(manifest: Manifest, digests: Mapping[TensorRef, str]) -> dict[str, str]:
-    """Per net, of the content of all its weights; *digests* are the tensors' own."""
-    texts = {
-        net.name: json.dumps({slot: digests[ref] for slot, ref in net.weights.items()}, sort_keys=True)
-        for net in manifest.nets
-    }
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:32] for name, text in texts.items()}
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
@@ -117,13 +112,12 @@ def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
         for which, files in (("reference", sources.reference), ("patched", sources.patched))
         for name, content in files.items()
     }
-    places = []
-    for name, ref in sorted(index.items()):
-        stat = ref.file.stat()
-        places.append(
-            [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
-        )
-    digests["weights"] = hashlib.sha256(json.dumps(places).encode()).hexdigest()
+    places = [
+        [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
+        for name, ref in sorted(index.items())
+        for stat in [ref.file.stat()]
+    ]
+    digests["weights"] = _digest(json.dumps(places))
     return digests
 
 
@@ -135,10 +129,8 @@ def code_digest(*names: str) -> str:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             continue
-        roots = spec.submodule_search_locations
-        files: Iterable[Path] = [Path(spec.origin)]
-        if roots:
-            files = (file for root in roots for file in Path(root).rglob("*"))
+        file = Path(spec.origin)
+        files = file.parent.rglob("*") if spec.submodule_search_locations else [file]
         for file in sorted(files):
             if file.suffix in (".py", ".json", ".c"):
                 digest.update(file.read_bytes())

@@ -68,13 +68,13 @@ class Outputs:
         """File name -> the bmodel that an earlier build made, where it is still in the store."""
         return {
             name: Previous(self.store.folder(made.key) / name, made.nets)
-            for name, made in self._made().items()
+            for name, made in self._made.items()
             if self.store.has_outputs(made.key)
         }
 
     def want(self, keys: Iterable[str]) -> None:
         """This build asks for the results *keys*: until it is done, no other one retires them."""
-        unfinished = self._wanted()
+        unfinished = self._wanted
         unfinished[self.build] = tuple(sorted({*unfinished.get(self.build, ()), *keys}))
         self.state.mkdir(parents=True, exist_ok=True)
         _write(self._unfinished, unfinished)
@@ -88,22 +88,24 @@ class Outputs:
             if (self.store.folder(key) / name).exists():
                 put(self.store.folder(key) / name, target.with_name(name))
         made = Made(str(path), key, nets, tuple(sorted(keys)))
-        _write(self._finals, {**self._made(), path.name: made})
+        _write(self._finals, {**self._made, path.name: made})
         return target
 
     def retire(self) -> None:
         """The build is done. Forget the results behind bmodels that are gone or were made anew."""
-        finals = {name: made for name, made in self._made().items() if (self.out / made.path).exists()}
-        unfinished = self._wanted()
+        finals = {name: made for name, made in self._made.items() if (self.out / made.path).exists()}
+        unfinished = self._wanted
         unfinished.pop(self.build, None)
         _write(self._finals, finals)
         _write(self._unfinished, unfinished)
         kept = [*(made.keys for made in finals.values()), *unfinished.values()]
         self.store.retire(key for keys in kept for key in keys)
 
+    @property
     def _made(self) -> dict[str, Made]:
         return _read(dict[str, Made], self._finals)
 
+    @property
     def _wanted(self) -> dict[str, tuple[str, ...]]:
         return _read(dict[str, tuple[str, ...]], self._unfinished)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_surgery.building import resources, worker
@@ -50,52 +50,36 @@ class Progress:
         now = time.monotonic()
         left = 0.0
         for state in self.states.values():
-            if state.state == "waiting":
-                left += state.expected * pace
-            elif state.state == "running":
-                left += max(0.0, state.expected * pace - (now - state.started))
+            if state.state in ("waiting", "running"):
+                spent = now - state.started if state.state == "running" else 0.0
+                left += max(0.0, state.expected * pace - spent)
         return left / max(1, self.jobs)
 
 
 Watcher = Callable[[Progress, str], None]
 
 
-def silent(progress: Progress, event: str) -> None:
-    """Watch and say nothing."""
-
-
+@dataclass
 class Runner:
     """Runs the tasks of a graph on an executor, and those that it grows.
 
-    *jobs* bounds how many run at one time; *memory* (bytes) what they may take together by their costs: a
-    task that is larger than all of it runs alone. *executor* is any ``concurrent.futures.Executor``; threads
-    of this process by default. *watch* is called with the progress and what just happened, *grown* with the
+    ``jobs`` bounds how many run at one time; ``memory`` (bytes) what they may take together by their costs:
+    a task that is larger than all of it runs alone. ``executor`` is any of ``concurrent.futures``; threads of
+    this process by default. ``watch`` is called with the progress and what just happened, ``grown`` with the
     graph whenever it has new tasks, before any of them runs.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        store: Store,
-        logs: Path,
-        *,
-        jobs: int,
-        memory: int | None = None,
-        executor: Executor | None = None,
-        watch: Watcher = silent,
-        grown: Callable[[Graph], None] = lambda graph: None,
-    ) -> None:
-        self.graph, self.store, self.logs = graph, store, logs
-        self.jobs = jobs
-        self.memory = int(resources.free_memory() * MEMORY_SHARE) if memory is None else memory
-        self.executor = executor
-        self.watch, self.grown = watch, grown
-        self.progress = Progress({}, jobs)
+    graph: Graph
+    store: Store
+    logs: Path
+    jobs: int
+    memory: int = field(default_factory=lambda: int(resources.free_memory() * MEMORY_SHARE))
+    executor: Executor | None = None
+    watch: Watcher = lambda progress, event: None
+    grown: Callable[[Graph], None] = lambda graph: None
 
-    @property
-    def ran(self) -> list[str]:
-        """The tasks that :meth:`run` had to run."""
-        return list(self.progress.states)
+    def __post_init__(self) -> None:
+        self.progress = Progress({}, self.jobs)
 
     def run(self) -> dict[str, Done]:
         """Bring what the graph wants up to date, and grow it as far as it goes; the record of every task.
@@ -110,9 +94,7 @@ class Runner:
             self._all()
         self._drop_unneeded()
         if self.graph.awaited:
-            raise ToolFailed(
-                f"{self.store.root}: somebody deletes results while the build runs", hint="run it again"
-            )
+            raise ToolFailed(f"{self.store.root}: results vanished meanwhile", hint="run it again")
         found = {name: self.store.done(self.graph.keys[name]) for name in self.graph.order}
         return {name: done for name, done in found.items() if done is not None}
 
@@ -127,9 +109,7 @@ class Runner:
                 states[name] = State(name, self.graph.tasks[name].cost.seconds)
 
     def _all(self) -> None:
-        own = ThreadPoolExecutor(self.jobs) if self.executor is None else None
-        executor = self.executor or own
-        assert executor is not None
+        executor = self.executor or ThreadPoolExecutor(self.jobs)
         running: dict[Future[worker.Ended], str] = {}
         try:
             while any(state.state in ("waiting", "running") for state in self.progress.states.values()):
@@ -148,8 +128,8 @@ class Runner:
             environment.stop_all()
             raise
         finally:
-            if own is not None:
-                own.shutdown(wait=True, cancel_futures=True)
+            if executor is not self.executor:
+                executor.shutdown(wait=True, cancel_futures=True)
 
     def _start_ready(self, executor: Executor, running: dict[Future[worker.Ended], str]) -> None:
         """Start what can start: the longest tasks first, as far as jobs and memory go."""
@@ -176,16 +156,10 @@ class Runner:
         return self.graph.tasks[name].cost.seconds + max((self._tail(user) for user in users), default=0.0)
 
     def _job(self, name: str) -> worker.Job:
-        task = self.graph.tasks[name]
-        return worker.Job(
-            name=name,
-            key=self.graph.keys[name],
-            action=task.step.action,
-            params=encode(task.step),
-            needs={need: self.store.folder(self.graph.keys[need]).absolute() for need in task.needs},
-            store=self.store.root.absolute(),
-            logs=self.logs.absolute(),
-        )
+        task, keys = self.graph.tasks[name], self.graph.keys
+        needs = {need: self.store.folder(keys[need]).absolute() for need in task.needs}
+        store, logs = self.store.root.absolute(), self.logs.absolute()
+        return worker.Job(name, keys[name], task.step.action, encode(task.step), needs, store, logs)
 
     def _finish(self, name: str, future: Future[worker.Ended]) -> None:
         state = self.progress.states[name]

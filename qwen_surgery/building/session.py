@@ -14,7 +14,7 @@ from qwen_surgery.building import resources
 from qwen_surgery.building.display import Display, clock, size
 from qwen_surgery.building.graph import Graph, Store, peak_disk, stale
 from qwen_surgery.building.request import RunRequest
-from qwen_surgery.building.runner import MEMORY_SHARE, Watcher, silent
+from qwen_surgery.building.runner import MEMORY_SHARE, Watcher
 from qwen_surgery.building.step_export import CLEAN, EXPORT
 from qwen_surgery.errors import ToolFailed, Usage
 
@@ -29,7 +29,7 @@ class Running:
     request: RunRequest = field(default_factory=RunRequest)
     executor: Executor | None = None
     workers: int | None = None
-    watch: Watcher = silent
+    watch: Watcher = lambda progress, event: None
     say: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 

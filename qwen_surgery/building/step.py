@@ -17,6 +17,8 @@ from typing import Any
 
 #: Metadata of fields that say where something is or how to run: they don't decide the result.
 PLACE: Mapping[str, Any] = {"place": True}
+Needs = Mapping[str, Path]
+Info = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Step:
     """Base of all steps. The fields of a subclass are its parameters: plain values, paths, enums and
     dataclasses, and tuples and dictionaries of those."""
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> Mapping[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         """Do it, and say something about it in plain JSON, which goes into the task's record.
 
         *needs*: task -> its folder (whose name is the task's key). *work* is an empty folder on the store's

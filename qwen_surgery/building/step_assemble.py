@@ -13,7 +13,7 @@ from qwen_surgery.building import resources
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.sizes import MB, bmodel_bytes, weights_of
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_prove import load_plan
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.errors import ToolFailed
@@ -33,7 +33,7 @@ CREATED = "Thu Jan  1 00:00:00 1970\n"
 @dataclass(frozen=True)
 class Row:
     """A net of the bmodel: the task and file it comes from, its name there, whether its weights are still to
-    be packed, and a digest of them."""
+    be packed, a digest of them, and the task that has the plan of them ('' for none)."""
 
     net: str
     task: str
@@ -41,6 +41,7 @@ class Row:
     source: str
     pack: bool
     weights: str
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,23 @@ class Previous:
 @dataclass(frozen=True)
 class Assemble(Step):
     """Write the bmodel: compiled nets as they are, every other layer packed from its weights; and its side
-    file. *plans*: kind -> the task that has its plan."""
+    file."""
 
     file: str
     nets: tuple[Row, ...]
-    plans: dict[NetKind, str]
     config: dict[str, Any]
     notes: dict[str, str]
     packer: str
     export: Path = field(metadata=PLACE)
     previous: Previous | None = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         from qwen_surgery.exporting.manifest import Manifest
         from qwen_surgery.packing import expand, sidefile
 
         manifest = Manifest.load(self.export)
-        plans = {kind: load_plan(needs[task]) for kind, task in self.plans.items()}
-        signatures = {row.net: self._signature(row, manifest, needs) for row in self.nets}
+        plans = {task: load_plan(needs[task]) for task in {row.plan for row in self.nets} if task}
+        signatures = {row.net: _signature(row, needs) for row in self.nets}
         pieces = [self._piece(row, signatures[row.net], manifest, plans, needs) for row in self.nets]
         target, threads = work / self.file, resources.cores() + 1  # one of them hashes
         written = expand.write(target, pieces, created=CREATED, workers=threads, progress=_say_net)
@@ -82,24 +82,18 @@ class Assemble(Step):
         packed = [piece.name for piece in pieces if piece.pack]
         return {"file": target.name, "size": written.size, "packed": packed, "nets": signatures}
 
-    def _signature(self, row: Row, manifest: Manifest, needs: Mapping[str, Path]) -> str:
-        """Of what decides the net's bytes: the tasks (a folder's name is its task's key) and the weights."""
-        plan = self.plans.get(manifest.net(row.net).kind)
-        keys = [needs[task].name for task in (row.task, plan) if task is not None]
-        return hashlib.sha256(json.dumps([*keys, row.weights]).encode()).hexdigest()[:32]
-
     def _piece(
         self,
         row: Row,
         signature: str,
         manifest: Manifest,
-        plans: Mapping[NetKind, Plan | None],
-        needs: Mapping[str, Path],
+        plans: Mapping[str, Plan | None],
+        needs: Needs,
     ) -> Piece:
         from qwen_surgery.packing.expand import Piece
 
         entry, old = manifest.net(row.net), self.previous
-        plan = plans.get(entry.kind)
+        plan = plans.get(row.plan)
         tensors = entry.weights if plan is not None else None
         if row.pack and old is not None and old.nets.get(row.net) == signature and old.file.is_file():
             return Piece(row.net, old.file, row.net, plan, tensors)
@@ -107,7 +101,7 @@ class Assemble(Step):
             raise RuntimeError(f"{row.net} has no pack plan and was not compiled")
         return Piece(row.net, needs[row.task] / row.file, row.source, plan, tensors, row.pack)
 
-    def _predictions(self, manifest: Manifest, needs: Mapping[str, Path]) -> dict[str, Prediction]:
+    def _predictions(self, manifest: Manifest, needs: Needs) -> dict[str, Prediction]:
         from qwen_surgery.packing.sidefile import Prediction
 
         found: dict[str, Prediction] = {}
@@ -118,6 +112,12 @@ class Assemble(Step):
                 if profile is not None:
                     found[kind] = Prediction(profile.cycles, profile.milliseconds)
         return found
+
+
+def _signature(row: Row, needs: Needs) -> str:
+    """Of what decides the net's bytes: its tasks (a folder's name is its task's key) and its weights."""
+    keys = [needs[task].name for task in (row.task, row.plan) if task]
+    return hashlib.sha256(json.dumps([*keys, row.weights]).encode()).hexdigest()[:32]
 
 
 def _say_net(name: str, done: int, total: int) -> None:
@@ -135,7 +135,7 @@ class Compare(Step):
     compiled: str
     bmodel: str
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         packed, compiled = needs[self.assembled] / self.file, needs[self.compiled] / self.bmodel
         found = differences(packed, self.net, compiled, "")
         if found:
@@ -210,10 +210,6 @@ def assemble_task(
         "runtime": options.runtime or "",
         **{f"unpacked {kind.value}": why for kind, why in unproven.items()},
     }
-    plans = {
-        net.kind: task_name("narrow" if net.kind in narrow else "prove", net.name, cores)
-        for net in inputs.first_nets
-    }
     rows = _rows(inputs, cores, narrow, unproven)
     packer = code_digest("qwen_surgery.packing")
     packed = sum(row.pack for row in rows) // 2
@@ -221,8 +217,8 @@ def assemble_task(
     total = bmodel_bytes(inputs.geometry, options)
     return Task(
         task_name("assemble", file),
-        Assemble(file, rows, plans, dict(config), notes, packer, inputs.folder, previous),
-        needs=tuple(sorted({row.task for row in rows} | set(plans.values()))),
+        Assemble(file, rows, dict(config), notes, packer, inputs.folder, previous),
+        needs=tuple(sorted({task for row in rows for task in (row.task, row.plan) if task})),
         cost=Cost(600 * MB, total, 0.5 + weights * 1.5e-8 + total / 1e9),
         keep=True,
         command=f"pack {packed} layers and write {file}",
@@ -240,7 +236,9 @@ def _rows(
         source = net if compiled else first[net.kind]
         task = task_name("narrow" if widened else "deploy", source.name, cores)
         file, digest = inputs.job(source).bmodel(cores), inputs.weights.get(net.name, "")
-        rows.append(Row(net.name, task, file, source.name, widened or not compiled, digest))
+        proof = "" if net.kind.chooses else first[net.kind].name
+        plan = proof and task_name("narrow" if widened else "prove", proof, cores)
+        rows.append(Row(net.name, task, file, source.name, widened or not compiled, digest, plan))
     return tuple(rows)
 
 

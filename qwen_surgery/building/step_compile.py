@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, pass_modules, task_name
 from qwen_surgery.building.sizes import MB, bmodel_bytes, packed_bytes, weights_of
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.compiling.one import NetJob, combine, deploy, deploy_args, transform, transform_args
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.compiling.profile import PROFILE, profile_of
@@ -44,28 +44,22 @@ class Transform(NetStep):
     """ONNX to Top dialect, then the passes on the Top dialect's text. The preflight lint comes first: an
     export that was not cleaned has not been through it."""
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         import onnx
 
+        from graph_passes.mlir import apply
         from qwen_surgery.cleaning import refuse_unfit
 
         refuse_unfit(onnx.load(str(self.onnx), load_external_data=False), self.net.name)
         result = transform(self.job, self.toolchain, work, self.logs)
+        sites: dict[str, int] = {}
         # Heads end in TopK, whose two results the passes' reader does not take; no pass has work there.
-        passes = self.passes if self.net.kind.per_layer else ()
-        sites = apply_mlir_passes(work / self.job.mlir, passes)
+        if self.passes and self.net.kind.per_layer:
+            mlir = work / self.job.mlir
+            text, reports = apply(mlir.read_text(), list(self.passes))
+            mlir.write_text(text)
+            sites = {report.name: len(report.sites) for report in reports if report.sites}
         return {"command": list(result.command), "mlir_passes": sites}
-
-
-def apply_mlir_passes(mlir: Path, passes: Sequence[str]) -> dict[str, int]:
-    """Run those of *passes* that work on the Top dialect over the file *mlir*; pass -> rewritten sites."""
-    if not passes:
-        return {}
-    from graph_passes.mlir import apply
-
-    text, reports = apply(mlir.read_text(), list(passes))
-    mlir.write_text(text)
-    return {report.name: len(report.sites) for report in reports if report.sites}
 
 
 @dataclass(frozen=True)
@@ -77,28 +71,36 @@ class Deploy(NetStep):
     flags: tuple[str, ...]
     options: CompileOptions = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
-        with TemporaryDirectory(prefix="qwen-surgery-", dir=_scratch(self.net.kind, work)) as folder:
-            scratch = Path(folder)
+    def run(self, needs: Needs, work: Path) -> Info:
+        with _scratch(self.net.kind, work) as scratch:
             for entry in needs[task_name("transform", self.net.name)].iterdir():
                 (scratch / entry.name).symlink_to(entry)
             bmodel, result = deploy(self.job, self.options, self.cores, self.toolchain, scratch, self.logs)
             final = max(scratch.glob("*_final.mlir"), key=lambda path: path.stat().st_mtime)
-            shutil.move(bmodel, work / bmodel.name)
-            shutil.move(final, work / FINAL_MLIR)
-            if profile_of(bmodel).exists():
-                shutil.move(profile_of(bmodel), work / PROFILE)
+            kept = {bmodel: bmodel.name, final: FINAL_MLIR, profile_of(bmodel): PROFILE}
+            for file in list(scratch.iterdir()):
+                if file in kept:
+                    shutil.move(file, work / kept[file])
+                elif file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
         return {"command": list(result.command), "bmodel": bmodel.name}
 
 
-def _scratch(kind: NetKind, work: Path) -> Path | None:
-    """Where to run model_deploy: in *work*, or (None) where temporary files go.
+@contextmanager
+def _scratch(kind: NetKind, work: Path) -> Iterator[Path]:
+    """Where to run model_deploy: in *work*, but for heads.
 
     TPU-MLIR leaves a byte of padding unset in what it writes of a head, and which value it has depends on how
     long the path of its folder is (12 of 12 equal with one length, 8 of 10 with ten). So heads, which are
     small, are compiled where the path always has the same length.
     """
-    return None if kind.chooses else work
+    if not kind.chooses:
+        yield work
+        return
+    with TemporaryDirectory(prefix="qwen-surgery-") as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Combine(Step):
     toolchain: Toolchain = field(metadata=PLACE)
     logs: Path = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         files = [needs[part.task] / part.file for part in self.parts]
         combine(files, work / self.file, self.toolchain, self.logs)
         return {"file": self.file}
@@ -136,7 +138,7 @@ def compile_tasks(inputs: Inputs, nets: Sequence[Net], *, keep: bool) -> list[Ta
 def _common(inputs: Inputs, net: Net) -> tuple[Net, tuple[str, ...], str, Path, Toolchain, Path]:
     """The fields of :class:`NetStep`."""
     code = code_digest("qwen_surgery.compiling", *pass_modules(inputs.passes))
-    return net, inputs.fit_passes(), code, inputs.onnx(net), inputs.toolchain, inputs.logs
+    return net, inputs.fit_passes(), code, inputs.folder / f"{net.name}.onnx", inputs.toolchain, inputs.logs
 
 
 def _transform_task(inputs: Inputs, net: Net) -> Task:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qwen_surgery import __version__
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import code_digest, pass_modules
 from qwen_surgery.building.request import BuildRequest
 from qwen_surgery.building.sizes import MB
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.nets import Geometry
 
 EXPORT, CLEAN = "export", "clean"
@@ -32,7 +31,7 @@ class Export(Step):
     checkout: Path = field(metadata=PLACE)
     trust_remote_code: bool = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         from qwen_surgery.checkout import Checkout
         from qwen_surgery.exporting.export import export
         from qwen_surgery.weights import WeightIndex
@@ -57,7 +56,7 @@ class Clean(Step):
     version: str
     code: str
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         from qwen_surgery.cleaning import clean_export
 
         cleaning = clean_export(needs[EXPORT] / ONNX, work / ONNX, passes=self.passes, check="each")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.sizes import MB, packed_bytes, weights_of
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_prove import load_plan, save_plan
 from qwen_surgery.compiling.one import NetJob, deploy, deploy_args, transform
 from qwen_surgery.compiling.options import CompileOptions
@@ -60,7 +59,6 @@ class Narrow(Step):
     cores: int
     flags: tuple[str, ...]
     like: str | None
-    packer: str
     code: str
     copies: str
     export: Path = field(metadata=PLACE)
@@ -68,25 +66,25 @@ class Narrow(Step):
     toolchain: Toolchain = field(metadata=PLACE)
     logs: Path = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         from qwen_surgery.compiling.narrow import CannotWiden
         from qwen_surgery.packing.proof import Unproven
 
-        kind = self.net.kind.value
+        reason = ""
         try:
-            plan = self._run(needs, work)
-            return {"kind": kind, "widened": True, "weights": plan.weights}
+            self._run(needs, work)
         except (CannotWiden, Unproven) as error:
-            return {"kind": kind, "widened": False, "reason": str(error)}
+            reason = str(error)
         except ToolFailed as error:
             if error.signal == 9:  # too little memory now says nothing of the net
                 raise
-            return {"kind": kind, "widened": False, "reason": f"a tool failed: {error.hint}"}
+            reason = f"a tool failed: {error.hint}"
         finally:
             for folder in (work / "narrow", work / "wide"):
                 shutil.rmtree(folder, ignore_errors=True)
+        return {"kind": self.net.kind.value, "reason": reason}
 
-    def _run(self, needs: Mapping[str, Path], work: Path) -> Plan:
+    def _run(self, needs: Needs, work: Path) -> None:
         import onnx
 
         from qwen_surgery.compiling import narrow as narrowing
@@ -117,7 +115,6 @@ class Narrow(Step):
             hollow(bmodel, proven, work / _NARROW)
             save_plan(work, proven, _NARROW_PLAN)
         save_plan(work, plan)
-        return plan
 
     def _compiled(self, file: Path) -> tuple[Path, Steps]:
         """The narrow net in *file* compiled as any other, and the steps that took."""
@@ -188,11 +185,6 @@ def worth_narrowing(inputs: Inputs) -> tuple[Net, ...]:
     return tuple(net for net in nets if weights_of(net.kind, inputs.geometry) >= WORTHWHILE)
 
 
-def not_widened(answers: Iterable[Mapping[str, Any]]) -> dict[NetKind, str]:
-    """Kind -> why it must be compiled at its full size, of those that this step said so of."""
-    return {NetKind(said["kind"]): said["reason"] for said in answers if not said["widened"]}
-
-
 def narrow_task(inputs: Inputs, net: Net, cores: int) -> Task:
     """Compile *net* narrow for *cores*, and widen it."""
     other = SAME_TABLE.get(net.kind) if cores == 1 else None
@@ -206,8 +198,7 @@ def narrow_task(inputs: Inputs, net: Net, cores: int) -> Task:
             cores=cores,
             flags=tuple(flags),
             like=like,
-            packer=code_digest("qwen_surgery.packing"),
-            code=code_digest("qwen_surgery.compiling", __name__),
+            code=code_digest("qwen_surgery.compiling", "qwen_surgery.packing", __name__),
             copies=hashlib.sha256(SPARSE_COPIES.read_bytes()).hexdigest(),
             export=inputs.folder,
             options=inputs.options,
@@ -219,7 +210,7 @@ def narrow_task(inputs: Inputs, net: Net, cores: int) -> Task:
         cost=_cost(inputs, net, derived=like is not None),
         keep=True,
         command="model_deploy " + " ".join(flags) + " (with a short vocabulary, then widened)",
-        expected={"kind": net.kind.value, "widened": True},
+        expected={"kind": net.kind.value, "reason": ""},
     )
 
 

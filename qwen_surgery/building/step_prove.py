@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.sizes import MB, weights_of
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_compile import FINAL_MLIR
 from qwen_surgery.nets import Net, NetKind
 
@@ -29,7 +29,7 @@ class Prove(Step):
     packer: str
     export: Path = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         import onnx
 
         from qwen_surgery.exporting.manifest import Manifest
@@ -42,9 +42,9 @@ class Prove(Step):
         try:
             plan = prove(Compiled(compiled / self.bmodel, compiled / FINAL_MLIR), template, entry.weights)
         except Unproven as error:
-            return {"kind": entry.kind.value, "proven": False, "reason": str(error)}
+            return {"kind": entry.kind.value, "reason": str(error)}
         save_plan(work, plan)
-        return {"kind": entry.kind.value, "proven": True, "weights": plan.weights}
+        return {"kind": entry.kind.value, "reason": "", "weights": plan.weights}
 
 
 def save_plan(folder: Path, plan: Plan, name: str = "plan") -> None:
@@ -60,9 +60,9 @@ def load_plan(folder: Path, name: str = "plan") -> Plan | None:
     return Plan.from_json(json.loads(file.read_text())) if file.exists() else None
 
 
-def unproven(answers: Iterable[Mapping[str, Any]]) -> dict[NetKind, str]:
-    """Kind -> why its nets cannot be packed, of those that proofs said so of."""
-    return {NetKind(said["kind"]): said["reason"] for said in answers if not said["proven"]}
+def refused(answers: Iterable[Mapping[str, Any]]) -> dict[NetKind, str]:
+    """Kind -> why it cannot be packed (or, compiled narrow, be widened), of those that proofs said so of."""
+    return {NetKind(said["kind"]): said["reason"] for said in answers if said["reason"]}
 
 
 def prove_task(inputs: Inputs, net: Net, cores: int) -> Task:
@@ -77,5 +77,5 @@ def prove_task(inputs: Inputs, net: Net, cores: int) -> Task:
         cost=Cost(200 * MB + 14 * count, 1 * MB, 0.5 + count * 5e-8),
         keep=True,
         command=f"pack {net.name} and compare every byte with TPU-MLIR's",
-        expected={"kind": net.kind.value, "proven": True},
+        expected={"kind": net.kind.value, "reason": ""},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.request import BuildRequest
 from qwen_surgery.building.sizes import MB, weights_of
-from qwen_surgery.building.step import PLACE, Step
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_export import ONNX
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.errors import Usage
@@ -52,7 +51,7 @@ class Verify(Step):
     trust_remote_code: bool = field(metadata=PLACE)
     toolchain: str | None = field(metadata=PLACE)
 
-    def run(self, needs: Mapping[str, Path], work: Path) -> dict[str, Any]:
+    def run(self, needs: Needs, work: Path) -> Info:
         bmodel = needs[self.made] / self.file
         if self.depth == "contract":
             report = self._contract(bmodel)

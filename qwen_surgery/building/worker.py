@@ -40,10 +40,6 @@ class Job:
     store: Path
     logs: Path
 
-    @property
-    def log(self) -> Path:
-        return self.logs / f"{self.name.replace(':', '.')}.log"
-
 
 @dataclass(frozen=True)
 class Failure:
@@ -57,10 +53,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception, task: str) -> Failure:
-        if isinstance(error, ToolFailed):
-            return cls("ToolFailed", str(error), error.hint, error.log_tail, error.signal)
         if isinstance(error, SurgeryError):
-            return cls(type(error).__name__, str(error), error.hint)
+            tail, signal = getattr(error, "log_tail", ""), getattr(error, "signal", None)
+            return cls(type(error).__name__, str(error), error.hint, tail, signal)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             return cls("ToolFailed", f"{task}: {where}{error.strerror or error}")
@@ -105,20 +100,20 @@ def run(job: Job) -> Ended:
 
 def _child(job: Job, work: Path, description: Path, result: Path) -> Ended:
     """Run :func:`main` in a child process. One that dies without an answer gets one here."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
+    log = job.logs / f"{job.name.replace(':', '.')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "qwen_surgery.building.worker", str(work), str(description), str(result)]
-    with job.log.open("wb") as stream:
+    with log.open("wb") as stream:
         status, peak = run_guarded(command, work, env, stream.fileno())
     if result.exists():
         ended: Ended = decode(Ended, json.loads(result.read_text()))
         return Ended(max(peak, ended.peak_rss), ended.info, ended.failure)
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    hint = f"log: {job.log}"
-    if status == -9:
-        hint = "signal 9 often means the machine ran out of memory: fewer --jobs need less"
+    memory = "signal 9 often means the machine ran out of memory: fewer --jobs need less"
+    hint = memory if status == -9 else f"log: {log}"
     signal = -status if status < 0 else None
-    return Ended(peak, failure=Failure("ToolFailed", f"{job.name} {how}", hint, log_tail(job.log), signal))
+    return Ended(peak, failure=Failure("ToolFailed", f"{job.name} {how}", hint, log_tail(log), signal))
 
 
 def main(work: str, description: str, result: str) -> int:

@@ -32,9 +32,9 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
     options = options_from(given, name)
     request = CompileRequest(onnx_dir, out, options, given["toolchain"], RunRequest.of(given))
     if given["dry_run"]:
-        session.show_plan(build.plan_compile(request), given["as_json"])
+        session.show_plan(build.plan(request), given["as_json"])
         return
-    result = build.compile_exported(request)
+    result = build.build(request)
     if given["as_json"]:
         console.print_json(
             {
