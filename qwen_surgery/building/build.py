@@ -14,12 +14,12 @@ from qwen_surgery.building.digests import reading_early
 from qwen_surgery.building.graph import Answer, Expansion, Graph, Task, peak_disk, stale
 from qwen_surgery.building.inputs import source_digests
 from qwen_surgery.building.request import BuildRequest, CompileRequest
-from qwen_surgery.building.resources import require_disk
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
 from qwen_surgery.compiling.options import refuse_uncleaned
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def build(request: BuildRequest | CompileRequest) -> BuildResult:
             new = bool(stale(opened.graph(), outputs.store))
             if new:
                 graph = opened.planned()
-                require_disk(outputs.state, peak_disk(graph, graph.order))
+                require_disk(outputs.state, peak_disk(graph, graph.order), "the build")
             with reading_early(opened.weights if new else ()) as early:
                 graph = opened.graph(early, running.say)
                 result = opened.builder.make(graph)

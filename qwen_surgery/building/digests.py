@@ -18,9 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from qwen_surgery.atomic import write_whole
 from qwen_surgery.building.resources import cores
 from qwen_surgery.building.step import decode, encode
+from qwen_surgery.files import write_whole
 
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen_surgery.atomic import write_whole
 from qwen_surgery.building.graph import Store
 from qwen_surgery.building.step import decode, encode
 from qwen_surgery.building.step_assemble import Previous
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import put, write_whole
 
 STATE = ".build"
 SIDE = ".side.json"
@@ -121,16 +119,3 @@ def _read(kind: type[dict[str, Value]], file: Path) -> dict[str, Value]:
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(encode(data)).encode())
-
-
-def put(source: Path, target: Path) -> None:
-    """Make *target* the file *source*, in one step; nothing happens when it is already."""
-    if target.exists() and target.samefile(source):
-        return
-    temporary = target.with_name(f".{target.name}.part")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)

@@ -1,12 +1,9 @@
-"""What this machine has free for a build: cores, memory, disk."""
+"""What this machine has free for a build: cores and memory."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
-
-from qwen_surgery.errors import ToolFailed
 
 
 def cores() -> int:
@@ -35,13 +32,3 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return max(free, 0)
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    """Raise :class:`ToolFailed` when the disk of *folder* has less than *needed* bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ToolFailed(
-            f"the build needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free",
-            hint="free some space or choose another --out",
-        )

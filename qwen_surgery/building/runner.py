@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qwen_surgery.building import resources, worker
 from qwen_surgery.building.graph import Done, Graph, Store, peak_disk, stale
-from qwen_surgery.building.resources import require_disk
 from qwen_surgery.building.step import encode
 from qwen_surgery.errors import ToolFailed
+from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import environment
 
 #: Share of the free memory that is planned with.
@@ -102,7 +102,7 @@ class Runner:
         """Plan to run what the graph, as large as it is by now, needs to have run."""
         self.grown(self.graph)
         todo = stale(self.graph, self.store)
-        require_disk(self.store.root, peak_disk(self.graph, todo))
+        require_disk(self.store.root, peak_disk(self.graph, todo), "the build")
         states = self.progress.states
         for name in todo:
             if name not in states or states[name].state == "done":  # done, but its outputs are gone already

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_surgery.atomic import write_whole
 from qwen_surgery.building.graph import Store
 from qwen_surgery.building.step import decode, encode, load
 from qwen_surgery.errors import Missed, Refused, SurgeryError, ToolFailed, Usage
+from qwen_surgery.files import write_whole
 from qwen_surgery.toolchain.environment import log_tail, run_guarded
 
 _ERRORS = {error.__name__: error for error in (Missed, Refused, Usage)}

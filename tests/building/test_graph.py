@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from qwen_surgery.building.graph import DONE, Answer, Cost, Expansion, Graph, Store, Task, peak_disk, stale
-from qwen_surgery.building.resources import require_disk
 from qwen_surgery.building.runner import Progress, Runner
 from qwen_surgery.building.step import Step
 from qwen_surgery.errors import Refused, SurgeryError, ToolFailed
+from qwen_surgery.files import require_disk
 from tests.building.actions import Crash, Die, Fail, Overlap, Refuse, Write
 
 
