@@ -18,10 +18,10 @@ from qwen_surgery.building.step_prove import load_plan
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
-from qwen_surgery.packing.container import Bmodel, Region, regions
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.packing.container import Bmodel, Region
     from qwen_surgery.packing.expand import Piece
     from qwen_surgery.packing.plans import Plan
     from qwen_surgery.packing.sidefile import Prediction
@@ -153,6 +153,8 @@ def differences(left: Path, left_net: str, right: Path, right_net: str) -> list[
     description, but for where regions start and for the net's name. The dynamic IR of ``--dynamic`` nets may
     differ in a few bytes: model_deploy writes uninitialised memory there, other bytes in each run on one net.
     """
+    from qwen_surgery.packing.container import Bmodel, Region, regions
+
     with Bmodel(left) as a, Bmodel(right) as b:
         one, other = a.net(left_net), b.net(right_net)
         mine, theirs = list(regions(one, "Net")), list(regions(other, "Net"))
@@ -163,16 +165,15 @@ def differences(left: Path, left_net: str, right: Path, right_net: str) -> list[
         for index, (x, y) in enumerate(zip(mine, theirs, strict=True)):
             if x["size"] != y["size"]:
                 found.append(f"region {index} has {x['size']} and {y['size']} bytes")
-            elif not _equal(a, x, b, y, stray=x is dynamic_ir):
+            elif not _equal(a, Region.of(x), b, Region.of(y), stray=x is dynamic_ir):
                 found.append(f"the {x['size']} bytes of region {index} differ")
         if _plain(one) != _plain(other):
             found.append("the descriptions of the net differ")
         return found
 
 
-def _equal(a: Bmodel, x: dict[str, int], b: Bmodel, y: dict[str, int], *, stray: bool) -> bool:
+def _equal(a: Bmodel, one: Region, b: Bmodel, other: Region, *, stray: bool) -> bool:
     """Whether two regions of one size hold the same bytes; with *stray* one byte in fifty may differ."""
-    one, other = Region.of(x), Region.of(y)
     if a.sha256(one) == b.sha256(other):
         return True
     if not stray:
