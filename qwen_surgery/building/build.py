@@ -31,8 +31,7 @@ class Opened:
     """A build that has been checked; nothing has run.
 
     The tasks ``exporting`` leave exported folders, of which the last is compiled; where there are none,
-    ``folder`` is. ``passes`` clean it. ``config`` is the unpatched config.json, ``weights`` is what the
-    checkpoint holds.
+    ``folder`` is. ``passes`` clean it. ``config`` is the unpatched config.json, ``weights`` are all tensors.
     """
 
     builder: Builder

@@ -15,7 +15,7 @@ from qwen_surgery.building.inputs import Inputs, Verb, task_name
 from qwen_surgery.building.outputs import Outputs
 from qwen_surgery.building.runner import Runner
 from qwen_surgery.building.session import Running
-from qwen_surgery.building.step_assemble import Previous, assemble_task, compare_task
+from qwen_surgery.building.step_assemble import Previous, assemble_task, compare_task, signatures
 from qwen_surgery.building.step_compile import combine_task, compile_tasks
 from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
 from qwen_surgery.building.step_prove import Prove, prove_task, refused
@@ -163,8 +163,7 @@ class Builder:
         return Packing(inputs, config, self.outputs.previous(), layers, say).tasks()
 
     def bmodels(self) -> dict[str, Path]:
-        """The tasks that make bmodels, in the order of core counts, and where these go under the output
-        folder."""
+        """The tasks that make bmodels, by core count, and where in the output folder these go."""
         verb: Verb = "assemble" if self.pack else "combine"
         files = [self.options.file_name(self.geometry.seq_length, cores) for cores in self.options.cores]
         return {task_name(verb, file.name): file for file in files}
@@ -176,7 +175,7 @@ class Builder:
         runner.grown = lambda grown: out.want(grown.keys.values())
         done, keys = runner.run(), graph.keys
         bmodels = [
-            out.place(path, keys[task], done[task].info.get("nets", {}), keys.values())
+            out.place(path, keys[task], signatures(done[task].info), keys.values())
             for task, path in self.bmodels().items()
         ]
         proofs = [name for name, task in graph.tasks.items() if isinstance(task.step, Prove)]

@@ -105,8 +105,7 @@ def _digest(text: str) -> str:
 
 
 def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
-    """Of all files that decide the export, and of the places of the weights (their content is looked at
-    later)."""
+    """Of all files that decide the export, and of where the weights are (their content is read later)."""
     digests = {
         f"{which}/{name}": hashlib.sha256(content).hexdigest()
         for which, files in (("reference", sources.reference), ("patched", sources.patched))

@@ -23,8 +23,7 @@ TICK = 0.25
 
 @dataclass
 class State:
-    """One task's place in a run: ``state`` is ``waiting``, ``running``, ``done`` or ``failed``, ``expected``
-    estimates its seconds."""
+    """How a task stands: ``waiting``, ``running``, ``done`` or ``failed``; ``expected`` are seconds."""
 
     name: str
     expected: float = 1.0

@@ -1,8 +1,7 @@
 """How large nets are: weights, and bytes once compiled. The steps' costs are made of these.
 
-Costs were fitted to runs of TPU-MLIR 1.30.2 on a 2-core machine (``benchmarks/build.py``). They only order
-tasks, bound how many run side by side and feed the plan's figures: a wrong one costs time, never a wrong
-result.
+Costs were fitted to runs of TPU-MLIR 1.30.2 on a 2-core machine (``benchmarks/build.py``). They order tasks,
+bound how many run side by side and feed the plan's figures: a wrong one costs time, and nothing else.
 """
 
 from __future__ import annotations

@@ -69,8 +69,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """The value of type *kind* that :func:`encode` made *value* of. Raises TypeError or ValueError when it
-    cannot be one."""
+    """The value of type *kind* that :func:`encode` made *value* of.
+
+    Raises TypeError, ValueError or AttributeError for a *value* that it cannot have made.
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (kind,) = (one for one in inner if one is not types.NoneType)

@@ -54,8 +54,7 @@ class Previous:
 
 @dataclass(frozen=True)
 class Assemble(Step):
-    """Write the bmodel: compiled nets as they are, every other layer packed from its weights; and its side
-    file."""
+    """Write the bmodel and its side file: compiled nets as they are, all others packed from their weights."""
 
     file: str
     nets: tuple[Row, ...]
@@ -71,8 +70,8 @@ class Assemble(Step):
 
         manifest = Manifest.load(self.export)
         plans = {task: load_plan(needs[task]) for task in {row.plan for row in self.nets} if task}
-        signatures = {row.net: _signature(row, needs) for row in self.nets}
-        pieces = [self._piece(row, signatures[row.net], manifest, plans, needs) for row in self.nets]
+        signed = {row.net: _signature(row, needs) for row in self.nets}
+        pieces = [self._piece(row, signed[row.net], manifest, plans, needs) for row in self.nets]
         target, threads = work / self.file, resources.cores() + 1  # one of them hashes
         written = expand.write(target, pieces, created=CREATED, workers=threads, progress=_say_net)
         found = self._predictions(manifest, needs)
@@ -80,7 +79,7 @@ class Assemble(Step):
             target, pieces, manifest.geometry, self.config, predictions=found, notes=self.notes
         ).save(target)
         packed = [piece.name for piece in pieces if piece.pack]
-        return {"file": target.name, "size": written.size, "packed": packed, "nets": signatures}
+        return {"file": target.name, "size": written.size, "packed": packed, "nets": signed}
 
     def _piece(
         self,
@@ -118,6 +117,11 @@ def _signature(row: Row, needs: Needs) -> str:
     """Of what decides the net's bytes: its tasks (a folder's name is its task's key) and its weights."""
     keys = [needs[task].name for task in (row.task, row.plan) if task]
     return hashlib.sha256(json.dumps([*keys, row.weights]).encode()).hexdigest()[:32]
+
+
+def signatures(info: Info) -> dict[str, str]:
+    """Net -> signature of a bmodel, from the record of the task that made it; none of a combined one."""
+    return dict(info.get("nets", {}))
 
 
 def _say_net(name: str, done: int, total: int) -> None:

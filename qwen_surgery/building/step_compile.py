@@ -64,8 +64,7 @@ class Transform(NetStep):
 
 @dataclass(frozen=True)
 class Deploy(NetStep):
-    """Top dialect to bmodel. Of what the compiler leaves, the bmodel, the final text and the cycle prediction
-    stay."""
+    """Top dialect to bmodel. The bmodel, the final text and the cycle prediction stay, the rest goes."""
 
     cores: int
     flags: tuple[str, ...]

@@ -75,8 +75,7 @@ def export_tasks(
     *,
     fused_head: bool,
 ) -> list[Task]:
-    """The export, and cleaning it unless there are no *passes*. *digests* are those of
-    :func:`~.inputs.source_digests`."""
+    """The export, and cleaning it unless there are no *passes*. *digests* are the sources'."""
     length, checkout = geometry.seq_length, request.checkout
     code = code_digest("qwen_surgery.exporting", "qwen_surgery.cleaning", *pass_modules(passes))
     tables = 8 * length * geometry.head_dim * (2 * geometry.layers + 4)

@@ -17,7 +17,7 @@ from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.sizes import MB, packed_bytes, weights_of
 from qwen_surgery.building.step import PLACE, Info, Needs, Step
-from qwen_surgery.building.step_prove import load_plan, save_plan
+from qwen_surgery.building.step_prove import finding, load_plan, save_plan
 from qwen_surgery.compiling.one import NetJob, deploy, deploy_args, transform
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.compiling.profile import PROFILE, profile_of
@@ -51,7 +51,7 @@ class Narrow(Step):
     """Compile *net* narrow, prove it, then widen it and prove that; or derive the widened net from what the
     task *like* made, whose net has the same table.
 
-    Leaves the widened bmodel with holes for its weights, its profile and its plan, if there is a way.
+    Leaves the widened bmodel with holes for its weights, its profile and its plan, or finds why it cannot.
     """
 
     net: Net
@@ -82,7 +82,7 @@ class Narrow(Step):
         finally:
             for folder in (work / "narrow", work / "wide"):
                 shutil.rmtree(folder, ignore_errors=True)
-        return {"kind": self.net.kind.value, "reason": reason}
+        return finding(self.net.kind, reason)
 
     def _run(self, needs: Needs, work: Path) -> None:
         import onnx
@@ -210,7 +210,7 @@ def narrow_task(inputs: Inputs, net: Net, cores: int) -> Task:
         cost=_cost(inputs, net, derived=like is not None),
         keep=True,
         command="model_deploy " + " ".join(flags) + " (with a short vocabulary, then widened)",
-        expected={"kind": net.kind.value, "reason": ""},
+        expected=finding(net.kind),
     )
 
 

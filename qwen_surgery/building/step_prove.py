@@ -42,9 +42,9 @@ class Prove(Step):
         try:
             plan = prove(Compiled(compiled / self.bmodel, compiled / FINAL_MLIR), template, entry.weights)
         except Unproven as error:
-            return {"kind": entry.kind.value, "reason": str(error)}
+            return finding(entry.kind, str(error))
         save_plan(work, plan)
-        return {"kind": entry.kind.value, "reason": "", "weights": plan.weights}
+        return finding(entry.kind)
 
 
 def save_plan(folder: Path, plan: Plan, name: str = "plan") -> None:
@@ -60,8 +60,13 @@ def load_plan(folder: Path, name: str = "plan") -> Plan | None:
     return Plan.from_json(json.loads(file.read_text())) if file.exists() else None
 
 
+def finding(kind: NetKind, reason: str = "") -> Info:
+    """What a proof says: whether *kind* can be packed, and why not."""
+    return {"kind": kind.value, "reason": reason}
+
+
 def refused(answers: Iterable[Mapping[str, Any]]) -> dict[NetKind, str]:
-    """Kind -> why it cannot be packed (or, compiled narrow, be widened), of those that proofs said so of."""
+    """Kind -> why it cannot be packed, of those that findings say so of."""
     return {NetKind(said["kind"]): said["reason"] for said in answers if said["reason"]}
 
 
@@ -77,5 +82,5 @@ def prove_task(inputs: Inputs, net: Net, cores: int) -> Task:
         cost=Cost(200 * MB + 14 * count, 1 * MB, 0.5 + count * 5e-8),
         keep=True,
         command=f"pack {net.name} and compare every byte with TPU-MLIR's",
-        expected={"kind": net.kind.value, "reason": ""},
+        expected=finding(net.kind),
     )

@@ -11,8 +11,9 @@ from qwen_surgery.building.builder import Packing
 from qwen_surgery.building.graph import Graph, Store
 from qwen_surgery.building.inputs import Inputs
 from qwen_surgery.building.step_assemble import Assemble, Row
+from qwen_surgery.building.step_prove import finding
 from qwen_surgery.compiling.options import CompileOptions
-from qwen_surgery.nets import Geometry
+from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
 
 GEOMETRY = Geometry(3, 128, 2, 64, 768, 512, 32)
@@ -34,9 +35,9 @@ class Build:
         self.graph = Graph(Packing(inputs, {}, {}, compared, self.notes.append).tasks())
         self.graph.grow(self.store)
 
-    def found(self, task: str, kind: str, reason: str) -> None:
+    def found(self, task: str, kind: NetKind, reason: str) -> None:
         key = self.graph.keys[task]
-        self.store.commit(key, self.store.begin(key), {"kind": kind, "reason": reason}, 1.0, 0)
+        self.store.commit(key, self.store.begin(key), finding(kind, reason), 1.0, 0)
 
     def rows(self) -> dict[str, Row]:
         """The rows of the bmodel, if all that is not known yet goes as expected."""
@@ -68,7 +69,7 @@ def test_one_net_of_each_kind_is_compiled_and_the_other_layers_are_packed(tmp_pa
 
 def test_every_layer_of_a_kind_that_is_not_proven_is_compiled(tmp_path: Path) -> None:
     build = Build(tmp_path, compared=(2,))
-    build.found("prove:block_0", "block", "no plan fits")
+    build.found("prove:block_0", NetKind.BLOCK, "no plan fits")
     rows = build.rows()
     assert build.done("deploy") == FIRST | HEADS | {"block_1", "block_2", "block_cache_2"}
     assert {net for net, row in rows.items() if row.pack} == {"block_cache_1", "block_cache_2"}
@@ -87,7 +88,7 @@ def test_a_table_that_cannot_be_widened_is_compiled_whole_and_no_other(
     tables = {"embedding", "embedding_cache", "lm_head"}
     assert build.done("narrow") == tables
     assert build.done("deploy") == FIRST - tables | HEADS
-    build.found("narrow:embedding", "embedding", "too short")
+    build.found("narrow:embedding", NetKind.EMBEDDING, "too short")
     rows = build.rows()
     assert build.done("deploy") == FIRST - tables | HEADS | {"embedding"}
     assert (rows["embedding"].task, rows["embedding"].pack) == ("deploy:embedding", False)
