@@ -14,6 +14,7 @@ from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.model_code import read_config
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
+from qwen_surgery.files import require_disk
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.weights import TensorRef, WeightIndex
 
@@ -218,7 +219,9 @@ def is_tied(config: Mapping[str, Any], index: Mapping[str, TensorRef]) -> bool:
 
 def require_space(todo: Plan, onnx_path: Path) -> None:
     """Raise ToolFailed when the disk of *onnx_path* is too full for *todo*."""
-    folder = onnx_path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    placing.require_space(folder, todo.weight_bytes + todo.graph_bytes)
+    require_disk(
+        onnx_path.absolute().parent,
+        todo.weight_bytes + todo.graph_bytes,
+        "the export",
+        "free some space, choose another disk, or use --weights link, which copies nothing",
+    )

@@ -11,11 +11,12 @@ from typing import Any
 from qwen_surgery import __version__
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting import placement as placing
-from qwen_surgery.exporting.folder import atomic_folder, refuse_foreign
+from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.manifest import Manifest, NetEntry, fingerprint, sha256_file
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.planning import Plan, plan_weights, require_space
 from qwen_surgery.exporting.template import Binding, Placement, Template, bind
+from qwen_surgery.files import atomic_folder
 from qwen_surgery.nets import NetKind
 from qwen_surgery.weights import TensorRef
 
@@ -82,6 +83,7 @@ def write_folder(
 ) -> Manifest:
     """Bind *templates* as *todo* says and write the folder, whole or not at all; gives its manifest."""
     _check_against_code(todo, templates)
+    refuse_foreign(onnx_path)
     with atomic_folder(onnx_path) as folder:
         _put_weights(todo, folder, progress)
         template_entries = _write_templates(templates, folder)

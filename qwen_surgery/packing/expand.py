@@ -6,13 +6,11 @@ the instructions and the dynamic IR, equal regions once. Only one tensor is in m
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.errors import Refused
+from qwen_surgery.files import replacing
 from qwen_surgery.packing.check_code import CheckCode
 from qwen_surgery.packing.container import (
     Bmodel,
@@ -265,31 +264,6 @@ def _check_renamed(pieces: Sequence[Piece], sources: _Sources) -> None:
 def _needed(model: dict[str, Any]) -> int:
     """An upper bound of the binary section: every net's regions in full."""
     return sum(binary["size"] + 4096 for binary in regions(model))
-
-
-@contextlib.contextmanager
-def replacing(path: Path, needed: int, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
-    """A new file that takes the place of *path* when the block ends well, and is removed when it does not.
-
-    *before* is called with the finished new file just before it takes the place.
-
-    Raises ToolFailed when the disk cannot take *needed* more bytes, or fails while writing.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ToolFailed(f"{path.parent}: {needed} bytes are needed, {free} are free", hint="make room")
-    temporary = path.with_name(f".{path.name}.qwen-surgery-tmp")
-    try:
-        with temporary.open("w+b", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        if before is not None:
-            before(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise ToolFailed(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import replacing
 from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
-from qwen_surgery.packing.expand import Piece, replacing
+from qwen_surgery.packing.expand import Piece
 from qwen_surgery.packing.plans import Plan
 
 FORMAT = 1
