@@ -104,3 +104,7 @@ def text(seed: int, count: int) -> str:
     """*count* stories, a line each."""
     chance = random.Random(seed)
     return "".join(story(chance) + "\n" for _ in range(count))
+
+
+#: The stories that are kept out of training, to measure on: ``heldout.txt`` holds these.
+HELD_OUT = {"seed": 987_654, "count": 60}

@@ -14,8 +14,8 @@ from qwen_surgery import console
 from qwen_surgery.errors import SurgeryError, Usage
 
 if TYPE_CHECKING:
+    from qwen_surgery.chatting.chat import Chat
     from qwen_surgery.packing.report import Speed
-    from qwen_surgery.verification.chatting import Chat
     from qwen_surgery.verification.runtime import Sampling
 
 _HELP = "/reset begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D ends the conversation."
@@ -62,8 +62,8 @@ def command(
     toolchain: str | None,
 ) -> None:
     """Talk to exported nets (fast) or to a bmodel on the chip emulator (slow), in the terminal."""
-    from qwen_surgery.verification.chatting import SYSTEM, Chat, Generation, chip_geometry, open_onnx
-    from qwen_surgery.verification.tokenizer import Tokenizer
+    from qwen_surgery.chatting.chat import SYSTEM, Chat, Generation, chip_geometry, open_onnx
+    from qwen_surgery.tokenizer import Tokenizer
 
     if (onnx is None) == (bmodel is None):
         raise Usage("give either --onnx DIR or --bmodel FILE")
@@ -155,6 +155,6 @@ def _converse(chat: Chat, limit: int, speed: Speed | None) -> None:
         try:
             _answer(chat, text, limit)
         except SurgeryError as error:  # a prompt that does not fit, say: the conversation goes on
-            console.err().print(f"{error}  ({error.hint})" if error.hint else str(error), markup=False)
+            console.err().print(f"{error}  ({error.hint})" if error.hint else str(error))
             continue
         _say_speed(chat, speed)

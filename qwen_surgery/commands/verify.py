@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen_surgery import console
-from qwen_surgery.errors import Missed, Refused, Usage
+from qwen_surgery.commands.words import word_options, words_from
+from qwen_surgery.errors import Missed, Usage
 
 if TYPE_CHECKING:
     from qwen_surgery.verification.results import Report
@@ -66,21 +67,7 @@ def _numbers(
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="For prompts and sampling."
 )
-@click.option("--ask", "questions", multiple=True, metavar="TEXT", help="Compare the answers to a question.")
-@click.option(
-    "--ask-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A file of questions, one a line.",
-)
-@click.option(
-    "--text",
-    "text_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Compare perplexity, KL and best tokens on this text (UTF-8).",
-)
-@click.option(
-    "--text-tokens", default=256, show_default=True, type=click.IntRange(1), help="Of the text, at most."
-)
+@word_options
 @click.option("--toolchain", metavar="VERSION", help="TPU-MLIR version for levels mlir and chip.")
 @click.option("--every-net", is_flag=True, help="A table row for every single check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report to stdout as JSON.")
@@ -99,15 +86,12 @@ def command(
     recipe: str | None,
     mode: str | None,
     seed: int,
-    questions: tuple[str, ...],
-    ask_file: Path | None,
-    text_file: Path | None,
-    text_tokens: int,
     toolchain: str | None,
     every_net: bool,
     as_json: bool,
     html: Path | None,
     trust_remote_code: bool,
+    **words: Any,
 ) -> None:
     from qwen_surgery.verification.session import Request, verify
 
@@ -128,9 +112,7 @@ def command(
         seed=seed,
         toolchain=toolchain,
         trust_remote_code=trust_remote_code,
-        questions=(*questions, *_lines(ask_file)),
-        text=_text(text_file),
-        text_tokens=text_tokens,
+        **words_from(words),
     )
     with console.err().status("verify") as status:
         report = verify(request, progress=lambda what: status.update(f"verify {what}"))
@@ -144,35 +126,18 @@ def command(
         raise Missed(f"{sum(len(level.missed) for level in report.levels)} checks missed their tolerance")
 
 
-def _text(file: Path | None) -> str:
-    """What *file* holds; empty without one. Refused where it cannot be read as UTF-8 or says nothing."""
-    if file is None:
-        return ""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{file} cannot be read as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise Refused(f"{file} is empty")
-    return text
-
-
-def _lines(file: Path | None) -> tuple[str, ...]:
-    return tuple(line.strip() for line in _text(file).splitlines() if line.strip())
-
-
 def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
-    from qwen_surgery.verification.table import answer_lines, make_table, misses, text_lines, token_lines
+    from qwen_surgery.verification.table import make_table, misses, said_lines
 
     if as_json:
         console.print_json(report.to_json())
         return
     console.out().print(make_table(report, every_net=every_net))
-    for line in (*token_lines(report), *text_lines(report), *answer_lines(report)):
-        console.out().print(line, markup=False, soft_wrap=True)
+    for line in said_lines(report):
+        console.out().print(line, soft_wrap=True)
     seconds = ", ".join(
         f"{level.level} {level.mode} {level.name} {level.seconds:.1f} s" for level in report.levels
     )
     console.err().print(f"{seconds}; largest process {report.peak_rss / 2**20:.0f} MiB")
     for line in misses(report):
-        console.err().print(f"missed: {line}", markup=False)
+        console.err().print(f"missed: {line}")

@@ -22,9 +22,9 @@ from qwen_surgery.verification.results import Answer, Check, judge
 from qwen_surgery.verification.runtime import Runtime
 
 if TYPE_CHECKING:
+    from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.verification.engines import Engine
     from qwen_surgery.verification.reference import ReferenceModel
-    from qwen_surgery.verification.tokenizer import Tokenizer
 
 SYSTEM = "You are a helpful assistant."
 #: Tokens of an answer at most.

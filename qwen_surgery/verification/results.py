@@ -38,6 +38,12 @@ class Check:
         """The net's name without its layer."""
         return self.net if self.layer is None else self.net.removesuffix(f"_{self.layer}")
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Check:
+        values = {key: math.nan if value is None else value for key, value in row["values"].items()}
+        fields = {key: value for key, value in row.items() if key != "passed"}
+        return cls(**{**fields, "values": values, "missed": tuple(row["missed"])})
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -52,6 +58,11 @@ class Answer:
     @property
     def equal(self) -> bool:
         return self.reference == self.candidate
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Answer:
+        reference, candidate = tuple(row["reference"]), tuple(row["candidate"])
+        return cls(row["question"], reference, candidate, row["reference_text"], row["candidate_text"])
 
 
 @dataclass
@@ -114,6 +125,31 @@ class Report:
                 for level in self.levels
             ],
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_json` made *data* of; infinite numbers come back as not a number."""
+        report = cls(
+            data["checkout"],
+            data["seq_length"],
+            data["recipe"],
+            peak_rss=data["peak_rss_bytes"],
+            versions=data["versions"],
+        )
+        for level in data["levels"]:
+            checks = [Check.from_json(row) for row in level["checks"]]
+            report.levels.append(
+                LevelResult(
+                    level["level"],
+                    level["mode"],
+                    level["name"],
+                    checks,
+                    level["seconds"],
+                    level["greedy_tokens"],
+                    [Answer.from_json(row) for row in level.get("answers", [])],
+                )
+            )
+        return report
 
 
 def _finite(value: Any) -> Any:

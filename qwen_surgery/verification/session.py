@@ -22,9 +22,9 @@ from qwen_surgery.verification.results import LevelResult, Report
 from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
-    from qwen_surgery.verification.tokenizer import Tokenizer
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip")
@@ -78,7 +78,7 @@ class Request:
 
 
 @dataclass
-class _Parts:
+class _Opened:
     """Everything the levels share."""
 
     request: Request
@@ -94,7 +94,7 @@ class _Parts:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkout's, read as data."""
-        from qwen_surgery.verification.tokenizer import Tokenizer
+        from qwen_surgery.tokenizer import Tokenizer
 
         return Tokenizer.open(self.request.checkout)
 
@@ -165,8 +165,9 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
-) -> tuple[_Parts, list[OrtEngine]]:
+) -> tuple[_Opened, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
@@ -176,7 +177,7 @@ def _open(
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
-    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
     for folder in folders:
         _refuse_other_model(folder, sources)
     geometry = checkout.geometry(seq_length)
@@ -192,7 +193,7 @@ def _open(
         depth=selection.depth(geometry),
     )
     limits = tolerances.load()
-    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders
+    return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
@@ -257,7 +258,7 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Parts, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+    parts: _Opened, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
@@ -293,7 +294,7 @@ def _level(
     return timed(result, work)
 
 
-def _speak(parts: _Parts, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
+def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
     """Questions and text, where they were given."""
 
     def say(what: str) -> None:
@@ -309,7 +310,7 @@ def _speak(parts: _Parts, result: LevelResult, engine: Engine, limits: dict[str,
         result.checks += language.check_text(engine, parts.geometry, limits, parts.readings, say)
 
 
-def _end_to_end_prompt(parts: _Parts) -> list[int]:
+def _end_to_end_prompt(parts: _Opened) -> list[int]:
     """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
@@ -322,7 +323,7 @@ def _end_to_end_prompt(parts: _Parts) -> list[int]:
     return max(fitting, key=len) if fitting else prompts[0][:room]
 
 
-def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
+def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel on the emulator, which is open only for this level."""
     from qwen_surgery.toolchain.emulator import ChipEngine
     from qwen_surgery.toolchain.environment import Toolchain
@@ -332,7 +333,7 @@ def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
         return _level(parts, "chip", mode, chip.chip, chip, contract=True)
 
 
-def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
+def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
     """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
     from qwen_surgery.toolchain.environment import Toolchain
     from qwen_surgery.verification.mlir import MlirEngine

@@ -11,10 +11,12 @@ import pytest
 from golden.speaking import corpus, stories, tokens
 from golden.speaking.model import TOKENS, WEIGHTS, make_chat_checkout
 from qwen_surgery.checkout import Checkout
+from qwen_surgery.tokenizer import Tokenizer
 from qwen_surgery.verification.language import ask_reference
 from qwen_surgery.verification.reference import ReferenceModel
-from qwen_surgery.verification.tokenizer import Tokenizer
 from qwen_surgery.weights import WeightIndex
+
+FOLDER = WEIGHTS.parent
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,13 @@ def test_stories_repeat_with_their_seed_and_differ_without() -> None:
     """A text to measure on must not be one that was learned by heart."""
     assert stories.text(1, 50) == stories.text(1, 50)
     assert len(set(stories.text(1, 200).splitlines()) & set(stories.text(2, 200).splitlines())) < 5
+
+
+def test_the_files_to_measure_on_are_what_was_kept_out() -> None:
+    """Else perplexity and answers would be of texts that the model was taught."""
+    assert (FOLDER / "heldout.txt").read_text(encoding="utf-8") == stories.text(**stories.HELD_OUT)
+    asked = [turns[0][0] for turns in corpus.held_out() if len(turns) == 1]
+    assert (FOLDER / "questions.txt").read_text(encoding="utf-8").splitlines() == asked
 
 
 def test_a_block_of_another_form_names_its_line(tmp_path: Path) -> None:

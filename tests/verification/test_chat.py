@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from golden.speaking.model import make_chat_checkout
+from qwen_surgery.chatting.chat import Chat, Generation, open_onnx
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.commands.chat import _answer
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.export import export
-from qwen_surgery.verification.chatting import Chat, Generation, open_onnx
+from qwen_surgery.tokenizer import Tokenizer, check
 from qwen_surgery.verification.runtime import Runtime, Sampling
-from qwen_surgery.verification.tokenizer import Tokenizer, check
 from qwen_surgery.weights import WeightIndex
 from tests.verification.conftest import Bench
 from tests.verification.mutants import Tampered

@@ -15,6 +15,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.export import export
 from qwen_surgery.nets import Geometry
+from qwen_surgery.tokenizer import Tokenizer
 from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.language import (
     ask_reference,
@@ -23,14 +24,13 @@ from qwen_surgery.verification.language import (
     read_reference,
 )
 from qwen_surgery.verification.reference import ReferenceModel
-from qwen_surgery.verification.tokenizer import Tokenizer
 from qwen_surgery.weights import WeightIndex
 from tests.verification.mutants import Tampered
 from tests.verification.test_verify_command import run
 
 S = 128
 QUESTIONS = ["What is a bmodel?", "3 + 4", "讲个故事。"]
-TEXT = stories.text(987_654, 12)
+TEXT = stories.text(**stories.HELD_OUT)
 LIMITS = tolerances.load()["onnx", "fp32"]
 
 
