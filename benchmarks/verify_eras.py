@@ -5,9 +5,9 @@
 
 For each era a checkout of the small trained chat model is made, built in each mode by ``qwen-surgery build
 --verify full`` and so compared with its own unpatched model: patched code, onnxruntime on the raw and the
-cleaned nets, and the bmodel on the emulator. Blocks are fed with the reference's inputs; then the model answers
-questions that it was not taught and reads a text that was kept out of its training. Ends with exit code 1 when
-anything misses its tolerance (``golden/tolerances.json``). Needs the TPU-MLIR toolchain.
+cleaned nets, and the bmodel on the emulator. Blocks are fed with the reference's inputs; then the model
+answers questions that it was not taught and reads a text that was kept out of its training. Ends with exit
+code 1 when anything misses its tolerance (``golden/tolerances.json``). Needs the TPU-MLIR toolchain.
 """
 
 from __future__ import annotations
