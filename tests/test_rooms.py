@@ -143,8 +143,11 @@ def test_lower_packages_import_none_of_the_others(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["codemods", "golden"])
 def test_light_packages_know_no_torch_and_no_onnx(package: str) -> None:
-    """Codemods know Python source only; golden makes checkouts and holds data."""
-    assert _imports_of(package, HEAVY) == {}
+    """Codemods know Python source only; golden makes checkouts and holds data, and the script that trained the
+    small chat model.
+    """
+    found = _imports_of(package, HEAVY)
+    assert set(found) <= {"golden.speaking.train"}, found
 
 
 def test_passes_know_no_torch_and_no_transformers() -> None:

@@ -18,7 +18,7 @@ from golden.tolerances import Limit
 from qwen_surgery.errors import Refused, SurgeryError, Usage
 from qwen_surgery.nets import Geometry
 from qwen_surgery.verification.metrics import agreement, kl_divergence, log_softmax
-from qwen_surgery.verification.results import Answer, Check, judge
+from qwen_surgery.verification.results import AnswerPair, Check, judge
 from qwen_surgery.verification.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def check_answers(
     limits: dict[str, Limit],
     questions: Sequence[Question],
     progress: Callable[[str], None] = lambda what: None,
-) -> tuple[list[Check], list[Answer]]:
+) -> tuple[list[Check], list[AnswerPair]]:
     """Put each question to *engine*; one check for all, whose agreement is the share of equal answers."""
     answers = []
     try:
@@ -97,7 +97,7 @@ def check_answers(
             texts = (
                 tokenizer.decode_bytes(said).decode("utf-8", "replace") for said in (question.answer, found)
             )
-            answers.append(Answer(question.text, question.answer, tuple(found), *texts))
+            answers.append(AnswerPair(question.text, question.answer, tuple(found), *texts))
     except SurgeryError as error:
         return [Check("end-to-end", None, "answers", "tokens", {}, (f"does not run: {error}",))], answers
     values = {"agreement": sum(answer.equal for answer in answers) / len(answers)}

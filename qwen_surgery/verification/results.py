@@ -46,7 +46,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerPair:
     """One question's answer by two models: their tokens (without the end token) and their text."""
 
     question: str
@@ -60,7 +60,7 @@ class Answer:
         return self.reference == self.candidate
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Answer:
+    def from_json(cls, row: dict[str, Any]) -> AnswerPair:
         reference, candidate = tuple(row["reference"]), tuple(row["candidate"])
         return cls(row["question"], reference, candidate, row["reference_text"], row["candidate_text"])
 
@@ -75,7 +75,7 @@ class LevelResult:
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
     texts: dict[str, list[int]] = field(default_factory=dict)  # greedy tokens: reference and candidate
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[AnswerPair] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -146,7 +146,7 @@ class Report:
                     checks,
                     level["seconds"],
                     level["greedy_tokens"],
-                    [Answer.from_json(row) for row in level.get("answers", [])],
+                    [AnswerPair.from_json(row) for row in level.get("answers", [])],
                 )
             )
         return report

@@ -11,6 +11,7 @@ import pytest
 from golden.speaking import corpus, stories, tokens
 from golden.speaking.model import TOKENS, WEIGHTS, make_chat_checkout
 from qwen_surgery.checkout import Checkout
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.tokenizer import Tokenizer
 from qwen_surgery.verification.language import ask_reference
 from qwen_surgery.verification.reference import ReferenceModel
@@ -53,7 +54,7 @@ def test_a_conversation_has_the_same_tokens_for_training_and_for_chat(checkout: 
 
 def test_the_model_answers_questions_it_was_not_taught(checkout: Path) -> None:
     """Every fourth of them, in two languages; the true count over all is in the README."""
-    sources = Checkout.open(checkout).sources(seq_length=256)
+    sources = Sources.of(Checkout.open(checkout), seq_length=256)
     reference = ReferenceModel(sources.reference, WeightIndex.open(checkout))
     tokenizer = Tokenizer.open(checkout)
     asked = {turns[0][0]: turns[0][1] for turns in corpus.held_out() if len(turns) == 1}

@@ -16,6 +16,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.commands.chat import _answer
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.export import export
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.tokenizer import Tokenizer, check
 from qwen_surgery.verification.runtime import Runtime, Sampling
 from qwen_surgery.weights import WeightIndex
@@ -132,7 +133,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("talking")
     path = make_chat_checkout(root / "Qwen-tiny-Chat")
     opened = Checkout.open(path)
-    sources, geometry = opened.sources(seq_length=96), opened.geometry(96)
+    sources, geometry = Sources.of(opened, seq_length=96), opened.geometry(96)
     export(sources, WeightIndex.open(path), geometry, root / "nets", trust_remote_code=True)
     return path, root / "nets"
 

@@ -15,6 +15,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.export import export
 from qwen_surgery.nets import Geometry
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.tokenizer import Tokenizer
 from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.language import (
@@ -48,7 +49,7 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Speaking:
     root = tmp_path_factory.mktemp("speaking")
     path = make_chat_checkout(root / "Qwen-tiny-Chat")
     opened = Checkout.open(path)
-    sources, index, geometry = opened.sources(seq_length=S), WeightIndex.open(path), opened.geometry(S)
+    sources, index, geometry = Sources.of(opened, seq_length=S), WeightIndex.open(path), opened.geometry(S)
     export(sources, index, geometry, root / "nets", trust_remote_code=True)
     return Speaking(
         path, root / "nets", geometry, ReferenceModel(sources.reference, index), Tokenizer.open(path)
