@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from codemods.base import Example, Outcome, Status
-from codemods.identity import Era, identify, refusal
-from codemods.recipes import Recipe
-from codemods.runner import SourceResult, run_rules
-from codemods.source import SourceError
+from codemods.analysis.identity import Era, identify, refusal
+from codemods.analysis.source import SourceError
+from codemods.framework.base import Example, Outcome, Status
+from codemods.framework.recipes import Recipe
+from codemods.framework.runner import SourceResult, run_rules
 
 __all__ = [
     "Era",
@@ -38,7 +38,7 @@ def run(source: bytes | str, recipe: Recipe | str, *, skip: Iterable[str] = ()) 
     input byte for byte outside the lines its outcomes report. Raises :class:`SourceError` when the
     source does not parse, and :class:`LookupError` for an unknown recipe or codemod name.
     """
-    from codemods import recipes, registry
+    from codemods.framework import recipes, registry
 
     chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
     data = source.encode() if isinstance(source, str) else source

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from codemods.attention import ScorePath, attentions
-from codemods.base import Example, Insert, Plan, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis.attention import ScorePath, attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Example, Insert, Plan, Rule, Site, Status
+from codemods.framework.libcst_command import lazy_command
 
 NAME = "add-attention-mask"
 

@@ -6,11 +6,11 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from codemods import tree as t
-from codemods.attention import attentions
-from codemods.base import Example, Plan, Rewrite, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Example, Plan, Rewrite, Rule, Site, Status
+from codemods.framework.libcst_command import lazy_command
 
 SDPA = "scaled_dot_product_attention"
 NEVER = "False"  #: the guard of a branch that a literal False keeps from running

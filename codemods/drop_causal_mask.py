@@ -6,13 +6,13 @@ import ast
 from collections.abc import Iterator
 from dataclasses import replace
 
-from codemods import tree as t
 from codemods.add_attention_mask import NAME as ADD
-from codemods.attention import Mask, ScorePath, attentions
-from codemods.base import Drop, Example, Plan, Rule, Site, Status
-from codemods.causal import not_causal, not_negative
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import Mask, ScorePath, attentions
+from codemods.analysis.causal import not_causal, not_negative
+from codemods.analysis.source import Source
+from codemods.framework.base import Drop, Example, Plan, Rule, Site, Status
+from codemods.framework.libcst_command import lazy_command
 
 _BODY = """\
 class Attention(nn.Module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from codemods.command import lazy_command
 from codemods.drop_causal_mask import DropCausalMask, mask_examples
+from codemods.framework.libcst_command import lazy_command
 
 
 class DropUpcastCausalMask(DropCausalMask):

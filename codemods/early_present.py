@@ -6,11 +6,11 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codemods import tree as t
-from codemods.attention import Attention, attentions
-from codemods.base import Example, Move, Plan, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import Attention, attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Example, Move, Plan, Rule, Site, Status
+from codemods.framework.libcst_command import lazy_command
 
 _BODY = """\
 class Attention(nn.Module):

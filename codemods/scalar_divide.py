@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from codemods import tree as t
-from codemods.attention import ScorePath, attentions
-from codemods.base import Example, Plan, Rewrite, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import ScorePath, attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Example, Plan, Rewrite, Rule, Site, Status
+from codemods.framework.libcst_command import lazy_command
 
 _MAKERS = frozenset(
     (

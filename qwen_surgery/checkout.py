@@ -11,7 +11,7 @@ from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
 
 if TYPE_CHECKING:
-    from codemods.base import Outcome
+    from codemods.framework.base import Outcome
     from qwen_surgery.patching.receipt import Receipt
 
 CONFIG = "config.json"
@@ -105,7 +105,7 @@ class Checkout:
 
     def sources(self, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH) -> Sources:
         """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
-        from codemods.recipes import UnknownRecipe
+        from codemods.framework.recipes import UnknownRecipe
         from qwen_surgery import atomic
         from qwen_surgery.patching import plan
         from qwen_surgery.patching.receipt import STATE

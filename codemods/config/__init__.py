@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from codemods.base import Outcome, Status
 from codemods.config.base import DEFAULT_SEQ_LENGTH, ConfigContext, ConfigEdit
 from codemods.config.text import ConfigError, read
-from codemods.recipes import Recipe
-from codemods.recipes import load as load_recipe
+from codemods.framework.base import Outcome, Status
+from codemods.framework.recipes import Recipe
+from codemods.framework.recipes import load as load_recipe
 
 __all__ = ["BUILTIN", "ConfigError", "ConfigResult", "get", "run"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from codemods.base import Example, Status
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 #: ``seq_length`` where config.json does not say: the default of upstream's configuration_qwen.py.
 DEFAULT_SEQ_LENGTH = 8192

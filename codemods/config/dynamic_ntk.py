@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_dynamic_ntk"
 

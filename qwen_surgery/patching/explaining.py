@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from codemods.base import Example
+from codemods.framework.base import Example
 from qwen_surgery.patching import edits
 
 
@@ -72,7 +72,8 @@ class Page:
 
 def everything() -> dict[str, Page]:
     """Every source codemod, then every config edit, by name."""
-    from codemods import config, recipes, registry
+    from codemods import config
+    from codemods.framework import recipes, registry
 
     pages = {}
     for name in registry.names():

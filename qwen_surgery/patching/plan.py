@@ -22,7 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from golden import revisions
 from golden.revisions import Revision
 from qwen_surgery.atomic import digest

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.history import Item, Source
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from codemods import registry
-from codemods.base import Status
+from codemods.framework import registry
+from codemods.framework.base import Status
 from golden.eras import modeling_source
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codemods import config, docs, registry
+from codemods import config
+from codemods.framework import docs, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_pages_are_up_to_date() -> None:
-    assert docs.outdated(ROOT / docs.FOLDER) == [], "run `python -m codemods.docs`"
+    assert docs.outdated(ROOT / docs.FOLDER) == [], "run `python -m codemods.framework.docs`"
 
 
 def test_every_rule_has_a_page_with_why_and_when_it_declines() -> None:

@@ -8,9 +8,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import codemods
-from codemods import recipes, registry
-from codemods.base import Plan, Rule, Site, Status
-from codemods.source import Source
+from codemods.analysis.source import Source
+from codemods.framework import recipes, registry
+from codemods.framework.base import Plan, Rule, Site, Status
 from golden.eras import modeling_source
 
 

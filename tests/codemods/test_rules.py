@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from codemods import registry
-from codemods.base import Status
 from codemods.config import BUILTIN as CONFIG_EDITS
 from codemods.config import get, run
-from codemods.recipes import Recipe
+from codemods.framework import registry
+from codemods.framework.base import Status
+from codemods.framework.recipes import Recipe
 from tests.codemods.rules import RuleTest, expected
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 import codemods
-from codemods import recipes, registry
 from codemods.add_attention_mask import NAME as ADD
-from codemods.base import Status
-from codemods.runner import run_rules
+from codemods.framework import recipes, registry
+from codemods.framework.base import Status
+from codemods.framework.runner import run_rules
 from golden.eras import ERAS, modeling_source
 from tests.codemods.transforms import expression, mutated
 

@@ -13,8 +13,8 @@ import ast
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods import tree as t
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
 
 UPCAST = "_upcast_and_reordered_attn"
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "zeros", "empty", "dequantize_cache_torch"))

@@ -1,8 +1,8 @@
 """What every codemod shares: sites, edits, outcomes, examples and the base class of a rule.
 
-A rule reads a :class:`codemods.source.Source` (parsed, never executed), names each place it could act on
-(a :class:`Site`) and says what should happen there. The runner applies the edits with LibCST, parses the
-result again and lets every rule prove its postcondition. Each site ends in exactly one :class:`Outcome`.
+A rule reads a :class:`~codemods.analysis.source.Source` (parsed, never executed), names each place it could
+act on (a :class:`Site`) and says what should happen there. The runner applies the edits with LibCST, parses
+the result again and lets every rule prove its postcondition. Each site ends in exactly one :class:`Outcome`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from codemods.source import Source
+    from codemods.analysis.source import Source
 
 
 class Status(str, Enum):

@@ -14,9 +14,9 @@ from typing import Any
 
 import libcst as cst
 
-from codemods import tree as t
-from codemods.base import Drop, Edit, EditError, Insert, Move, Rewrite
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
+from codemods.framework.base import Drop, Edit, EditError, Insert, Move, Rewrite
 
 
 def apply(source: Source, edits: Sequence[Edit]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from codemods.base import Rule
+from codemods.framework.base import Rule
 
 
 def lazy_command(rule: Rule) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -36,8 +36,8 @@ def _make(rule: Rule, name: str) -> Any:
     import libcst as cst
     from libcst.codemod import CodemodCommand, SkipFile
 
-    from codemods.base import Status
-    from codemods.runner import run_rules
+    from codemods.framework.base import Status
+    from codemods.framework.runner import run_rules
 
     def transform_module_impl(self: Any, tree: cst.Module) -> cst.Module:
         result = run_rules(tree.bytes, [rule])

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from codemods.base import Rule
+from codemods.framework.base import Rule
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -42,7 +42,7 @@ def get(name: str) -> Rule:
             provided = entry.load()
             rule = provided() if isinstance(provided, type) else provided
             if not isinstance(rule, Rule):
-                raise UnknownCodemod(f"{name}: {entry.value} is not a codemods.base.Rule")
+                raise UnknownCodemod(f"{name}: {entry.value} is not a codemods.framework.base.Rule")
             return rule
     raise UnknownCodemod(f"no codemod is called {name!r}; known: {', '.join(names())}")
 

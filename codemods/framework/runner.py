@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from codemods.base import EditError, Outcome, Plan, Rule, Site, Status
-from codemods.source import Source, SourceError, Suppression, parse, read
+from codemods.analysis.source import Source, SourceError, Suppression, parse, read
+from codemods.framework.base import EditError, Outcome, Plan, Rule, Site, Status
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class SourceResult:
 
 
 def run_rules(data: bytes, rules: Sequence[Rule], skip: Iterable[str] = ()) -> SourceResult:
-    """Apply ``rules`` in order to ``data``. Raises :class:`~codemods.source.SourceError` if it does not
-    parse."""
+    """Apply ``rules`` in order to ``data``; raises ``SourceError`` if it does not parse."""
     source = read(data)
     skipped, used = set(skip), set()
     plan = Plan()
@@ -76,7 +75,7 @@ class _Unproven(Exception):
 
 
 def _known(name: str) -> bool:
-    from codemods import registry
+    from codemods.framework import registry
 
     return name in registry.names()
 
@@ -126,7 +125,7 @@ def _outcomes(rule: Rule, sites: Sequence[Site]) -> list[Outcome]:
 
 
 def _edited(source: Source, edits: Sequence[object]) -> str:
-    from codemods.edit import apply  # LibCST is imported only when there is something to write
+    from codemods.framework.edit import apply  # LibCST is imported only when there is something to write
 
     return apply(source, edits)  # type: ignore[arg-type]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ast
 
-from codemods import tree as t
-from codemods.attention import ScorePath, uncast
+from codemods.analysis import tree as t
+from codemods.analysis.attention import ScorePath, uncast
 
 
 def not_causal(path: ScorePath, node: ast.expr) -> str:

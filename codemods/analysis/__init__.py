@@ -1,0 +1,1 @@
+"""Readers of a parsed modeling file: they answer questions about it and change nothing."""
