@@ -5,43 +5,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 
+# fmt: off
 #: Calls that have no effect besides their value, by the last part of their name.
-PURE_CALLS = frozenset(
-    (
-        "size",
-        "dim",
-        "finfo",
-        "iinfo",
-        "full",
-        "tensor",
-        "full_like",
-        "to",
-        "type",
-        "type_as",
-        "view",
-        "reshape",
-        "float",
-        "bool",
-        "int",
-        "sqrt",
-        "pow",
-        "min",
-        "max",
-        "tril",
-        "ones",
-        "zeros",
-        "item",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "where",
-        "logical_not",
-        "cat",
-    )
-)
+PURE_CALLS = frozenset((
+    "size", "dim", "finfo", "iinfo", "full", "tensor", "full_like", "to", "type", "type_as", "view",
+    "reshape", "float", "bool", "int", "sqrt", "pow", "min", "max", "tril", "ones", "zeros", "item",
+    "contiguous", "expand", "expand_as", "unsqueeze", "permute", "transpose", "where", "logical_not", "cat",
+))
+# fmt: on
 
 
 def walk(node: ast.AST) -> list[ast.AST]:

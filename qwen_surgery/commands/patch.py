@@ -94,12 +94,12 @@ def _report(
     written: bool,
 ) -> None:
     """Results to stdout (the diff, the JSON, else the outcomes), all else to stderr."""
-    from qwen_surgery.patching import report, where
+    from qwen_surgery.patching import explaining, report, where
 
     prefix = where.prefix(plan.checkout.path, Path.cwd())
     diff = plan.diff(prefix) if show_diff else b""
     if sarif is not None:
-        _write_sarif(sarif, report.to_sarif(plan.shown, prefix, edits.descriptions()))
+        _write_sarif(sarif, report.to_sarif(plan.shown, prefix, explaining.descriptions()))
     if as_json:
         console.print_json(
             _to_json(plan, notes, diff.decode("utf-8", "replace") if show_diff else None, written)

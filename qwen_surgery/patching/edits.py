@@ -145,14 +145,3 @@ def config_labels(name: str) -> tuple[str, ...]:
 
     decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, 512))
     return tuple(f"config:{decision.key}" for decision in decisions)
-
-
-def descriptions() -> dict[str, tuple[str, str]]:
-    """Codemod, as outcomes name it -> (what it does in one line, why)."""
-    from qwen_surgery.patching import explaining
-
-    return {
-        label: (page.title, page.why)
-        for name, page in explaining.everything().items()
-        for label in (page.outcomes or (name,))
-    }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codemods import config
-from codemods.framework import docs, registry
+from codemods import config, docs
+from codemods.framework import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_pages_are_up_to_date() -> None:
-    assert docs.outdated(ROOT / docs.FOLDER) == [], "run `python -m codemods.framework.docs`"
+    assert docs.outdated(ROOT / docs.FOLDER) == [], "run `python -m codemods.docs`"
 
 
 def test_every_rule_has_a_page_with_why_and_when_it_declines() -> None:
@@ -19,8 +19,8 @@ def test_every_rule_has_a_page_with_why_and_when_it_declines() -> None:
     for name in registry.BUILTIN:
         page = pages[f"{name}.md"]
         assert "**Why.**" in page and "```diff" in page
-        assert all(reason in page for reason in registry.get(name).declines)
-    for name in config.BUILTIN:
+        assert all(reason in page for reason in registry.get(name).prose.declines)
+    for name in config.names():
         assert "**Why.**" in pages[f"config-{name}.md"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import codemods
 from codemods.analysis.source import Source
 from codemods.framework import recipes, registry
-from codemods.framework.base import Plan, Rule, Site, Status
+from codemods.framework.base import Decisions, Rule, Site, Status
 from golden.eras import modeling_source
 
 
@@ -18,10 +18,9 @@ class Greeting(Rule):
     """A third party's rule: declines every file that says hello."""
 
     name = "no-greeting"
-    title = why = precondition = postcondition = absent = "for tests"
-    declines = ("it says hello",)
+    absent = "it says nothing"
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         if "hello" in source.text:
             yield Site(Status.DECLINED, "it says hello", 1, 1)
 
