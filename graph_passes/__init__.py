@@ -11,13 +11,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graph_passes.framework.base import GraphPass, PassError, Report
+    from graph_passes.framework.base import GraphPass, MlirPass, PassError, Report
     from graph_passes.framework.runner import Check, CleanResult, clean, find_breaking_pass
 
-__all__ = ["Check", "CleanResult", "GraphPass", "PassError", "Report", "clean", "find_breaking_pass"]
+__all__ = [
+    "Check",
+    "CleanResult",
+    "GraphPass",
+    "MlirPass",
+    "PassError",
+    "Report",
+    "clean",
+    "find_breaking_pass",
+]
 
 _HOMES = {
     "GraphPass": "base",
+    "MlirPass": "base",
     "PassError": "base",
     "Report": "base",
     "Check": "runner",

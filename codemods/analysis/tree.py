@@ -235,8 +235,7 @@ def arguments(call: ast.Call, function: ast.FunctionDef) -> dict[str, ast.expr] 
 
 
 def binds_at_top(module: ast.Module) -> set[str]:
-    """Names bound at module level, in ``if`` and ``try`` blocks too; functions, classes and imports not
-    counted."""
+    """Names bound at module level, in ``if`` and ``try`` blocks too, but by no import, def or class."""
     return {name for stmt in statements(module.body) if not any(blocks(stmt)) for name in binds(stmt)}
 
 

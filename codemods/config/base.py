@@ -15,8 +15,7 @@ DEFAULT_SEQ_LENGTH = 8192
 
 @dataclass(frozen=True)
 class ConfigContext:
-    """The export length, and the length the model was trained at (upstream's own ``seq_length``), in
-    tokens."""
+    """Two lengths in tokens: of the export, and of training (upstream's own ``seq_length``)."""
 
     seq_length: int
     trained: int

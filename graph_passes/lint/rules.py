@@ -24,128 +24,24 @@ _REMEDIES = {
     "SimplifiedLayerNormalization": "do not export through onnxruntime's optimizer",
 }
 
+# fmt: off
 #: Standard ONNX ops that TPU-MLIR 1.30.2's ONNX front end has a converter for.
-CONVERTED = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Add",
-        "And",
-        "ArgMax",
-        "ArgMin",
-        "Atan",
-        "Atanh",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Conv",
-        "ConvTranspose",
-        "Cos",
-        "Cosh",
-        "CumSum",
-        "DepthToSpace",
-        "DequantizeLinear",
-        "Div",
-        "Dropout",
-        "Einsum",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "GRU",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gemm",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Greater",
-        "GreaterOrEqual",
-        "GridSample",
-        "GroupNormalization",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "If",
-        "InstanceNormalization",
-        "LRN",
-        "LSTM",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "LogSoftmax",
-        "Loop",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "NonMaxSuppression",
-        "NonZero",
-        "Not",
-        "OneHot",
-        "Or",
-        "PRelu",
-        "Pad",
-        "Pow",
-        "QuantizeLinear",
-        "RandomNormalLike",
-        "Range",
-        "Reciprocal",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "ReverseSequence",
-        "RoiAlign",
-        "Round",
-        "ScatterElements",
-        "ScatterND",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Softsign",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tan",
-        "Tanh",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Upsample",
-        "Where",
-        "Xor",
-    ]
-)
+CONVERTED = frozenset((
+    "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Atan", "Atanh", "AveragePool", "BatchNormalization",
+    "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Cosh",
+    "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
+    "Expand", "Flatten", "Floor", "GRU", "Gather", "GatherElements", "GatherND", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization",
+    "HardSigmoid", "HardSwish", "Identity", "If", "InstanceNormalization", "LRN", "LSTM",
+    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "Loop", "MatMul", "Max",
+    "MaxPool", "Min", "Mod", "Mul", "Neg", "NonMaxSuppression", "NonZero", "Not", "OneHot", "Or", "PRelu",
+    "Pad", "Pow", "QuantizeLinear", "RandomNormalLike", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
+    "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu", "Reshape",
+    "Resize", "ReverseSequence", "RoiAlign", "Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid",
+    "Sign", "Sin", "Sinh", "Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt", "Squeeze", "Sub",
+    "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Upsample", "Where", "Xor",
+))
+# fmt: on
 
 
 def _name(node: onnx.NodeProto) -> str:
@@ -246,17 +142,14 @@ def half_split_rotary(model: onnx.ModelProto) -> Iterator[Finding]:
                     "half-split-rotary",
                     _name(node),
                     "rotary over half-split channels written with Unsqueeze, Concat and Reshape: TPU-MLIR "
-                    "compiles it as "
-                    "interleaved pairs and the numbers are wrong",
+                    "compiles it as interleaved pairs and the numbers are wrong",
                     "concatenate the halves directly, Concat(-x2, x1), as upstream's own code traces",
                     miscompiled=True,
                 )
 
 
 def _stacked(producers: dict[str, onnx.NodeProto], name: str) -> list[str] | None:
-    """What is under Reshape(Concat(Unsqueeze(a), Unsqueeze(b))) with signs peeled off, when *name* is
-    that.
-    """
+    """[a, b] when *name* is Reshape(Concat(Unsqueeze(a), Unsqueeze(b))), signs peeled off."""
     reshape = producers.get(name)
     concat = producers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
     if concat is None or concat.op_type != "Concat" or len(concat.input) != 2:
@@ -274,9 +167,7 @@ def _stacked(producers: dict[str, onnx.NodeProto], name: str) -> list[str] | Non
 
 
 def _is_half(producers: dict[str, onnx.NodeProto], constants: dict[str, np.ndarray], name: str) -> bool:
-    """Whether *name* is a contiguous part of its source's channels (a stride-2 slice is an interleaved
-    pair).
-    """
+    """Whether *name* is a contiguous part of its source's channels; a stride-2 slice is not."""
     node = producers.get(name)
     if node is None:
         return False
