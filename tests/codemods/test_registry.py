@@ -113,6 +113,6 @@ def test_a_string_is_not_a_suppression() -> None:
 
 def test_suppressing_the_sum_keeps_the_mask() -> None:
     """Without the added attention_mask the causal mask must stay, however it came to be missing."""
-    result = codemods.run(modeling_source("bias_buffer"), "static", skip=["add-attention-mask"])
+    result = codemods.run(modeling_source("bias-buffer"), "static", skip=["add-attention-mask"])
     (mask,) = [o for o in result.outcomes if o.codemod == "drop-causal-mask"]
     assert mask.status is Status.DECLINED and not mask.suppressed

@@ -25,7 +25,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("era", ["bias_buffer", "sdpa", "tril"])
+@pytest.mark.parametrize("era", ["bias-buffer", "sdpa", "late"])
 def test_lines_outside_the_outcomes_keep_their_bytes(era: str, form: str) -> None:
     data = FORMS[form](modeling_source(era))
     result = codemods.run(data, "static")

@@ -65,7 +65,7 @@ def test_every_era_ends_in_the_same_block(templates: Templates, era: str) -> Non
     ],
 )
 def test_a_pass_acts_on_upstreams_own_form(templates: Templates, name: str, kind: NetKind) -> None:
-    result = clean(templates("rotary_list")[kind].model, ["fold-constants", name])
+    result = clean(templates("registered-mask-list")[kind].model, ["fold-constants", name])
     assert name in result.applied
 
 
