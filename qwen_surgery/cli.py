@@ -16,9 +16,9 @@ import click
 from qwen_surgery import __version__
 from qwen_surgery.errors import SurgeryError, ToolFailed
 
-# name -> (module under qwen_surgery.commands, one-line help). The order is the order of the road.
+# name -> (module under qwen_surgery.commands, one-line help). The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "build": ("build", "Walk the whole road: patch, export, clean, compile, verify."),
+    "build": ("build", "Do all steps: patch, export, clean, compile, verify."),
     "patch": ("patch", "Apply the source and config edits to a checkout (--diff previews)."),
     "restore": ("restore", "Bring back the original bytes of a patched checkout."),
     "explain": ("explain", "Say what a codemod does, why, and when it declines."),

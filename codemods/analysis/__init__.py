@@ -1,1 +1,1 @@
-"""Readers of a parsed modeling file: they answer questions about it and change nothing."""
+"""Readers of Python source: what a file says, without running it."""

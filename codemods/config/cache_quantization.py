@@ -30,9 +30,10 @@ class CacheQuantization(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        if KEY not in config.members:
+        by_default = context.facts.defaults.get(KEY, False)
+        if KEY not in config.members and not by_default:
             yield Decision(KEY, Status.ABSENT, "the cache is not quantised")
-        elif config.get(KEY):
+        elif config.get(KEY, by_default):
             reason = (
                 "the nets carry keys and values unquantised; set it to false to export the unquantised model"
             )

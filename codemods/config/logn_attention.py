@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
+from codemods.config.base import ConfigContext, ConfigEdit, Decision, switch_off_within_trained
 from codemods.config.text import ConfigText
 from codemods.framework.base import Example, Status
 
@@ -38,12 +38,5 @@ class LognAttention(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        on = config.get(KEY, True)  # upstream's configuration_qwen.py defaults to True
-        if on and context.seq_length > context.trained:
-            reason = (
-                f"the export length {context.seq_length} is above the trained length {context.trained}: "
-                "LogN scales the query there by its position, which the nets' attention does not see"
-            )
-            yield Decision(KEY, Status.DECLINED, reason)
-            return
-        yield set_to(config, KEY, False, f"its factor is 1 up to the trained length {context.trained}")
+        needed = "LogN scales the query there by its position, which the nets' attention does not see"
+        yield switch_off_within_trained(config, KEY, context, needed)

@@ -26,7 +26,7 @@ class PassError(Exception):
         self.pass_name = pass_name
 
 
-class Pass:
+class BasePass:
     """What every pass says about itself. Passes are stateless: ``rewrite`` edits the copy it is given."""
 
     #: How recipes, reports and the command line call it.
@@ -41,7 +41,7 @@ class Pass:
     not_for: ClassVar[tuple[str, ...]] = ()
 
 
-class GraphPass(Pass, ABC):
+class GraphPass(BasePass, ABC):
     """One rewrite of an ONNX graph."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class GraphPass(Pass, ABC):
         """Edit *graph* (an ``onnx_graphsurgeon.Graph``) and name each rewritten site; empty for no site."""
 
 
-class MlirPass(Pass, ABC):
+class MlirPass(BasePass, ABC):
     """One rewrite of a Top-dialect module."""
 
     @abstractmethod
@@ -58,7 +58,7 @@ class MlirPass(Pass, ABC):
 
 
 @dataclass(frozen=True)
-class Report:
+class PassReport:
     """What one pass did to one graph, over all rounds.
 
     ``sites`` are node or tensor names, ``nodes_before``/``nodes_after`` count nodes around its first and last

@@ -13,9 +13,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from graph_passes.framework.base import GraphPass, MlirPass, Pass
+from graph_passes.framework.base import BasePass, GraphPass, MlirPass
 
-Kind = TypeVar("Kind", bound=Pass)
+Kind = TypeVar("Kind", bound=BasePass)
 
 ENTRY_POINT_GROUP = "qwen_surgery.passes"
 

@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from graph_passes.framework import registry
-from graph_passes.framework.base import MlirPass, PassError, Report
+from graph_passes.framework.base import MlirPass, PassError, PassReport
 from graph_passes.mlir.text import Module, NotTopText
 
 
-def apply(text: str, passes: Iterable[MlirPass | str] | None = None) -> tuple[str, tuple[Report, ...]]:
+def apply(text: str, passes: Iterable[MlirPass | str] | None = None) -> tuple[str, tuple[PassReport, ...]]:
     """Run passes over the text of ``<name>.mlir`` and give the new text with a report per pass.
 
     *passes* are pass objects, names (names of ONNX passes are passed over, so one list serves both kinds), or
@@ -41,7 +41,7 @@ def apply(text: str, passes: Iterable[MlirPass | str] | None = None) -> tuple[st
         after = Counter(op.name for op in module.ops)
         changed = {k: (before[k], after[k]) for k in sorted(before | after) if before[k] != after[k]}
         reports.append(
-            Report(
+            PassReport(
                 one.name,
                 tuple(sites),
                 sum(before.values()),

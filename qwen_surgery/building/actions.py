@@ -57,11 +57,12 @@ def export(params: Params, needs: Needs, work: Path) -> Params:
     """Export a checkout (patched in memory, never written) into ``onnx/``."""
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import export as run
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     path = Path(params["checkout"])
     checkout = Checkout.open(path)
-    sources = checkout.sources(recipe=params["recipe"], seq_length=params["seq_length"])
+    sources = Sources.of(checkout, recipe=params["recipe"], seq_length=params["seq_length"])
     manifest = run(
         sources,
         WeightIndex.open(path),
@@ -75,7 +76,7 @@ def export(params: Params, needs: Needs, work: Path) -> Params:
 
 def clean(params: Params, needs: Needs, work: Path) -> Params:
     """Run the graph passes over the exported templates and bind every net again."""
-    from qwen_surgery.cleaning import clean_export
+    from qwen_surgery.exporting.cleaning import clean_export
 
     cleaning = clean_export(needs["export"] / ONNX, work / ONNX, passes=params["passes"], check="each")
     nodes = {
@@ -96,7 +97,7 @@ def transform_net(params: Params, needs: Needs, work: Path) -> Params:
     """
     import onnx
 
-    from qwen_surgery.cleaning import refuse_unfit
+    from qwen_surgery.exporting.cleaning import refuse_unfit
 
     job = _job(params)
     refuse_unfit(onnx.load(str(job.onnx), load_external_data=False), job.net.name)
@@ -207,13 +208,13 @@ def assemble(params: Params, needs: Needs, work: Path) -> Params:
     """
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing import expand, sidefile
-    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.plans import PackPlan
 
     manifest = Manifest.load(Path(params["export"]))
     plans = {}
     for kind, task in params["plans"].items():
         data = json.loads((needs[task] / "plan.json").read_text())
-        plans[kind] = Plan.from_json(data["plan"]) if "plan" in data else None
+        plans[kind] = PackPlan.from_json(data["plan"]) if "plan" in data else None
     old = _previous_nets(params)
     pieces = []
     for row in params["nets"]:

@@ -31,8 +31,9 @@ from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Checkout, Sources
+    from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.manifest import Manifest
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef, WeightIndex
 
 STATE = ".build"
@@ -470,8 +471,8 @@ def _net_digest(weights: dict[str, TensorRef], digests: dict[TensorRef, str]) ->
 
 
 def upstream_config(sources: Sources) -> dict[str, Any]:
-    """config.json as upstream wrote it."""
-    return dict(json.loads(sources.reference["config.json"]))
+    """config.json as upstream wrote it, with its silent keys written out."""
+    return sources.facts.written_out()
 
 
 def compile_exported(

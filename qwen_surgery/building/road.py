@@ -68,13 +68,14 @@ def _start(
 ) -> _Start:
     """Open and check everything; raises for whatever cannot work before anything runs."""
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     opened = Checkout.open(checkout)
     geometry = opened.geometry(given["seq_length"])
     resolved = options.resolved(geometry)
     toolchain = Toolchain.find(given["toolchain"])
-    sources = opened.sources(recipe=given["recipe"], seq_length=given["seq_length"])
+    sources = Sources.of(opened, recipe=given["recipe"], seq_length=given["seq_length"])
     config = upstream_config(sources)
     index = WeightIndex.open(checkout)
     builder = Builder(out, resolved, toolchain, running)
@@ -87,7 +88,7 @@ def _start(
 
 
 def _passes(given: Mapping[str, Any], toolchain: Toolchain) -> tuple[str, ...]:
-    from qwen_surgery.cleaning import chosen_passes
+    from qwen_surgery.exporting.cleaning import chosen_passes
 
     version = toolchain.version if toolchain.version != "unknown" else None
     return chosen_passes(skip=given["skip"], toolchain=version)

@@ -51,7 +51,7 @@ def front(
         "seq_length": geometry.seq_length,
         "fused_head": options.fused_head,
         "version": __version__,
-        "code": code_digest("qwen_surgery.exporting", "qwen_surgery.cleaning", *_pass_modules(passes)),
+        "code": code_digest("qwen_surgery.exporting", *_pass_modules(passes)),
     }
     tables = 8 * geometry.seq_length * geometry.head_dim * (2 * geometry.layers + 4)
     graphs = (2 * geometry.layers + 10) * 100_000 + tables
@@ -275,7 +275,11 @@ def narrow_tasks(compiling: Compiling) -> list[Task]:
                     {
                         "net": net.name, "cleaned": compiling.cleaned, "cores": cores, "flags": args,
                         "packer": packer_digest(),
-                        "code": code_digest("qwen_surgery.compiling", "qwen_surgery.building.vocabulary"),
+                        "code": code_digest(
+                            "qwen_surgery.compiling",
+                            "qwen_surgery.vocabulary",
+                            "qwen_surgery.building.vocabulary",
+                        ),
                         "copies": hashlib.sha256(SPARSE_COPIES.read_bytes()).hexdigest(),
                     },
                     {

@@ -1,8 +1,8 @@
 """The nets of the vocabulary (embeddings, lm_head) in a build: compiled narrow, proven, widened.
 
-How and why is in :mod:`qwen_surgery.compiling.narrow`; here it becomes a task. ``embedding_cache`` is widened
-as ``embedding`` was (:mod:`qwen_surgery.packing.sibling`). A net that cannot go this way says why and is
-compiled at its full size, as every other net is.
+How and why is in :mod:`qwen_surgery.vocabulary.narrow`; here it becomes a task. ``embedding_cache`` is
+widened as ``embedding`` was (:mod:`qwen_surgery.vocabulary.derive`). A net that cannot go this way says why
+and is compiled at its full size, as every other net is.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from qwen_surgery.nets import Net, NetKind
 if TYPE_CHECKING:
     import onnx
 
-    from qwen_surgery.compiling.narrow import Steps, Vocabulary
     from qwen_surgery.compiling.one import NetJob
     from qwen_surgery.exporting.manifest import NetEntry
-    from qwen_surgery.packing.plans import Plan
+    from qwen_surgery.packing.plans import PackPlan
     from qwen_surgery.packing.proof import Compiled
     from qwen_surgery.toolchain import Toolchain
+    from qwen_surgery.vocabulary.lowered import Steps
+    from qwen_surgery.vocabulary.narrow import Vocabulary
     from qwen_surgery.weights import TensorRef
 
 #: Kinds whose weights are a table with a row per token of the vocabulary.
@@ -45,12 +46,12 @@ def compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) -
     cannot go this way, ``{"widened": False, "reason": ...}`` as the task's answer. *needs* holds its
     sibling's outputs.
     """
-    from qwen_surgery.compiling.narrow import CannotWiden
     from qwen_surgery.packing.proof import Unproven
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     try:
         return _compile_narrow(params, needs, work)
-    except (CannotWiden, Unproven) as error:
+    except (CannotExtend, Unproven) as error:
         return {"widened": False, "reason": str(error)}
     except ToolFailed as error:
         if "signal 9" in str(error):  # too little memory now says nothing of the net
@@ -65,10 +66,11 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     import onnx
 
     from qwen_surgery.building.actions import toolchain_of
-    from qwen_surgery.compiling import narrow as narrowing
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing.proof import Compiled, prove
-    from qwen_surgery.packing.sibling import hollow
+    from qwen_surgery.vocabulary import narrow as narrowing
+    from qwen_surgery.vocabulary.derive import copy_without_weights
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     folder, chain = Path(params["export"]), toolchain_of(params)
     manifest = Manifest.load(folder)
@@ -76,7 +78,7 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     template = onnx.load(str(folder / manifest.template_file(entry.kind)))
     vocabulary = narrowing.narrow_vocabulary(manifest.geometry.vocab, narrowing.sizes_of(template))
     if vocabulary is None:
-        raise narrowing.CannotWiden("the vocabulary is too small")
+        raise CannotExtend("the vocabulary is too small")
     model = narrowing.narrow_model(template, vocabulary)
     refs = narrowing.narrow_refs(entry.weights, vocabulary)
     narrow, logs = work / "narrow", Path(params["logs"])
@@ -85,7 +87,7 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
     compiled = Compiled(bmodel, narrow / steps.final)
     proven = prove(compiled, model, refs)
 
-    def widen() -> Plan:
+    def widen() -> PackPlan:
         log = logs / f"{entry.name}.{params['cores']}core.log"
         return _widened(compiled, proven, vocabulary, steps, chain, work, log)
 
@@ -93,13 +95,13 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
         (sibling,) = needs.values()
         try:
             plan = _like_sibling(compiled, proven, sibling, work)
-        except (narrowing.CannotWiden, Refused) as error:
+        except (CannotExtend, Refused) as error:
             print(f"widened on its own: {error}", flush=True)
             plan = widen()
     else:
         plan = widen()
     if entry.kind in SIBLINGS.values():
-        hollow(bmodel, proven, work / _NARROW)
+        copy_without_weights(bmodel, proven, work / _NARROW)
     plans = {"plan": plan.to_json(), "narrow": proven.to_json()}
     (work / "plan.json").write_text(json.dumps(plans))
     return {"widened": True, "narrow": vocabulary.narrow, "weights": plan.weights}
@@ -107,43 +109,43 @@ def _compile_narrow(params: dict[str, Any], needs: dict[str, Path], work: Path) 
 
 def _widened(
     compiled: Compiled,
-    proven: Plan,
+    proven: PackPlan,
     vocabulary: Vocabulary,
     steps: Steps,
     chain: Toolchain,
     work: Path,
     log: Path,
-) -> Plan:
+) -> PackPlan:
     """Widen the narrow net *compiled* by the compiler's own last steps, and prove the widened plan."""
-    from qwen_surgery.compiling.narrow import run_steps
-    from qwen_surgery.packing.sibling import hollow
-    from qwen_surgery.packing.widen import widen_plan
+    from qwen_surgery.vocabulary.derive import copy_without_weights
+    from qwen_surgery.vocabulary.lowered import run_steps
+    from qwen_surgery.vocabulary.plan import extend_plan
 
     wide, final = work / "wide", compiled.final_mlir
     probes = run_steps(steps, vocabulary, chain, final.parent, wide, log, compiled.bmodel.stem)
     texts = (final.read_text(encoding="utf-8"), (wide / final.name).read_text(encoding="utf-8"))
     made = wide / compiled.bmodel.name
-    plan = widen_plan(proven, vocabulary, texts, made, probes)
-    hollow(made, plan, work / made.name)
+    plan = extend_plan(proven, vocabulary, texts, made, probes)
+    copy_without_weights(made, plan, work / made.name)
     _keep_profile(made, work)
     return plan
 
 
-def _like_sibling(compiled: Compiled, proven: Plan, sibling: Path, work: Path) -> Plan:
+def _like_sibling(compiled: Compiled, proven: PackPlan, sibling: Path, work: Path) -> PackPlan:
     """Widen the narrow net *compiled* as its *sibling* (that task's outputs) was."""
-    from qwen_surgery.compiling.narrow import CannotWiden
-    from qwen_surgery.packing.plans import Plan
-    from qwen_surgery.packing.sibling import Corners, widen_like
+    from qwen_surgery.packing.plans import PackPlan
+    from qwen_surgery.vocabulary.derive import Known, derive
+    from qwen_surgery.vocabulary.narrow import CannotExtend
 
     wide = next((file for file in sibling.glob("*.bmodel") if file.name != _NARROW), None)
     if wide is None:
-        raise CannotWiden("its sibling was not widened")
+        raise CannotExtend("its sibling was not widened")
     plans = json.loads((sibling / "plan.json").read_text())
-    if proven != Plan.from_json(plans["narrow"]):
-        raise CannotWiden("its sibling stores the weights differently")
-    plan = Plan.from_json(plans["plan"])
+    if proven != PackPlan.from_json(plans["narrow"]):
+        raise CannotExtend("its sibling stores the weights differently")
+    plan = PackPlan.from_json(plans["plan"])
     bmodel = compiled.bmodel
-    widen_like(Corners(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
+    derive(Known(sibling / _NARROW, wide, bmodel), plan, work / bmodel.name)
     _keep_profile(bmodel, work)  # looking up rows takes as long in a longer table
     return plan
 
@@ -175,9 +177,9 @@ def _compiled(
     job: NetJob, params: dict[str, Any], chain: Toolchain, folder: Path, logs: Path
 ) -> tuple[Path, Steps]:
     """The narrow net compiled as any other, and the steps that took."""
-    from qwen_surgery.compiling.narrow import Steps
     from qwen_surgery.compiling.one import deploy, transform
     from qwen_surgery.compiling.options import CompileOptions
+    from qwen_surgery.vocabulary.lowered import Steps
 
     transform(job, chain, folder, logs)
     bmodel, result = deploy(job, CompileOptions(**params["options"]), params["cores"], chain, folder, logs)

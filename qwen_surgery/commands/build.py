@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Export length S: the most tokens of a conversation.",
 )
 @click.option("--recipe", default="static", show_default=True, help="Source edits.")
-@click.option("--skip", multiple=True, metavar="PASS", help="Leave a graph pass out; may be repeated.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave out the graph pass NAME; may be repeated.")
 @click.option("--no-clean", is_flag=True, help="No graph passes at all.")
 @click.option(
     "--verify",

@@ -11,7 +11,7 @@ from rich.markup import escape
 from qwen_surgery import console
 
 if TYPE_CHECKING:
-    from qwen_surgery.cleaning import Cleaning, KindReport
+    from qwen_surgery.exporting.cleaning import Cleaning, KindReport
 
 
 @click.command(
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), default=None, help="Folder to write (default: in place)."
 )
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), default=None, help="TOML file that switches passes."
+    "--passes",
+    "passes_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="TOML file that says which passes run.",
 )
-@click.option("--skip", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave out the pass NAME; may be repeated.")
 @click.option(
     "--for-toolchain",
     metavar="VERSION",
@@ -44,32 +49,23 @@ if TYPE_CHECKING:
 def command(
     onnx_dir: Path | None,
     out: Path | None,
-    recipe: Path | None,
+    passes_file: Path | None,
     skip: tuple[str, ...],
     for_toolchain: str | None,
     check: str,
     explain: bool,
     as_json: bool,
 ) -> None:
-    from qwen_surgery.cleaning import chosen_passes, clean_export
     from qwen_surgery.errors import Usage
+    from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 
-    names = chosen_passes(recipe, skip, for_toolchain)
+    names = chosen_passes(passes_file, skip, for_toolchain)
     if onnx_dir is None:
         if not explain:
             raise Usage("ONNX_DIR is missing", hint="or ask for --explain alone to read about the passes")
         _explain_passes(names)
         return
-    from rich.progress import Progress
-
-    with Progress(console=console.err(), transient=True) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
+    with console.progress_bars() as progress:
         cleaning = clean_export(onnx_dir, out, passes=names, check=check, progress=progress)
     if as_json:
         console.print_json(

@@ -13,7 +13,7 @@ from qwen_surgery import console
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from qwen_surgery.packing.report import NetReport, Report
+    from qwen_surgery.packing.report import BmodelReport, NetReport
 
 
 def _size(count: float) -> str:
@@ -41,7 +41,7 @@ def _lines(net: NetReport) -> Iterator[str]:
             yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {shape}"
 
 
-def _nets(report: Report, every: bool) -> Iterator[str]:
+def _nets(report: BmodelReport, every: bool) -> Iterator[str]:
     shown: list[NetReport] = []
     for net in report.nets:
         if every or not any(_like(net, other) for other in shown):
@@ -51,7 +51,7 @@ def _nets(report: Report, every: bool) -> Iterator[str]:
         yield f"{len(report.nets) - len(shown)} more nets of further layers, alike (--all shows them)"
 
 
-def _print(report: Report, every: bool) -> None:
+def _print(report: BmodelReport, every: bool) -> None:
     out = console.out()
     out.print(
         f"{report.path}: {_size(report.size)}, {report.chip}, {report.devices} device(s), "

@@ -100,7 +100,7 @@ def test_real_nets_pass(templates: Templates, cleaned: bool) -> None:
 
 
 def test_clean_refuses_a_template_that_the_compiler_would_miscompile() -> None:
-    from qwen_surgery.cleaning import clean_template
+    from qwen_surgery.exporting.cleaning import clean_template
 
     with pytest.raises(Refused, match="half-split-rotary") as caught:
         clean_template(Template(NetKind.BLOCK, half_split()), ["rotary"])

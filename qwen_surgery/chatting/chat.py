@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_surgery.chatting.tokenizer import Tokenizer
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry
 from qwen_surgery.verification.engines import Engine, OrtEngine
 from qwen_surgery.verification.runtime import Runtime, Sampling, draw
-from qwen_surgery.verification.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwen_surgery.toolchain.emulator import ChipEngine

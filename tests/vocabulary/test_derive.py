@@ -1,4 +1,4 @@
-"""The fourth corner: what is known of a widened net from its sibling's, and what is not."""
+"""A full net derived from its partner's: what is known of it, and what is not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_surgery.compiling.narrow import CannotWiden
-from qwen_surgery.packing import sibling
 from qwen_surgery.packing.container import (
     Bmodel,
     Region,
@@ -21,8 +19,9 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import Plain, Plan
-from qwen_surgery.packing.sibling import Corners
+from qwen_surgery.packing.plans import PackPlan, Plain
+from qwen_surgery.vocabulary.derive import Known, copy_without_weights, derive
+from qwen_surgery.vocabulary.narrow import CannotExtend
 
 PAGE = 4096
 ROW = 256  # bytes of a table's row
@@ -74,27 +73,27 @@ def bmodel(
     return path
 
 
-def plan(rows: int) -> Plan:
-    return Plan(rows * ROW, (Plain(0, ["slot", "table"], (rows, ROW // 2), 0, rows, "BF16", False),))
+def plan(rows: int) -> PackPlan:
+    return PackPlan(rows * ROW, (Plain(0, ["slot", "table"], (rows, ROW // 2), 0, rows, "BF16", False),))
 
 
-def widened(
+def derived(
     tmp_path: Path,
     narrow: list[int],
-    wide: list[int],
+    full: list[int],
     own: list[int],
     *,
     code: int = 7,
     paged: bool = True,
 ) -> list[int]:
-    """The instructions of the widened net whose narrow ones are *own*."""
-    corners = Corners(
+    """The instructions of the full net whose narrow ones are *own*."""
+    known = Known(
         bmodel(tmp_path / "a", 16, 8, narrow, paged=paged),
-        bmodel(tmp_path / "b", 4096, 8, wide, paged=paged),
+        bmodel(tmp_path / "b", 4096, 8, full, paged=paged),
         bmodel(tmp_path / "c", 16, 1, own, code=code, paged=paged),
     )
     target = tmp_path / "d"
-    sibling.widen_like(corners, plan(4096), target)
+    derive(known, plan(4096), target)
     with Bmodel(target) as made, Bmodel(bmodel(tmp_path / "e", 4096, 1, own, paged=paged)) as expected:
         assert made.model["time"] == "at c" and {**made.model, "time": ""} == {**expected.model, "time": ""}
         assert made.length == expected.length
@@ -108,15 +107,15 @@ MOVED = (4096 - 16) * ROW
 
 @pytest.mark.parametrize("paged", [True, False])
 def test_each_word_depends_on_the_vocabulary_or_on_the_length(tmp_path: Path, paged: bool) -> None:
-    assert widened(tmp_path, [16, 8, 5], [4096, 8, 5], [16, 1, 5], paged=paged) == [4096, 1, 5]
+    assert derived(tmp_path, [16, 8, 5], [4096, 8, 5], [16, 1, 5], paged=paged) == [4096, 1, 5]
 
 
 def test_an_address_behind_the_weights_moves_with_them(tmp_path: Path) -> None:
-    assert widened(tmp_path, [100], [100 + MOVED], [50]) == [50 + MOVED]
+    assert derived(tmp_path, [100], [100 + MOVED], [50]) == [50 + MOVED]
 
 
 @pytest.mark.parametrize(
-    ("narrow", "wide", "own", "why"),
+    ("narrow", "full", "own", "why"),
     [
         ([16], [4096], [2], "depends both"),
         ([0xFFFFFFF0], [(0xFFFFFFF0 + MOVED) % 2**32], [0], "depends both"),  # only one of them carries
@@ -124,15 +123,15 @@ def test_an_address_behind_the_weights_moves_with_them(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_clear_is_refused(
-    tmp_path: Path, narrow: list[int], wide: list[int], own: list[int], why: str
+    tmp_path: Path, narrow: list[int], full: list[int], own: list[int], why: str
 ) -> None:
-    with pytest.raises(CannotWiden, match=why):
-        widened(tmp_path, narrow, wide, own)
+    with pytest.raises(CannotExtend, match=why):
+        derived(tmp_path, narrow, full, own)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CannotWiden, match="different weights"):
-        widened(tmp_path, [16], [4096], [16], code=8)
+    with pytest.raises(CannotExtend, match="different weights"):
+        derived(tmp_path, [16], [4096], [16], code=8)
 
 
 def test_nets_that_share_equal_instructions_otherwise_are_refused(tmp_path: Path) -> None:
@@ -141,25 +140,25 @@ def test_nets_that_share_equal_instructions_otherwise_are_refused(tmp_path: Path
         bmodel(tmp_path / "b", 4096, 8, [4096, 8, 1, 2]),
         bmodel(tmp_path / "c", 16, 1, [16, 1, 0, 0], again=True),
     ]
-    with pytest.raises(CannotWiden, match="share their instructions"):
-        sibling.widen_like(Corners(*files), plan(4096), tmp_path / "d")
+    with pytest.raises(CannotExtend, match="share their instructions"):
+        derive(Known(*files), plan(4096), tmp_path / "d")
 
 
 def test_coefficients_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     file = bmodel(tmp_path / "a", 16, 8, [1])
-    with pytest.raises(CannotWiden, match="no weights"):
-        sibling.widen_like(Corners(file, file, file), Plan(16 * ROW, ()), tmp_path / "d")
+    with pytest.raises(CannotExtend, match="no weights"):
+        derive(Known(file, file, file), PackPlan(16 * ROW, ()), tmp_path / "d")
 
 
 @given(st.integers(0, 15), st.integers(1, 15))
 def test_a_hollow_copy_keeps_every_byte_that_is_no_weight(
     tmp_path_factory: Any, start: int, rows: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("hollow")
+    folder = tmp_path_factory.mktemp("holes")
     file = bmodel(folder / "a", 16, 8, [1, 2, 3])
     stop = min(16, start + rows)
     part = Plain(start * ROW, ["slot", "table"], (16, ROW // 2), start, stop, "BF16", False)
-    sibling.hollow(file, Plan(16 * ROW, (part,)), folder / "b")
+    copy_without_weights(file, PackPlan(16 * ROW, (part,)), folder / "b")
     with Bmodel(file) as opened:
         base = opened.base
     was, made = bytearray(file.read_bytes()), (folder / "b").read_bytes()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class NetPrediction:
     """One net as compiled: cycles and milliseconds on the chip, nodes of the ONNX graph, operations in the
     Top dialect (inputs, weights and constants not counted), bytes of the bmodel."""
 
@@ -74,12 +74,11 @@ def with_weights(template: Template, weights: dict[str, np.ndarray]) -> onnx.Mod
 
 
 def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> dict[NetKind, Template]:
-    """Templates of the newest era's own-written modeling code at *geometry*; the checkout goes to
-    *folder*.
-    """
+    """Templates of the newest era's own-written code at *geometry*; the checkout goes to *folder*."""
     from golden.eras import make_checkout
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import trace_templates
+    from qwen_surgery.patching.sources import Sources
 
     make_checkout(
         folder,
@@ -91,7 +90,7 @@ def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> 
         trained_length=max(geometry.seq_length, 2048),
         sparse=True,
     )
-    sources = Checkout.open(folder).sources(recipe="static", seq_length=geometry.seq_length)
+    sources = Sources.of(Checkout.open(folder), recipe="static", seq_length=geometry.seq_length)
     return trace_templates(sources, geometry, kinds)
 
 
@@ -104,9 +103,8 @@ def compile_template(
     *,
     check: str = "off",
     seed: int = 0,
-) -> tuple[Path, Prediction]:
-    """Clean (None: leave as exported), bind random weights, compile one net in *work*: the bmodel and its
-    cost.
+) -> tuple[Path, NetPrediction]:
+    """Clean (None: leave as exported), bind random weights, compile in *work*: the bmodel and its cost.
 
     *options* must be resolved. Without cleaning TPU-MLIR runs its own simplification, as in the documented
     flow. Raises ToolFailed when a tool fails.
@@ -140,6 +138,6 @@ def compile_template(
     if profile is None:
         raise ToolFailed(f"{name}: model_deploy predicted nothing for this net")
     ops = [op for op in Module.parse(text).ops if op.name not in ("top.Input", "top.Weight", "top.None")]
-    return bmodel, Prediction(
+    return bmodel, NetPrediction(
         profile.cycles, profile.milliseconds, len(cleaned.model.graph.node), len(ops), bmodel.stat().st_size
     )

@@ -61,7 +61,7 @@ def reference(
     """What the exported net computes in float32, in onnxruntime."""
     import onnxruntime as ort
 
-    from qwen_surgery.predicting import with_weights
+    from qwen_surgery.measuring.prediction import with_weights
 
     bound = with_weights(template, weights).SerializeToString()
     session = ort.InferenceSession(bound, providers=["CPUExecutionProvider"])

@@ -1,6 +1,4 @@
-"""Clean an exported folder: passes over its templates, nets bound again, the manifest says which passes
-ran.
-"""
+"""Clean an exported folder: passes over its templates, nets bound again, a manifest that names the passes."""
 
 from __future__ import annotations
 
@@ -13,21 +11,19 @@ from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.nets import NetKind
 
 if TYPE_CHECKING:
-    from graph_passes import Report
+    from graph_passes import PassReport
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.exporting.template import Template
 
 
 @dataclass(frozen=True)
 class KindReport:
-    """What cleaning did to one kind of net: op counts (op type -> number) and the passes' reports in
-    order.
-    """
+    """What cleaning did to one kind of net: ops by type before and after, the passes' reports in order."""
 
     kind: NetKind
     before: dict[str, int]
     after: dict[str, int]
-    passes: tuple[Report, ...]
+    passes: tuple[PassReport, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,9 +105,7 @@ def clean_export(
 
 
 def clean_template(template: Template, passes: Iterable[str], check: str = "each") -> tuple[Any, KindReport]:
-    """One template cleaned and preflighted: the ONNX model and its report. Errors as in
-    :func:`clean_export`.
-    """
+    """One template cleaned and preflighted: its model and report. Raises as :func:`clean_export` does."""
     from graph_passes import PassError, clean
     from graph_passes.framework.runner import count_ops
 
@@ -127,9 +121,7 @@ def clean_template(template: Template, passes: Iterable[str], check: str = "each
 
 
 def refuse_unfit(model: Any, net: str) -> None:
-    """The preflight lint: raise Refused, naming node and remedy, for a form TPU-MLIR refuses or
-    miscompiles.
-    """
+    """Raise Refused, naming node and remedy, for a form that TPU-MLIR refuses or miscompiles."""
     from graph_passes import lint
 
     findings = lint.check(model)

@@ -1,9 +1,9 @@
-"""The pack plan of a net whose vocabulary was widened (:mod:`qwen_surgery.compiling.narrow`).
+"""The pack plan of a net extended to the full vocabulary (:mod:`qwen_surgery.vocabulary.narrow`).
 
 Two things are shown. That the narrow plan is right was proven on bytes that the compiler made of real
-weights (:mod:`.proof`). That it holds for the real vocabulary is shown here: the widened net has the narrow
-net's arrays, each at its real size, and every byte of the probe that it was compiled from stands where the
-plan puts the weights' bytes.
+weights (:mod:`qwen_surgery.packing.proof`). That it holds for the real vocabulary is shown here: the extended
+net has the narrow net's arrays, each at its real size, and every byte of the probe that it was compiled from
+stands where the plan puts the weights' bytes.
 """
 
 from __future__ import annotations
@@ -15,29 +15,33 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_surgery.compiling.narrow import CannotWiden, ProbeArray, Vocabulary, probe
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.arrays import Array, arrays_in_text
-from qwen_surgery.packing.container import Bmodel, Region
-from qwen_surgery.packing.plans import Placement, Plan, Quantised
+from qwen_surgery.packing.container import Bmodel, check_code, coefficients
+from qwen_surgery.packing.plans import PackPlan, Placement, Quantised
+from qwen_surgery.vocabulary.narrow import CannotExtend, Vocabulary
+from qwen_surgery.vocabulary.probe import ProbeArray, probe
 
 
-def widen_plan(
-    narrow: Plan, vocabulary: Vocabulary, texts: tuple[str, str], bmodel: Path, probes: Sequence[ProbeArray]
-) -> Plan:
-    """The plan of the widened net in *bmodel*, proven.
+def extend_plan(
+    narrow: PackPlan,
+    vocabulary: Vocabulary,
+    texts: tuple[str, str],
+    bmodel: Path,
+    probes: Sequence[ProbeArray],
+) -> PackPlan:
+    """The plan of the extended net in *bmodel*, proven.
 
-    *texts* are the final MLIR of the narrow and of the widened net; *probes* what the latter was compiled
-    from. Raises :class:`CannotWiden` when anything is not as expected.
+    *texts* are the final MLIR of the narrow and of the extended net; *probes* what the latter was compiled
+    from. Raises :class:`CannotExtend` when anything is not as expected.
     """
     with Bmodel(bmodel) as opened:
-        parameter = opened.nets[0]["parameter"][0]
-        region = Region.of(parameter["coeff_mem"]["binary_coeff"])
-        if bytes(parameter["coeff_mem"].get("check_code", [])) != opened.sha256(region):
-            raise CannotWiden("the check code of the widened net is not that of its weights")
+        region = coefficients(opened)
+        if check_code(opened) != opened.sha256(region):
+            raise CannotExtend("the check code of the extended net is not that of its weights")
         start = opened.base + region.start
         moved = _moved(texts, vocabulary, region.size)
-        plan = Plan(region.size, tuple(_widened(p, vocabulary, moved) for p in narrow.placements))
+        plan = PackPlan(region.size, tuple(_extended(p, vocabulary, moved) for p in narrow.placements))
         section = np.memmap(bmodel, np.uint8, "r", start, (region.size,))
         _find_probes(plan, vocabulary, section, list(moved.values()), probes)
     return plan
@@ -46,42 +50,42 @@ def widen_plan(
 def _base(text: str) -> int:
     found = re.search(r"module\.coeff_addr = (\d+)", text)
     if found is None:
-        raise CannotWiden("the final text does not say where the weights begin")
+        raise CannotExtend("the final text does not say where the weights begin")
     return int(found[1])
 
 
 def _moved(texts: tuple[str, str], vocabulary: Vocabulary, size: int) -> dict[int, Array]:
-    """Offset of every array of the narrow net -> that array in the widened one, its address now an offset."""
-    narrow, wide = (arrays_in_text(text) for text in texts)
-    if len(narrow) != len(wide):
-        raise CannotWiden("the widened net has other arrays than the narrow one")
+    """Offset of every array of the narrow net -> that array of the extended one, its address an offset."""
+    narrow, full = (arrays_in_text(text) for text in texts)
+    if len(narrow) != len(full):
+        raise CannotExtend("the extended net has other arrays than the narrow one")
     result = {}
     bases = [_base(text) for text in texts]
-    for old, new in zip(narrow, wide, strict=True):
+    for old, new in zip(narrow, full, strict=True):
         alike = len(old.shape) == len(new.shape) and old.type == new.type
         pairs = list(zip(old.shape, new.shape, strict=True)) if alike else []
         scaled = [a * vocabulary.full == b * vocabulary.narrow for a, b in pairs if a != b]
         if not alike or len(scaled) > 1 or not all(scaled):
-            raise CannotWiden(f"an array of {old.shape} became one of {new.shape}")
+            raise CannotExtend(f"an array of {old.shape} became one of {new.shape}")
         offset = new.address - bases[1]
         if not 0 <= offset <= size - new.nbytes:
-            raise CannotWiden("an array of the widened net lies outside its section")
+            raise CannotExtend("an array of the extended net lies outside its section")
         result[old.address - bases[0]] = replace(new, address=offset)
     return result
 
 
-def _widened(placement: Placement, vocabulary: Vocabulary, moved: Mapping[int, Array]) -> Placement:
+def _extended(placement: Placement, vocabulary: Vocabulary, moved: Mapping[int, Array]) -> Placement:
     def at(offset: int) -> int:
         if offset not in moved:
-            raise CannotWiden("the plan names a place that is no array's")
+            raise CannotExtend("the plan names a place that is no array's")
         return moved[offset].address
 
     shape, stop = placement.shape, placement.stop
     if vocabulary.narrow in shape:
         if (shape[0], placement.start, stop) != (vocabulary.narrow, 0, vocabulary.narrow):
-            raise CannotWiden("a weight of the vocabulary is not stored as a whole")
+            raise CannotExtend("a weight of the vocabulary is not stored as a whole")
         if placement.expression[0] != "slot":
-            raise CannotWiden("a weight of the vocabulary is not stored as it is in the checkpoint")
+            raise CannotExtend("a weight of the vocabulary is not stored as it is in the checkpoint")
         shape, stop = (vocabulary.full, shape[1]), vocabulary.full
     offset = at(placement.offset)
     if isinstance(placement, Quantised):
@@ -92,11 +96,15 @@ def _widened(placement: Placement, vocabulary: Vocabulary, moved: Mapping[int, A
 
 
 def _find_probes(
-    plan: Plan, vocabulary: Vocabulary, section: np.ndarray, arrays: list[Array], probes: Sequence[ProbeArray]
+    plan: PackPlan,
+    vocabulary: Vocabulary,
+    section: np.ndarray,
+    arrays: list[Array],
+    probes: Sequence[ProbeArray],
 ) -> None:
-    """Raise :class:`CannotWiden` unless every probe stands where *plan* puts what it stands for."""
-    wide = [p for p in plan.placements if vocabulary.full in p.shape]
-    places = {offset: p for p in wide for offset, _ in p.extents()}
+    """Raise :class:`CannotExtend` unless every probe stands where *plan* puts what it stands for."""
+    extended = [p for p in plan.placements if vocabulary.full in p.shape]
+    places = {offset: p for p in extended for offset, _ in p.extents()}
     left = list(probes)
     for array in arrays:
         placement = places.pop(array.address, None)
@@ -104,14 +112,14 @@ def _find_probes(
             continue
         fitting = [one for one in left if one.nbytes == array.nbytes]
         if len(fitting) != 1:
-            raise CannotWiden(f"{len(fitting)} arrays of the lowered net may be the one of {array.shape}")
+            raise CannotExtend(f"{len(fitting)} arrays of the lowered net may be the one of {array.shape}")
         left.remove(fitting[0])
         found = section[array.address : array.address + array.nbytes]
         by_lanes = isinstance(placement, Quantised) and array.address != placement.offset
         if not _stands(fitting[0], found, placement.form if by_lanes else None):  # type: ignore[union-attr]
-            raise CannotWiden(f"the array of {array.shape} is not stored as in the narrow net")
+            raise CannotExtend(f"the array of {array.shape} is not stored as in the narrow net")
     if left or places:
-        raise CannotWiden("the plan and the lowered net have different arrays of the vocabulary")
+        raise CannotExtend("the plan and the lowered net have different arrays of the vocabulary")
 
 
 def _stands(one: ProbeArray, found: np.ndarray, form: formats.Quantisation | None) -> bool:
