@@ -62,7 +62,7 @@ def fragments(text: str) -> Iterator[list[tokenize.TokenInfo]]:
     """Runs of string literals that Python joins, one a line."""
     run: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.STRING:
+        if token.type == tokenize.STRING and token.string[0] != "b":
             run.append(token)
         elif token.type not in (tokenize.NL, tokenize.COMMENT):
             if len(run) > 1:
