@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from codemods.base import Outcome, Status
-from codemods.config.base import DEFAULT_SEQ_LENGTH, ConfigContext, ConfigEdit
+from codemods.config.base import ConfigContext, ConfigEdit
+from codemods.config.facts import ModelFacts
 from codemods.config.text import ConfigError, read
-from codemods.recipes import Recipe
-from codemods.recipes import load as load_recipe
+from codemods.framework.base import Outcome, Status
+from codemods.framework.discovery import defined, modules
+from codemods.framework.recipes import Recipe
+from codemods.framework.recipes import load as load_recipe
 
-__all__ = ["BUILTIN", "ConfigError", "ConfigResult", "get", "run"]
+__all__ = ["ConfigError", "ConfigResult", "ModelFacts", "get", "names", "run"]
 
-#: name -> module that holds ``EDIT``, in documentation order
-BUILTIN: dict[str, str] = {
-    "seq-length": "codemods.config.seq_length",
-    "max-position-embeddings": "codemods.config.max_position_embeddings",
-    "precision": "codemods.config.precision",
-    "logn-attention": "codemods.config.logn_attention",
-    "dynamic-ntk": "codemods.config.dynamic_ntk",
-    "flash-attention": "codemods.config.flash_attention",
-    "cache-quantization": "codemods.config.cache_quantization",
-}
+_MODULES = modules(__name__, __path__)
 
 
 @dataclass(frozen=True)
@@ -41,9 +33,15 @@ class ConfigResult:
 
 def get(name: str) -> ConfigEdit:
     """The config edit called ``name``. Raises :class:`LookupError` for an unknown one."""
-    if name not in BUILTIN:
-        raise LookupError(f"no config edit is called {name!r}; known: {', '.join(BUILTIN)}")
-    return importlib.import_module(BUILTIN[name]).EDIT
+    edit = defined(_MODULES[name], ConfigEdit) if name in _MODULES else None
+    if edit is None:
+        raise LookupError(f"no config edit is called {name!r}; known: {', '.join(names())}")
+    return edit
+
+
+def names() -> list[str]:
+    """Every config edit's name: those of the modules of this package that define one."""
+    return [name for name, module in _MODULES.items() if defined(module, ConfigEdit) is not None]
 
 
 def run(
@@ -51,26 +49,22 @@ def run(
     recipe: Recipe | str,
     seq_length: int,
     *,
-    trained: int | None = None,
+    facts: ModelFacts | None = None,
     skip: Iterable[str] = (),
 ) -> ConfigResult:
     """Apply a recipe's config edits to one config.json.
 
-    ``seq_length`` is the export length in tokens. ``trained`` is the unpatched config's ``seq_length``;
-    give it when ``text``
-    may be patched already, otherwise it is read from ``text`` (upstream's default where the key is
-    missing). Every edit decides
-    on the config as it came. Raises :class:`ConfigError` when ``text`` is not one JSON object.
+    ``seq_length`` is the export length in tokens. ``facts`` are those of the unpatched config.json and its
+    configuration class: give them when ``text`` may be patched already or leaves keys to that class.
+    Otherwise they are read from ``text``, silent keys as upstream has them. Every edit decides on the config
+    as it came. Raises :class:`ConfigError` when ``text`` is not one JSON object.
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     data = text.encode() if isinstance(text, str) else text
     config = read(data)
-    if trained is None:
-        given = config.get("seq_length", DEFAULT_SEQ_LENGTH)
-        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-            raise ConfigError(f"seq_length is {given!r}, not a number of tokens", config.line("seq_length"))
-        trained = given
-    context = ConfigContext(seq_length, trained)
+    if facts is None:
+        facts = ModelFacts.from_config(config.values())
+    context = ConfigContext(seq_length, facts)
     skipped = set(skip)
     outcomes, edited = [], config
     for name in chosen.config:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_cache_quantization"
 
 
 class CacheQuantization(ConfigEdit):
-    """Decline a config that quantises its key/value cache."""
+    """Decline a quantised key/value cache.
+
+    Why
+        The nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits computes
+        something else; switching the quantisation off silently would not reproduce it.
+
+    Declines
+        - use_cache_quantization is true
+    """
 
     name = "cache-quantization"
-    title = "Decline a quantised key/value cache"
-    why = (
-        "the nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits "
-        "computes something "
-        "else, so switching the quantisation off silently would not reproduce it."
-    )
-    declines = ("use_cache_quantization is true",)
     examples = (
         Example("not quantised", '{"use_cache_quantization": false}', None, Status.ALREADY),
         Example("not mentioned", '{"bf16": true}', None, Status.ABSENT),
@@ -29,15 +30,13 @@ class CacheQuantization(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        if KEY not in config.members:
+        by_default = context.facts.defaults.get(KEY, False)
+        if KEY not in config.members and not by_default:
             yield Decision(KEY, Status.ABSENT, "the cache is not quantised")
-        elif config.get(KEY):
+        elif config.get(KEY, by_default):
             reason = (
                 "the nets carry keys and values unquantised; set it to false to export the unquantised model"
             )
             yield Decision(KEY, Status.DECLINED, reason)
         else:
             yield Decision(KEY, Status.ALREADY, "is false")
-
-
-EDIT = CacheQuantization()

@@ -10,11 +10,11 @@ import click
 from rich.markup import escape
 
 from qwen_surgery import console
-from qwen_surgery.compiling.options import PROFILES
+from qwen_surgery.compiling.options import RUNTIMES
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from qwen_surgery.packing.report import NetReport, Report
+    from qwen_surgery.packing.report import BmodelReport, NetReport
     from qwen_surgery.runtime.memory import Memory, NetMemory
 
 
@@ -34,7 +34,7 @@ def _lines(net: NetReport) -> Iterator[str]:
     weights = "weights shared" if net.shared else f"weights {_size(net.weight_bytes)}"
     flags = "".join(f", {name}" for name, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on)
     yield (
-        f"[bold]{net.name}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
+        f"[bold]{escape(net.name)}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
         f"runtime memory {_size(net.runtime_bytes)}{flags}"
     )
     for arrow, tensors in (("in ", net.inputs), ("out", net.outputs)):
@@ -43,7 +43,7 @@ def _lines(net: NetReport) -> Iterator[str]:
             yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {shape}"
 
 
-def _nets(report: Report, every: bool) -> Iterator[str]:
+def _nets(report: BmodelReport, every: bool) -> Iterator[str]:
     shown: list[NetReport] = []
     for net in report.nets:
         if every or not any(_like(net, other) for other in shown):
@@ -53,14 +53,14 @@ def _nets(report: Report, every: bool) -> Iterator[str]:
         yield f"{len(report.nets) - len(shown)} more nets of further layers, alike (--all shows them)"
 
 
-def _print(report: Report, every: bool) -> None:
+def _print(report: BmodelReport, every: bool) -> None:
     out = console.out()
     out.print(
         f"{report.path}: {_size(report.size)}, {report.chip}, {report.devices} device(s), "
         f"{report.layers} layers, {len(report.nets)} nets, TPU-MLIR format {report.version}, {report.created}"
     )
     for line in _nets(report, every):
-        out.print(line)
+        out.print(console.styled(line))
     if report.speed:
         out.print(
             f"predicted by TPU-MLIR: first token {report.speed.first_token_ms:.2f} ms, then "
@@ -106,8 +106,8 @@ def _range(memory: Memory, start: int) -> str:
 
 def _bundle(model: Path, folder: Path) -> None:
     from qwen_surgery.packing.report import geometry_of
-    from qwen_surgery.runtime.bundle import write_bundle
     from qwen_surgery.toolchain.emulator import ChipEngine
+    from qwen_surgery.verification.bundle import write_bundle
 
     with ChipEngine(model) as chip, console.err().status("bundle") as status:
         write_bundle(model, chip, geometry_of(model), folder, lambda net: status.update(f"bundle {net}"))
@@ -128,7 +128,7 @@ def _bundle(model: Path, folder: Path) -> None:
 @click.option("--regions", is_flag=True, help="Show where inputs and outputs lie under shared memory.")
 @click.option(
     "--runtime",
-    type=click.Choice(list(PROFILES)),
+    type=click.Choice(list(RUNTIMES)),
     help="Only judge by the demos that this --runtime of a build is for.  [default: by all that can read it]",
 )
 def command(

@@ -49,8 +49,7 @@ class NetReport:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted times in milliseconds: the first token (prefill of S positions), each further one, and
-    tokens/s.
+    """Predicted milliseconds for the first token (prefill of S positions) and each further one; tokens/s.
 
     ``uncounted`` are the nets without a prediction of their own.
     """
@@ -62,7 +61,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Report:
+class BmodelReport:
     """A bmodel. ``contract`` lists every difference from the contract with the runtimes; empty means kept."""
 
     path: str
@@ -184,8 +183,7 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
 
 
 def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
-    """Predicted speed of a model of *layers* layers, greedy decoding; None without a prediction for its
-    blocks.
+    """Predicted speed of *layers* layers, decoding greedily; None without a prediction for the blocks.
 
     TPU-MLIR states no time for nets that are one memory copy (the embeddings): those are left out and named.
     """
@@ -222,7 +220,7 @@ def geometry_of(path: Path) -> Geometry:
         raise Refused(f"{path} does not hold the nets of a Qwen v1 model") from error
 
 
-def inspect(path: Path, profile: str | None = None) -> Report:
+def inspect(path: Path, profile: str | None = None) -> BmodelReport:
     """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel.
 
     It is held against every generation of demos, or those of *profile*: one of them that cannot read the file
@@ -238,7 +236,7 @@ def inspect(path: Path, profile: str | None = None) -> Report:
     runtimes = () if contract else suitability(path, profile)
     overwritten = tuple(f"{one.generation}: {what}" for one in runtimes for what in one.hazards)
     refused = tuple(f"{one.generation}: {one.refusal}" for one in runtimes if profile and one.refusal)
-    return Report(
+    return BmodelReport(
         path=str(path),
         size=length,
         chip=model["chip"],

@@ -14,8 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from qwen_surgery.nets import MASK_VALUE
-from qwen_surgery.runtime.memory import Memory, NetMemory, Place
-from qwen_surgery.verification.runtime import (
+from qwen_surgery.runtime.host import (
     Sampling,
     decode_mask,
     decode_position,
@@ -24,6 +23,7 @@ from qwen_surgery.verification.runtime import (
     prefill_positions,
     sampling_ids,
 )
+from qwen_surgery.runtime.memory import Memory, NetMemory, Place
 
 #: -10000 in the format of the nets' states, as bits; and the float16 bits that one generation always writes.
 MASK_BITS = {"bf16": 0xC61C, "f16": 0xF0E2}

@@ -18,7 +18,7 @@ HEADS, FUSED, LOGITS = "heads", "fused", "logits"
 
 
 @dataclass(frozen=True)
-class Generation:
+class DemoGeneration:
     """One generation of demos: ``profiles`` are the values of --runtime whose files it takes.
 
     ``heads``: the kinds of file it counts the layers of rightly. ``shared``: how its runtime may place nets.
@@ -49,31 +49,31 @@ _WHY_NOT = {
 }
 
 GENERATIONS = (
-    Generation(
+    DemoGeneration(
         "chat-2024", "LLM-TPU models/Qwen/python_demo/chat.cpp, 2024-03-28 to 2025-06",
         ("llm-tpu", "sophon-demo"), flows.Copying, (HEADS,), (True,),
     ),
-    Generation(
+    DemoGeneration(
         "chat-2025", "LLM-TPU models/Qwen/python_demo/chat.cpp, from 2025-06",
         ("llm-tpu", "sophon-demo"), flows.CopyingAlone, (HEADS,), (True,),
     ),
-    Generation(
+    DemoGeneration(
         "generic", "LLM-TPU models/Qwen2_5/python_demo/chat.cpp and its likes, greedy",
         ("llm-tpu",), flows.OwnLength, (HEADS, FUSED), (True,),
     ),
-    Generation(
+    DemoGeneration(
         "qwen.py-2024-08", "sophon-demo sample/Qwen/python/qwen.py, from 2024-08",
         ("sophon-demo",), flows.InPlace, (HEADS, LOGITS, FUSED), (True, False),
     ),
-    Generation(
+    DemoGeneration(
         "demo.cpp-2024-02", "LLM-TPU models/Qwen/demo/demo.cpp, 2024-02-19 to 2024-03-19",
         ("sophon-demo-2024.1",), flows.CopyingToken, (FUSED,), (True,),
     ),
-    Generation(
+    DemoGeneration(
         "qwen.py-2024-03", "sophon-demo sample/Qwen/python/qwen.py, 2024-03",
         ("sophon-demo-2024.1",), flows.InPlaceFloat16, (FUSED,), (True, False),
     ),
-    Generation(
+    DemoGeneration(
         "demo_parallel", "LLM-TPU models/Qwen/demo_parallel, from 2024-04",
         ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False),
     ),
@@ -87,7 +87,7 @@ def kind_of(nets: Mapping[str, NetMemory]) -> str:
     return FUSED if nets["lm_head"].outputs[0].dtype == "i32" else LOGITS
 
 
-def of_profile(profile: str | None) -> tuple[Generation, ...]:
+def of_profile(profile: str | None) -> tuple[DemoGeneration, ...]:
     """The generations of one --runtime, or all."""
     return tuple(one for one in GENERATIONS if profile is None or profile in one.profiles)
 
@@ -112,7 +112,7 @@ def suitability(bmodel: Path, profile: str | None = None) -> tuple[Suitability, 
     return tuple(_suits(one, layouts) for one in of_profile(profile))
 
 
-def _suits(generation: Generation, layouts: Mapping[bool, Sequence[NetMemory]]) -> Suitability:
+def _suits(generation: DemoGeneration, layouts: Mapping[bool, Sequence[NetMemory]]) -> Suitability:
     refusal = generation.refuses(layouts[True])
     found = [] if refusal else [
         f"{'with' if shared else 'without'} shared memory, {sentence}"

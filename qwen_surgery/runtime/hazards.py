@@ -16,8 +16,8 @@ from itertools import count, pairwise
 import numpy as np
 
 from qwen_surgery.runtime.flows import Argument, Flow
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.runtime.memory import Memory, NetMemory, Place
-from qwen_surgery.verification.runtime import Sampling
 
 #: Where memory of the demo's own starts: beyond every net's.
 _OWN = 1 << 60

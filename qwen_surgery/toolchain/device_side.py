@@ -30,29 +30,29 @@ class DeviceMemory(ctypes.Structure):
     ]
 
 
-class Shape(ctypes.Structure):
+class BmShape(ctypes.Structure):
     """bm_shape_t."""
 
     _fields_ = [("count", ctypes.c_int), ("dims", ctypes.c_int * 8)]
 
 
-class Tensor(ctypes.Structure):
+class BmTensor(ctypes.Structure):
     """bm_tensor_t."""
 
     _fields_ = [
         ("dtype", ctypes.c_int),
-        ("shape", Shape),
+        ("shape", BmShape),
         ("memory", DeviceMemory),
         ("store_mode", ctypes.c_int),
     ]
 
 
-class Stage(ctypes.Structure):
+class BmStage(ctypes.Structure):
     """bm_stage_info_t."""
 
     _fields_ = [
-        ("input_shapes", ctypes.POINTER(Shape)),
-        ("output_shapes", ctypes.POINTER(Shape)),
+        ("input_shapes", ctypes.POINTER(BmShape)),
+        ("output_shapes", ctypes.POINTER(BmShape)),
         ("input_memory", ctypes.POINTER(DeviceMemory)),
         ("output_memory", ctypes.POINTER(DeviceMemory)),
     ]
@@ -73,7 +73,7 @@ class NetInfo(ctypes.Structure):
         ("output_dtypes", ctypes.POINTER(ctypes.c_int)),
         ("output_scales", ctypes.POINTER(ctypes.c_float)),
         ("stage_count", ctypes.c_int),
-        ("stages", ctypes.POINTER(Stage)),
+        ("stages", ctypes.POINTER(BmStage)),
         ("max_input_bytes", ctypes.POINTER(ctypes.c_size_t)),
         ("max_output_bytes", ctypes.POINTER(ctypes.c_size_t)),
         ("input_zero_points", ctypes.POINTER(ctypes.c_int)),
@@ -106,8 +106,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "bmrt_launch_tensor_ex": (
         ctypes.c_bool,
         [
-            ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(Tensor), ctypes.c_int,
-            ctypes.POINTER(Tensor), ctypes.c_int, ctypes.c_bool, ctypes.c_bool,
+            ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(BmTensor), ctypes.c_int,
+            ctypes.POINTER(BmTensor), ctypes.c_int, ctypes.c_bool, ctypes.c_bool,
         ],
     ),
 }  # fmt: skip
@@ -123,7 +123,7 @@ def _library(libraries: list[ctypes.CDLL]) -> Any:
     return type("Functions", (), {name: staticmethod(function) for name, function in found.items()})
 
 
-class Device:
+class Bmruntime:
     """One device with one bmodel in one runtime. Addresses and sizes in requests are in bytes."""
 
     def __init__(self, path: str, flags: str) -> None:
@@ -196,7 +196,7 @@ def _memory(address: int, size: int) -> DeviceMemory:
 
 
 def _tensors(given: list[dict[str, Any]], dtypes: Any) -> Any:
-    tensors = (Tensor * len(given))()
+    tensors = (BmTensor * len(given))()
     for i, (tensor, one) in enumerate(zip(tensors, given)):  # noqa: B905
         tensor.dtype = dtypes[i]
         tensor.shape.count = len(one["shape"])

@@ -130,9 +130,9 @@ def from_chip(data: Any, dtype: str) -> Any:
 
 def device(*arguments: str) -> Any:
     """The session that ``device_side.py`` has; libbmrt is loaded for it alone."""
-    from device_side import Device  # type: ignore[import-not-found]  # beside this file, in the worker's path
+    from device_side import Bmruntime  # type: ignore[import-not-found]  # beside this file, in the worker's path
 
-    return Device(*arguments)
+    return Bmruntime(*arguments)
 
 
 def serve(session: Any, requests: Any, replies: Any) -> None:

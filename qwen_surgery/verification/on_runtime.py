@@ -16,12 +16,13 @@ from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Geometry
 from qwen_surgery.runtime.device import Device
 from qwen_surgery.runtime.flows import Flow
-from qwen_surgery.runtime.generations import Generation, of_profile
+from qwen_surgery.runtime.generations import DemoGeneration, of_profile
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.verification.engines import Engine
 from qwen_surgery.verification.results import Check
-from qwen_surgery.verification.runtime import Runtime, Sampling
+from qwen_surgery.verification.runtime import Runtime
 
 Candidates = tuple[np.ndarray, np.ndarray]
 
@@ -103,7 +104,7 @@ def follow(flow: Flow, meant: Conversation, sampling: Sampling | None) -> Conver
 def _generation(
     bmodel: Path,
     toolchain: Toolchain,
-    generation: Generation,
+    generation: DemoGeneration,
     shared: bool,
     meant: Sequence[Conversation],
     sampling: Sampling,

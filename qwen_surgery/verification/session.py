@@ -6,22 +6,26 @@ import importlib.metadata
 import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from golden import tolerances
+from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.runtime.host import Sampling
+from qwen_surgery.verification import language
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
-from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip", "runtime")
@@ -49,6 +53,9 @@ class Request:
     seed: int = 0
     toolchain: str | None = None
     trust_remote_code: bool = False
+    questions: tuple[str, ...] = ()
+    text: str = ""
+    text_tokens: int = 256
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -72,7 +79,7 @@ class Request:
 
 
 @dataclass
-class _Parts:
+class _Opened:
     """Everything the levels share."""
 
     request: Request
@@ -84,6 +91,30 @@ class _Parts:
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
     progress: Callable[[str], None]
     _kept: list[NetCase] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkout's, read as data."""
+        from qwen_surgery.tokenizer import Tokenizer
+
+        return Tokenizer.open(self.request.checkout)
+
+    @cached_property
+    def questions(self) -> list[language.Question]:
+        """The questions with the unpatched model's answers."""
+        self.progress("reference: answers")
+        return language.ask_reference(
+            self.reference, self.tokenizer, self.request.questions, self.geometry.seq_length
+        )
+
+    @cached_property
+    def readings(self) -> list[language.Reading]:
+        """The text as the unpatched model reads it."""
+        self.progress("reference: text")
+        tokens = self.tokenizer.encode(self.request.text)
+        return language.read_reference(
+            self.reference, tokens, self.geometry.seq_length, self.request.text_tokens
+        )
 
     def cases(self) -> Iterable[NetCase]:
         """Every case; made once, or, where all together take much memory, again for each level."""
@@ -137,8 +168,9 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
-) -> tuple[_Parts, list[OrtEngine]]:
+) -> tuple[_Opened, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
@@ -148,7 +180,7 @@ def _open(
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
-    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
     for folder in folders:
         _refuse_other_model(folder, sources)
     geometry = checkout.geometry(seq_length)
@@ -164,7 +196,7 @@ def _open(
         depth=selection.depth(geometry),
     )
     limits = tolerances.load()
-    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders
+    return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
@@ -229,7 +261,7 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Parts, level: str, mode: str, name: str, engine: Engine, bmodel: Path | None = None
+    parts: _Opened, level: str, mode: str, name: str, engine: Engine, bmodel: Path | None = None
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
@@ -259,12 +291,34 @@ def _level(
                 progress=lambda what: parts.progress(f"{level} {name}: {what}"),
             )
             result.checks += checks
+        if parts.whole:
+            _speak(parts, result, engine, limits)
 
     return timed(result, work)
 
 
-def _end_to_end_prompt(parts: _Parts) -> list[int]:
-    """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
+def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
+    """Questions and text, where they were given."""
+
+    def say(what: str) -> None:
+        parts.progress(f"{result.level} {result.name}: {what}")
+
+    if parts.request.questions:
+        checks, answers = language.check_answers(
+            engine, parts.geometry, parts.tokenizer, limits, parts.questions, say
+        )
+        result.checks += checks
+        result.answers += answers
+    if parts.request.text:
+        result.checks += language.check_text(engine, parts.geometry, limits, parts.readings, say)
+
+
+def _end_to_end_prompt(parts: _Opened) -> list[int]:
+    """The longest prompt that leaves room for the decode steps; a shortened one when none does.
+
+    It is text where the checkout has its tokenizer: on random tokens a trained model sees nothing it knows,
+    and its distribution, which is then compared, hangs on little.
+    """
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
     if room < 1:
@@ -273,10 +327,22 @@ def _end_to_end_prompt(parts: _Parts) -> list[int]:
             hint="use fewer --steps",
         )
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    return max(fitting, key=len) if fitting else prompts[0][:room]
+    prompt = max(fitting, key=len) if fitting else prompts[0][:room]
+    return _text_tokens(parts)[: len(prompt)] or prompt
 
 
-def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
+def _text_tokens(parts: _Opened) -> list[int]:
+    """Tokens of the text, else of one that comes with this program; none without a tokenizer that fits."""
+    try:
+        tokenizer = parts.tokenizer
+    except Refused:
+        return []
+    if tokenizer.size > parts.geometry.vocab:
+        return []
+    return tokenizer.encode(parts.request.text or TEXT.read_text(encoding="utf-8"))
+
+
+def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel on the emulator, which is open only for this level."""
     from qwen_surgery.toolchain.emulator import ChipEngine
     from qwen_surgery.toolchain.environment import Toolchain
@@ -293,7 +359,7 @@ def _memory_check(bmodel: Path) -> Check:
     return Check("all nets", None, "contract", "memory", {}, inspect(bmodel).contract)
 
 
-def _runtime_level(parts: _Parts, bmodel: Path) -> LevelResult:
+def _runtime_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel in the vendor's own runtime, as each generation of demos drives it."""
     from qwen_surgery.toolchain.environment import Toolchain
     from qwen_surgery.verification.on_runtime import check_runtimes
@@ -319,7 +385,7 @@ def _runtime_level(parts: _Parts, bmodel: Path) -> LevelResult:
     return timed(result, work)
 
 
-def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
+def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
     """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
     from qwen_surgery.toolchain.environment import Toolchain
     from qwen_surgery.verification.mlir import MlirEngine

@@ -124,7 +124,10 @@ def test_the_oldest_runtime_gets_a_token_from_its_lm_head() -> None:
     ("options", "path"),
     [
         ({}, "BM1684X/qwen_int4_seq512_1dev.bmodel"),
-        ({"mode": "int8", "num_device": 2, "dynamic": True}, "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel"),
+        (
+            {"mode": "int8", "num_device": 2, "dynamic": True, "runtime": "sophon-demo"},
+            "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel",
+        ),
         ({"target": "bm1688", "mode": "f16"}, "BM1688/qwen_f16_seq512_bm1688_1dev.bmodel"),
         ({"target": "cv186x", "name": "q"}, "CV186X/q_int4_seq512_cv186x_1dev.bmodel"),
     ],

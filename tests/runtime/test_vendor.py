@@ -13,10 +13,10 @@ import pytest
 from golden.eras import make_checkout
 from qwen_surgery.packing.report import geometry_of
 from qwen_surgery.runtime.generations import FUSED, HEADS
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.verification.on_runtime import Conversation, net_by_net
-from qwen_surgery.verification.runtime import Sampling
 from tests.runtime.demos import DEMOS, Demo, Workshop
 from tests.runtime.test_runtimes import build
 

@@ -1,0 +1,424 @@
+"""What a Qwen v1 attention class does to its scores, read off the tree.
+
+A *score path* is a method that turns query and key into attention probabilities: the product, a scale, a
+causal mask, the caller's additive mask, a softmax. Local names are whatever the file calls them; they are
+found from the softmax backwards. Anything that touches the scores in a form not listed here is reported as
+``unknown``, and the rules decline rather than guess.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import cached_property
+
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
+
+UPCAST = "_upcast_and_reordered_attn"
+PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "zeros", "empty", "dequantize_cache_torch"))
+CASTS = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contiguous"))
+SHAPES = frozenset(("reshape", "view", "squeeze", "unsqueeze", "permute", "transpose", "expand"))
+
+
+@dataclass
+class Attention:
+    """One attention class: its node, its methods, and the ones that are score paths."""
+
+    source: Source
+    node: ast.ClassDef
+
+    @cached_property
+    def methods(self) -> dict[str, ast.FunctionDef]:
+        return {n.name: n for n in self.node.body if isinstance(n, ast.FunctionDef)}
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @cached_property
+    def forward(self) -> ast.FunctionDef | None:
+        return self.methods.get("forward")
+
+    @cached_property
+    def paths(self) -> list[ScorePath]:
+        found = []
+        for function in self.methods.values():
+            softmax = _softmax(function)
+            if softmax is not None:
+                found.append(ScorePath(self, function, *softmax))
+        return found
+
+    def calls_to(self, method: str) -> list[tuple[ast.FunctionDef, ast.stmt, ast.Call]]:
+        """Every ``self.method(...)`` in the class: calling method, statement, call."""
+        found = []
+        for function in self.methods.values():
+            for stmt in t.statements(function.body):
+                if any(t.blocks(stmt)):
+                    continue
+                found += [
+                    (function, stmt, call)
+                    for call in t.calls(stmt, method)
+                    if isinstance(call.func, ast.Attribute) and t.is_name(call.func.value, "self")
+                ]
+        return found
+
+
+@dataclass
+class Mask:
+    """A causal-mask statement of a score path: what it keeps, what it fills in, and the statement to drop."""
+
+    stmt: ast.stmt  #: top-level statement of the method (an ``if`` around the assignment included)
+    condition: ast.expr  #: true where a score is kept
+    fill: ast.expr
+    problem: str = ""  #: why this is not a mask we know, empty if it is
+
+
+@dataclass
+class ScorePath:
+    """One method from product to softmax, its statements classified by what they do to the scores."""
+
+    attention: Attention
+    function: ast.FunctionDef
+    scores: str  #: the name of the scores, taken from the softmax
+    softmax: ast.stmt  #: the top-level statement that contains the softmax
+
+    @cached_property
+    def _kinds(self) -> list[tuple[ast.stmt, Mask | str]]:
+        return [(stmt, self._kind(stmt)) for stmt in self.before]
+
+    @property
+    def masks(self) -> list[Mask]:
+        """Causal-mask statements, known ones and those with a problem."""
+        return [kind for _, kind in self._kinds if isinstance(kind, Mask)]
+
+    @property
+    def added(self) -> list[ast.stmt]:
+        """Statements that add the caller's mask to the scores."""
+        return [stmt for stmt, kind in self._kinds if kind == "add"]
+
+    @cached_property
+    def unknown(self) -> list[ast.stmt]:
+        """Statements that rewrite the scores in a form not known, or make them anew after a mask."""
+        found, masked = [], False
+        for stmt, kind in self._kinds:
+            masked = masked or kind == "add" or isinstance(kind, Mask)
+            if kind == "unknown" or (masked and kind == "make"):
+                found.append(stmt)
+        return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
+
+    @property
+    def _softmaxes(self) -> list[ast.stmt]:
+        """Top-level statements with a softmax; calls in one must be of the same scores to count as one."""
+        found = []
+        for stmt in self.function.body:
+            names = {_softmax_of(call) for call in t.calls(stmt, "softmax")}
+            found += [stmt] if names else []
+            found += [self.function] if len(names) > 1 else []
+        return found
+
+    @property
+    def where(self) -> str:
+        return f"{self.attention.name}.{self.function.name}"
+
+    @property
+    def upcast(self) -> bool:
+        return self.function.name == UPCAST
+
+    @cached_property
+    def dead(self) -> bool:
+        """True when nothing in the file calls this method; upstream never calls its upcast variant."""
+        name = self.function.name
+        return name != "forward" and not t.calls(self.attention.source.tree, name)
+
+    @cached_property
+    def before(self) -> list[ast.stmt]:
+        """The method's top-level statements before the softmax."""
+        body = self.function.body
+        return body[: body.index(self.softmax)]
+
+    @cached_property
+    def calls(self) -> list[tuple[ast.FunctionDef, ast.stmt, ast.Call]]:
+        """Where the class calls this method: calling method, statement, call."""
+        return self.attention.calls_to(self.function.name)
+
+    @cached_property
+    def stand_in(self) -> ScorePath | None:
+        """For a method nothing calls: one that is called and takes as many parameters."""
+        if self.calls:
+            return None
+        count = len(t.parameters(self.function))
+        alike = (p for p in self.attention.paths if p is not self and p.calls)
+        return next((p for p in alike if len(t.parameters(p.function)) == count), None)
+
+    def counterpart(self, name: str) -> str | None:
+        """The stand-in's parameter at the place of this method's parameter ``name``."""
+        names = t.parameters(self.function)
+        if self.stand_in is None or name not in names:
+            return None
+        return t.parameters(self.stand_in.function)[names.index(name)]
+
+    @cached_property
+    def mask_parameter(self) -> str | None:
+        """The parameter that carries the caller's additive mask, or None.
+
+        It is what ``forward`` passes its own ``attention_mask`` as. In a method that nothing calls, it is the
+        parameter of that name, or the one at the same place as in the stand-in.
+        """
+        for caller, _, call in self.calls:
+            bound = t.arguments(call, self.function) or {}
+            for name, value in bound.items():
+                if t.is_name(value, "attention_mask") and "attention_mask" in t.parameters(caller):
+                    return name
+        names = t.parameters(self.function)
+        if self.calls or "attention_mask" in names:
+            return None if self.calls else "attention_mask"
+        wanted = self.stand_in.mask_parameter if self.stand_in is not None else None
+        return next((n for n in names if wanted is not None and self.counterpart(n) == wanted), None)
+
+    def mask_reaches(self) -> str:
+        """Whether the caller's mask arrives here unchanged: an empty string, or what is in the way."""
+        name = self.mask_parameter
+        if name is None:
+            return "the caller's attention_mask is not passed to this method"
+        if self.function.name != "forward" and list(t.assignments(self.function.body, name)):
+            return f"`{name}` is given another value inside the method"
+        for caller, stmt, call in self.calls:
+            value = (t.arguments(call, self.function) or {}).get(name)
+            if not t.is_name(value, "attention_mask"):
+                return f"the call on line {call.lineno} passes something else as `{name}`"
+            for rebound, _ in t.assignments(caller.body, "attention_mask"):
+                if not t.exclusive(caller.body, rebound, stmt):
+                    return f"attention_mask is given another value on line {rebound.lineno}, before the call"
+        return ""
+
+    def _kind(self, stmt: ast.stmt) -> Mask | str:
+        """What one statement does to the scores: a Mask, ``add``, ``make``, ``keep`` or ``unknown``."""
+        mask = self._mask(stmt)
+        if mask is not None:
+            return mask
+        if self._adds(stmt):
+            return "add"
+        if self.scores not in t.binds(stmt):
+            return "unknown" if self._mutates(stmt) else "keep"
+        inner = [s for s in t.statements([stmt]) if self.scores in t.binds_itself(s)]
+        if not all(self._harmless(s) for s in inner):
+            return "unknown"
+        return "make" if any(self._makes(s) for s in inner) else "keep"
+
+    def _makes(self, stmt: ast.stmt) -> bool:
+        """The scores are made anew: by a product, or from something else than themselves."""
+        calls = [n for n in t.walk(stmt) if isinstance(n, ast.Call) and t.last_name(n.func) in PRODUCTS]
+        return bool(calls) or self.scores not in t.reads(stmt)
+
+    def _mutates(self, stmt: ast.stmt) -> bool:
+        """In-place methods and subscript stores on the scores, which no plain assignment shows."""
+        for node in t.walk(stmt):
+            if (
+                isinstance(node, ast.Call)
+                and t.is_method_of(node, self.scores)
+                and t.last_name(node.func).endswith("_")
+            ):
+                return True
+            stored = isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)
+            if stored and t.is_name(node.value, self.scores):  # type: ignore[attr-defined]
+                return True
+        return False
+
+    def _harmless(self, stmt: ast.stmt) -> bool:
+        """A product, a scale by something that is not a mask, a cast or a reshape of the scores."""
+        if isinstance(stmt, ast.AugAssign):
+            return isinstance(stmt.op, (ast.Div, ast.Mult)) and not self._maskish(stmt.value)
+        if not isinstance(stmt, ast.Assign) or not t.is_name(stmt.targets[0], self.scores):
+            return False
+        return self._keeps(stmt.value)
+
+    def _keeps(self, value: ast.expr) -> bool:
+        if t.is_name(value, self.scores):
+            return True
+        if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Div, ast.Mult)):
+            return self._keeps(value.left) and not self._maskish(value.right)
+        if isinstance(value, ast.BinOp) and isinstance(value.op, ast.MatMult):
+            return True
+        if not isinstance(value, ast.Call):
+            return False
+        name = t.last_name(value.func)
+        if name in PRODUCTS:
+            return True
+        if name == "div" and value.args:
+            operands = [*([] if t.on_torch(value) else [value.func.value]), *value.args]  # type: ignore[attr-defined]
+            return self._keeps(operands[0]) and not any(self._maskish(o) for o in operands[1:])
+        if name in CASTS | SHAPES and isinstance(value.func, ast.Attribute):
+            return self._keeps(value.func.value)
+        return False
+
+    def _maskish(self, node: ast.expr) -> bool:
+        """Whether a factor or divisor could carry a mask: comparisons, tril, where, or a mask's name."""
+        for child in t.walk(node):
+            if isinstance(child, (ast.Compare, ast.IfExp)):
+                return True
+            if isinstance(child, ast.Call) and t.last_name(child.func) in {
+                "tril",
+                "triu",
+                "where",
+                "masked_fill",
+            }:
+                return True
+            if isinstance(child, ast.Name) and child.id != self.scores and "mask" in child.id:
+                return True
+        return False
+
+    def _adds(self, stmt: ast.stmt) -> bool:
+        """``scores = scores + attention_mask``, bare or under ``if attention_mask is not None:``."""
+        name = self.mask_parameter
+        if name is None:
+            return False
+        if isinstance(stmt, ast.If):
+            guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(stmt.body) == 1
+            return guarded and self._adds(stmt.body[0])
+        if isinstance(stmt, ast.AugAssign):
+            plus = isinstance(stmt.op, ast.Add) and t.is_name(stmt.target, self.scores)
+            return plus and self._is_mask_value(stmt.value)
+        if (
+            not isinstance(stmt, ast.Assign)
+            or not t.is_name(stmt.targets[0], self.scores)
+            or len(stmt.targets) != 1
+        ):
+            return False
+        value = stmt.value
+        if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+            pair = (value.left, value.right)
+        elif t.call_name(value) == "add" and isinstance(value, ast.Call):
+            own = [] if t.on_torch(value) else [value.func.value]  # type: ignore[attr-defined]
+            operands = [*own, *value.args]
+            if len(operands) != 2 or value.keywords:
+                return False
+            pair = (operands[0], operands[1])
+        else:
+            return False
+        return any(
+            t.is_name(uncast(a), self.scores) and self._is_mask_value(b) for a, b in (pair, pair[::-1])
+        )
+
+    def _is_mask_value(self, node: ast.expr) -> bool:
+        return t.is_name(uncast(node), self.mask_parameter or "")
+
+    def _mask(self, stmt: ast.stmt) -> Mask | None:
+        """The statement as a where/masked_fill of the scores by a condition, or None."""
+        if isinstance(stmt, ast.If):
+            inner = self._mask(stmt.body[0]) if len(stmt.body) == 1 and not stmt.orelse else None
+            if inner is None:
+                return None
+            bare = uncast(inner.condition)
+            guarded = isinstance(bare, ast.Name) and is_not_none(stmt.test, bare.id)
+            problem = inner.problem or ("" if guarded else "the mask is applied under a condition of its own")
+            return Mask(stmt, inner.condition, inner.fill, problem)
+        value: ast.expr
+        if (
+            isinstance(stmt, ast.Assign)
+            and len(stmt.targets) == 1
+            and t.is_name(stmt.targets[0], self.scores)
+        ) or (isinstance(stmt, ast.Expr) and t.call_name(stmt.value) == "masked_fill_"):
+            value = stmt.value
+        else:
+            return None
+        name = t.call_name(value)
+        if not isinstance(value, ast.Call) or name not in {"where", "masked_fill", "masked_fill_"}:
+            return None
+        if name == "where" and t.on_torch(value) and len(value.args) == 3:
+            condition, kept, fill = value.args
+            problem = (
+                ""
+                if self._is_scores(kept)
+                else "torch.where does not keep the scores where its condition holds"
+            )
+            return Mask(stmt, condition, fill, problem)
+        if name != "where" and isinstance(value.func, ast.Attribute) and len(value.args) == 2:
+            condition, fill = value.args
+            if not self._is_scores(value.func.value):
+                return None
+            inverted = _inverse(condition)
+            if inverted is None:
+                return Mask(
+                    stmt, condition, fill, "masked_fill fills where its condition holds, not where it fails"
+                )
+            return Mask(stmt, inverted, fill)
+        return Mask(stmt, value, value, "a mask call in a form not known")
+
+    def _is_scores(self, node: ast.expr) -> bool:
+        return t.is_name(uncast(node), self.scores)
+
+
+def attentions(source: Source) -> list[Attention]:
+    """The attention classes of a file: those whose ``__init__`` makes ``c_attn`` and ``c_proj`` and has
+    a forward."""
+    known = source.memo.get("attentions")
+    if known is None:
+        known = [Attention(source, node) for node in source.tree.body if _is_attention(node)]  # type: ignore[arg-type]
+        source.memo["attentions"] = known
+    return known  # type: ignore[return-value]
+
+
+def _is_attention(node: ast.stmt) -> bool:
+    if not isinstance(node, ast.ClassDef):
+        return False
+    names = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    if not {"__init__", "forward"} <= names:
+        return False
+    made = {n.attr for n in t.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return {"c_attn", "c_proj"} <= made
+
+
+def uncast(node: ast.expr) -> ast.expr:
+    """``x`` of ``x.to(...)``, ``x.float()``, ``x.type(...)``: casts and device moves change no position."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr not in CASTS | {"bool"} or t.on_torch(node):
+            break
+        node = node.func.value
+    return node
+
+
+def is_not_none(test: ast.expr, name: str) -> bool:
+    """``name is not None``."""
+    return (
+        isinstance(test, ast.Compare)
+        and t.is_name(test.left, name)
+        and len(test.ops) == 1
+        and isinstance(test.ops[0], ast.IsNot)
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value is None
+    )
+
+
+def _inverse(node: ast.expr) -> ast.expr | None:
+    """``m`` of ``~m``, ``torch.logical_not(m)``, ``m.logical_not()``, ``m == 0``; None otherwise."""
+    node = uncast(node)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return node.operand
+    if isinstance(node, ast.Call) and t.last_name(node.func) == "logical_not":
+        return node.args[0] if t.on_torch(node) and node.args else node.func.value  # type: ignore[attr-defined]
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
+        zero = node.comparators[0]
+        return node.left if isinstance(zero, ast.Constant) and zero.value in (0, False) else None
+    return None
+
+
+def _softmax(function: ast.FunctionDef) -> tuple[str, ast.stmt] | None:
+    """The scores' name and the top-level statement of the first softmax in a method, if there is one."""
+    for stmt in function.body:
+        for call in t.calls(stmt, "softmax"):
+            name = _softmax_of(call)
+            if name is not None:
+                return name, stmt
+    return None
+
+
+def _softmax_of(call: ast.Call) -> str | None:
+    """The name a softmax is taken of, casts aside; None when it is not a name."""
+    given: ast.expr | None = t.keyword(call, "input")
+    if t.on_torch(call) and call.args:
+        given = call.args[0]
+    elif isinstance(call.func, ast.Attribute) and not t.on_torch(call):
+        given = call.func.value
+    name = uncast(given) if given is not None else None
+    return name.id if isinstance(name, ast.Name) else None
