@@ -28,7 +28,7 @@ pytestmark = pytest.mark.tpu
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough in its vocabulary that the heads' memory reaches into the logits."""
     folder = tmp_path_factory.mktemp("runtime") / "Qwen-tiny"
-    return make_checkout(folder, layers=2, hidden=128, heads=2, vocab=4096, lead=8.0)
+    return make_checkout(folder, layers=2, hidden=128, heads=2, vocab=4096)
 
 
 def build(checkout: Path, out: Path, *flags: object, check: bool = True) -> Path:
@@ -171,7 +171,7 @@ def test_every_demo_that_can_read_a_file_gives_its_nets_tokens(
 @pytest.mark.slow
 def test_the_whole_vocabulary_is_sampled_from_undamaged_logits(tmp_path: Path) -> None:
     """151,936 tokens: the heads' inputs used to lie inside the logits."""
-    checkout = make_checkout(tmp_path / "wide", layers=1, hidden=128, heads=2, vocab=151936, lead=8.0)
+    checkout = make_checkout(tmp_path / "wide", layers=1, hidden=128, heads=2, vocab=151936)
     bmodel = build(checkout, tmp_path / "out", "--mode", "int4")
     assert inspected(bmodel)["contract"] == []
     level = in_runtime(checkout, bmodel)

@@ -34,7 +34,7 @@ def workshop(vendor: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One bmodel with heads and one whose lm_head gives the token, in one mode."""
     folder = tmp_path_factory.mktemp("models")
-    checkout = make_checkout(folder / "tiny", layers=2, hidden=128, heads=2, vocab=4096, lead=8.0)
+    checkout = make_checkout(folder / "tiny", layers=2, hidden=128, heads=2, vocab=4096)
     return {
         HEADS: build(checkout, folder / "heads", "--mode", request.param),
         FUSED: build(checkout, folder / "fused", "--mode", request.param, "--runtime", "sophon-demo-2024.1"),
