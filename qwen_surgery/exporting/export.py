@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.errors import SurgeryError
 from qwen_surgery.exporting.manifest import Manifest
@@ -36,13 +36,15 @@ def export(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
+    twin: bool = True,
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Write every net of the contract into *onnx_path* (see :class:`Plan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
-    being done with how much of how much. Raises Usage without trust, Refused for input that does not fit,
+    being done with how much of how much. With *twin* the unpatched model's tiny twin is compared with the
+    nets first. Raises Usage without trust, Refused for input that does not fit or a twin that differs,
     ToolFailed when the disk or torch fails.
     """
     require_trust(trust_remote_code, "export")
@@ -58,6 +60,7 @@ def export(
     )
     announce(todo.cost)
     require_space(todo, onnx_path)
+    proof = _prove(sources, index, geometry, twin, progress)
     kinds = tuple(dict.fromkeys(binding.kind for binding in todo.bindings))
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
@@ -68,8 +71,23 @@ def export(
         trained_length=int(read_config(sources.reference).get("seq_length", 0)),
         sources={"reference": _hashes(sources.reference), "patched": _hashes(sources.patched)},
         config=read_config(sources.reference),
+        twin=proof,
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
+
+
+def _prove(
+    sources: Sources, index: WeightIndex, geometry: Geometry, wished: bool, progress: Progress
+) -> dict[str, Any]:
+    """The twin's report for the manifest."""
+    from qwen_surgery.twin.twin import SKIPPED, check_twin
+
+    if not wished:
+        return SKIPPED
+    progress("twin", 0, 1)
+    report = check_twin(sources, index, geometry)
+    progress("twin", 1, 1)
+    return report.to_json()
 
 
 def trace_templates(

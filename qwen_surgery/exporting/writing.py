@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Origin:
     sources: dict[str, dict[str, str]]
     config: dict[str, Any]
     passes: tuple[str, ...] = ()
+    twin: dict[str, Any] = field(default_factory=dict)
 
 
 def rebind(
@@ -69,7 +70,7 @@ def rebind(
         onnx_path=target,
     )
     require_space(todo, target)
-    origin = Origin(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes)
+    origin = Origin(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes, old.twin)
     return write_folder(target, templates, todo, origin, progress)
 
 
@@ -112,6 +113,7 @@ def write_folder(
             constants={constants.name: sha256_file(constants)} if constants.exists() else {},
             passes=origin.passes,
             config=origin.config,
+            twin=origin.twin,
         )
         manifest.write(folder)
     return Manifest.load(onnx_path)
