@@ -91,5 +91,5 @@ def _length(name: str, value: int, real: Geometry, twin: TwinSizes, *, patched: 
     if patched and value == real.seq_length:
         return twin.geometry.seq_length
     if twin.trained is not None:
-        return twin.trained
+        return twin.trained if name == "seq_length" else max(twin.trained, twin.geometry.seq_length)
     return value if name == "seq_length" else min(value, _MAX_POSITIONS)

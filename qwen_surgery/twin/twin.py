@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +36,12 @@ class TwinReport:
     """What the twins showed.
 
     ``worst`` is the largest relative difference, ``passes`` how many passes of the model were compared,
-    ``not_entered`` the branches of the model's code that no twin ran; ``seconds`` is the wall clock.
+    ``not_entered`` the branches of the model's code that no twin ran; ``installed`` is whether the code had
+    the installed transformers; ``seconds`` is the wall clock.
     """
 
     twins: tuple[TwinSizes, ...]
+    installed: bool
     worst: float = 0.0
     passes: int = 0
     seconds: float = 0.0
@@ -45,6 +49,7 @@ class TwinReport:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "transformers": self.installed,
             "twins": [sizes.to_json() for sizes in self.twins],
             "limit": LIMIT,
             "worst": self.worst,
@@ -58,31 +63,61 @@ def check_twin(sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geom
     """Compare every twin of the checkout with its nets; raises Refused where they differ.
 
     *checkpoint* are the real checkpoint's tensors; only their names are used. Runs the checkout's code:
-    callers have asked for trust.
+    callers have asked for trust. The code runs without transformers first, of which a forward needs nearly
+    nothing; what fails then is tried with the installed one, and that is the real reason.
     """
     started = time.monotonic()
+    try:
+        report = _check(sources, checkpoint, real, installed=False)
+    except Exception as error:
+        if importlib.util.find_spec("transformers") is None:
+            raise
+        try:
+            report = _check(sources, checkpoint, real, installed=True)
+        except SurgeryError as reason:
+            raise reason from error
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _check(
+    sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geometry, *, installed: bool
+) -> TwinReport:
     config = read_config(sources.reference)
-    report = TwinReport(twins(real, config))
+    report = TwinReport(twins(real, config), installed)
+    tied = is_tied(config, checkpoint)
     watched: list[list[str]] = []
     for sizes in report.twins:
-        small = resize(sources, real, sizes)
         try:
-            watched.append(_run(small, sizes, checkpoint, is_tied(config, checkpoint), report))
+            with _one_thread():
+                watched.append(_run(resize(sources, real, sizes), sizes, checkpoint, tied, report))
         except SurgeryError:
             raise
         except Exception as error:
             raise _broken(sources.modeling, sizes, error) from error
     report.not_entered = [text for text in watched[0] if all(text in other for other in watched)]
-    report.seconds = time.monotonic() - started
     return report
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread: a twin's matrices are too small to be shared out."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(
     small: Sources, sizes: TwinSizes, checkpoint: Mapping[str, TensorRef], tied: bool, report: TwinReport
 ) -> list[str]:
     """Hold every conversation with one twin; the branches of its code that did not run."""
-    whole = WholeTwin(small, checkpoint, tied=tied)
-    nets = Recorder(TwinNets(small, whole.index, sizes.geometry))
+    whole = WholeTwin(small, checkpoint, tied=tied, installed=report.installed)
+    nets = Recorder(TwinNets(small, whole.index, sizes.geometry, installed=report.installed))
     watch = Watch(whole.code.module)
     for prompt, steps in _conversations(sizes):
         trails = _talk(whole, Runtime(nets, sizes.geometry), prompt, steps, watch)

@@ -26,9 +26,11 @@ class TwinNets:
     A layer is built once, not once for each net: building one takes some revisions longer than running it.
     """
 
-    def __init__(self, sources: Sources, index: Mapping[str, TensorRef], geometry: Geometry) -> None:
-        patched = ModelCode.load(sources.patched, sources.modeling)
-        reference = ModelCode.load(sources.reference, sources.modeling)
+    def __init__(
+        self, sources: Sources, index: Mapping[str, TensorRef], geometry: Geometry, *, installed: bool
+    ) -> None:
+        patched = ModelCode.load(sources.patched, sources.modeling, installed=installed)
+        reference = ModelCode.load(sources.reference, sources.modeling, installed=installed)
         self._factory = ModuleFactory(patched, reference, geometry)
         self._index = index
         self._contract = {net.name: net for net in nets.nets(geometry.layers)}

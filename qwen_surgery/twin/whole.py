@@ -66,11 +66,14 @@ class WholeTwin:
 
     *sources* carry the twin's config; *checkpoint* are the names of the real checkpoint's tensors, *tied*
     says whether the output layer is the embedding's table. ``index`` are the weights by checkpoint name.
-    Raises Refused when the code cannot be built or does not have Qwen v1's parts.
+    *installed* says whether the code gets the installed transformers. Raises Refused when the code cannot be
+    built or does not have Qwen v1's parts.
     """
 
-    def __init__(self, sources: Sources, checkpoint: Mapping[str, Any], *, tied: bool) -> None:
-        self.code = ModelCode.load(sources.reference, sources.modeling)
+    def __init__(
+        self, sources: Sources, checkpoint: Mapping[str, Any], *, tied: bool, installed: bool
+    ) -> None:
+        self.code = ModelCode.load(sources.reference, sources.modeling, installed=installed)
         # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
         logging.getLogger("transformers").setLevel(logging.ERROR)
         model_class = getattr(self.code.module, "QWenLMHeadModel", None)
