@@ -13,7 +13,7 @@ from qwen_surgery import console
 from qwen_surgery.errors import Usage
 
 if TYPE_CHECKING:
-    from qwen_surgery.verification.chatting import Chat
+    from qwen_surgery.chatting.chat import Chat
 
 
 @click.command("chat", help="Talk to exported nets (fast) or to a bmodel on the chip emulator (slow).")
@@ -49,9 +49,9 @@ def command(
     seed: int,
     toolchain: str | None,
 ) -> None:
-    from qwen_surgery.verification.chatting import SYSTEM, Chat, chip_geometry, open_onnx
+    from qwen_surgery.chatting.chat import SYSTEM, Chat, chip_geometry, open_onnx
+    from qwen_surgery.chatting.tokenizer import Tokenizer
     from qwen_surgery.verification.runtime import Sampling
-    from qwen_surgery.verification.tokenizer import Tokenizer
 
     if (onnx is None) == (bmodel is None):
         raise Usage("give either --onnx DIR or --bmodel FILE")

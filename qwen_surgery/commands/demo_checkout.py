@@ -1,4 +1,4 @@
-"""``demo-checkout``: a small Qwen v1 checkout with random weights, for trying the road."""
+"""``demo-checkout``: a small Qwen v1 checkout with random weights, to try everything on."""
 
 from __future__ import annotations
 

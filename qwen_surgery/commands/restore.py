@@ -25,18 +25,23 @@ def command(checkout: Path, as_json: bool, quiet: bool) -> int:
     untouched = done.untouched if done else ()
     if as_json:
         console.print_json(
-            {"patched": done is not None, "restored": list(files), "untouched": list(untouched)}
+            {
+                "patched": done is not None,
+                "restored": list(files),
+                "untouched": list(untouched),
+                "notes": list(done.notes) if done else [],
+            }
         )
         return 0
     if quiet:
         return 0
     if done is None:
-        click.echo(f"nothing to restore: {checkout} holds no receipt of a patch", err=True)
+        console.line(f"nothing to restore: {checkout} holds no receipt of a patch", err=True)
         return 0
     for note in done.notes:
-        click.echo(note, err=True)
+        console.line(note, err=True)
     for name in files:
-        click.echo(f"restored {checkout / name}")
+        console.line(f"restored {checkout / name}")
     for name in untouched:
-        click.echo(f"{checkout / name} is the original already")
+        console.line(f"{checkout / name} is the original already")
     return 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING
 from codemods.base import Outcome, Status
 from golden import revisions
 from golden.revisions import Revision
-from qwen_surgery.atomic import digest
 from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.files import digest
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.receipt import FileRecord, Receipt
 
@@ -47,13 +46,13 @@ class Origin(str, Enum):
 class Declined(Refused):
     """A required edit was declined or failed; ``plan`` has the outcomes."""
 
-    def __init__(self, plan: Plan, message: str, *, hint: str = "") -> None:
+    def __init__(self, plan: Patch, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.plan = plan
 
 
 @dataclass(frozen=True)
-class Plan:
+class Patch:
     """A patch not yet written. ``current``, ``reference``, ``result`` hold all Python files and config.json.
 
     ``current`` is on disk now, ``reference`` the unpatched text, ``result`` the text after the patch.
@@ -142,7 +141,7 @@ def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
     return result
 
 
-def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Plan:
+def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Patch:
     """Plan the patch of *checkout*; writes nothing. Refused when an edit by hand would be lost."""
     receipt = Receipt.load(checkout.path)
     modeling = checkout.modeling_file.name
@@ -156,7 +155,7 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
             start[name] = reference[name] if origin is Origin.PATCHED else current[name]
     _keep_hand_edits(checkout, origins, receipt, recipe, seq_length, skip)
     done = edits.apply(modeling, start, recipe, seq_length, skip, reference[edits.CONFIG])
-    return Plan(
+    return Patch(
         checkout=checkout,
         recipe=recipe,
         seq_length=seq_length,
@@ -223,7 +222,7 @@ def _keep_hand_edits(
             )
 
 
-def refuse_declined(plan: Plan) -> None:
+def refuse_declined(plan: Patch) -> None:
     """Raise Declined when a required edit was declined or failed, naming the first and the count."""
     if not plan.blocking:
         return
@@ -237,7 +236,7 @@ def refuse_declined(plan: Plan) -> None:
     )
 
 
-def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str) -> Receipt:
+def next_receipt(plan: Patch, versions: dict[str, str], time: str, revision: str) -> Receipt:
     """The receipt of *plan* once it is written.
 
     Modes of files already patched stay as first recorded. A file edited by hand keeps its record, so that
@@ -250,12 +249,17 @@ def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str)
             files[name] = old
             continue
         known = old is not None and plan.origins[name] is Origin.PATCHED
-        mode = old.mode if old and known else stat.S_IMODE((plan.checkout.path / name).stat().st_mode)
-        files[name] = FileRecord(digest(plan.reference[name]), digest(plan.result[name]), mode)
+        before, after = digest(plan.reference[name]), digest(plan.result[name])
+        if old is not None and known:
+            files[name] = FileRecord(before, after, old.mode, old.symlink)
+            continue
+        path = plan.checkout.path / name
+        symlink = str(path.readlink()) if path.is_symlink() else ""
+        files[name] = FileRecord(before, after, path.stat().st_mode & 0o777, symlink)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
 
 
-def same_state(plan: Plan, receipt: Receipt) -> bool:
+def same_state(plan: Patch, receipt: Receipt) -> bool:
     """Whether the receipt on disk already says what *receipt* would say (times and versions aside)."""
     if plan.receipt is None:
         return not receipt.files

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from codemods.config.facts import SIZES
 from qwen_surgery.nets import Geometry
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
+    from codemods.config.facts import ModelFacts
+    from qwen_surgery.patching.sources import Sources
 
 #: A short twin has every head of the model and is read at every position.
 SHORT_LENGTH = 16
@@ -20,14 +22,9 @@ VOCAB = 512
 #: No table of positions in a twin is larger than this: early revisions build a square mask in every layer.
 _MAX_POSITIONS = 2048
 
-# The sizes in config.json, each under all names that it went by.
-_WIDTHS = {
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "intermediate": ("intermediate_size", "ffn_hidden_size"),
-    "vocab": ("vocab_size", "padded_vocab_size"),
-    "head_dim": ("kv_channels",),
-}
+# The sizes in config.json that a twin changes, each under all names that it went by.
+_WIDTHS = {size: SIZES[size] for size in ("hidden", "heads", "intermediate", "vocab")}
+_WIDTHS |= {"head_dim": ("kv_channels",)}
 _LENGTHS = ("seq_length", "max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -43,20 +40,19 @@ class TwinSizes:
         return {"name": self.name, **asdict(self.geometry), "trained_length": self.trained}
 
 
-def twins(real: Geometry, config: Mapping[str, Any]) -> tuple[TwinSizes, ...]:
-    """The twins of a model of *real* sizes and unpatched *config*: a short one, and a long one if S is.
+def twins(real: Geometry, facts: ModelFacts) -> tuple[TwinSizes, ...]:
+    """The twins of a model of *real* sizes and unpatched *facts*: a short one, and a long one if S is.
 
     Every layer of the model is in both, since code may act on a layer's index. The short one's lengths are
     scaled down so that its export length is its trained length: one step beyond, LogN and dynamic NTK would
     act. The long one keeps config.json's lengths.
     """
     head_dim = 4 if real.heads > 16 else 8
-    if config.get("rotary_pct", 1.0) != 1.0:
+    if facts["rotary_pct"] != 1.0:
         head_dim = 32
     if real.seq_length <= SHORT_LENGTH:
         return (TwinSizes("short", _narrow(real, real.heads, head_dim, real.seq_length)),)
-    trained = int(config.get("seq_length", config.get("max_position_embeddings", real.seq_length)))
-    scaled = max(1, min(SHORT_LENGTH, SHORT_LENGTH * trained // real.seq_length))
+    scaled = max(1, min(SHORT_LENGTH, SHORT_LENGTH * facts.trained_length // real.seq_length))
     return (
         TwinSizes("short", _narrow(real, real.heads, head_dim, SHORT_LENGTH), scaled),
         TwinSizes("long", _narrow(real, 2, max(8, head_dim), min(real.seq_length, LONGEST))),
@@ -74,7 +70,9 @@ def resize(sources: Sources, real: Geometry, twin: TwinSizes) -> Sources:
     def config(files: Mapping[str, bytes], *, patched: bool) -> dict[str, bytes]:
         found = json.loads(files["config.json"].decode("utf-8-sig"))
         for field, names in _WIDTHS.items():
-            found |= {name: getattr(twin.geometry, field) for name in names if name in found}
+            given = [name for name in names if name in found] or names[:1]
+            found |= dict.fromkeys(given, getattr(twin.geometry, field))
+        found.setdefault("seq_length", sources.facts.trained_length)
         for name in [name for name in _LENGTHS if isinstance(found.get(name), int)]:
             found[name] = _length(name, found[name], real, twin, patched=patched)
         return {**files, "config.json": json.dumps(found).encode()}

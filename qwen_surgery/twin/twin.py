@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_surgery.errors import Refused, SurgeryError
-from qwen_surgery.exporting.model_code import read_config
-from qwen_surgery.exporting.planning import is_tied
 from qwen_surgery.nets import Geometry
 from qwen_surgery.twin.branches import Watch
 from qwen_surgery.twin.comparing import Parting, Recorder, parting
@@ -23,7 +21,7 @@ from qwen_surgery.twin.whole import Trail, WholeTwin
 from qwen_surgery.verification.runtime import Runtime
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef
 
 #: The largest difference of any number, relative to the largest number of its array (at least 1).
@@ -83,9 +81,8 @@ def check_twin(sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geom
 def _check(
     sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geometry, *, installed: bool
 ) -> TwinReport:
-    config = read_config(sources.reference)
-    report = TwinReport(twins(real, config), installed)
-    tied = is_tied(config, checkpoint)
+    report = TwinReport(twins(real, sources.facts), installed)
+    tied = sources.facts.tied and "lm_head.weight" not in checkpoint
     watched: list[list[str]] = []
     for sizes in report.twins:
         try:

@@ -16,7 +16,7 @@ from qwen_surgery.nets import Geometry, NetKind
 if TYPE_CHECKING:
     import torch
 
-    from qwen_surgery.checkout import Sources
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qwen_surgery.checkout import Sources
+    from qwen_surgery.patching.sources import Sources
 
 TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 

@@ -2,7 +2,7 @@
 
 The checkout's own ``QWenLMHeadModel`` runs whole, from token ids to logits: its forward, its masks and its
 cache are untouched. What each block takes and gives is recorded by hooks. A model that does not fit in memory
-runs with one layer's weights loaded at a time, and only the rows it needs of the tables of the vocabulary's size.
+runs with one layer's weights loaded at a time, and reads its tables of words by the row.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from qwen_surgery.verification.results import LevelResult, Report
 from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip")
@@ -72,7 +72,7 @@ class Request:
 
 
 @dataclass
-class _Parts:
+class _Opened:
     """Everything the levels share."""
 
     request: Request
@@ -135,8 +135,9 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
-) -> tuple[_Parts, list[OrtEngine]]:
+) -> tuple[_Opened, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
@@ -146,7 +147,7 @@ def _open(
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
-    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
     for folder in folders:
         _refuse_other_model(folder, sources)
     geometry = checkout.geometry(seq_length)
@@ -162,7 +163,7 @@ def _open(
         depth=selection.depth(geometry),
     )
     limits = tolerances.load()
-    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders
+    return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
@@ -227,7 +228,7 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Parts, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+    parts: _Opened, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
@@ -261,7 +262,7 @@ def _level(
     return timed(result, work)
 
 
-def _end_to_end_prompt(parts: _Parts) -> list[int]:
+def _end_to_end_prompt(parts: _Opened) -> list[int]:
     """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
@@ -274,7 +275,7 @@ def _end_to_end_prompt(parts: _Parts) -> list[int]:
     return max(fitting, key=len) if fitting else prompts[0][:room]
 
 
-def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
+def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel on the emulator, which is open only for this level."""
     from qwen_surgery.toolchain.emulator import ChipEngine
     from qwen_surgery.toolchain.environment import Toolchain
@@ -284,7 +285,7 @@ def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
         return _level(parts, "chip", mode, chip.chip, chip, contract=True)
 
 
-def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
+def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
     """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
     from qwen_surgery.toolchain.environment import Toolchain
     from qwen_surgery.verification.mlir import MlirEngine

@@ -14,6 +14,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.cli import main
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.manifest import Manifest
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.twin.twin import LIMIT, TwinReport, check_twin
 from qwen_surgery.weights import WeightIndex
 from tests.twin.forks import FORKS, Fork
@@ -35,7 +36,7 @@ def checkout(path: Path, fork: Fork | None = None, **options: Any) -> Path:
 
 def twin(path: Path, seq_length: int = 16, recipe: str = "static") -> TwinReport:
     opened = Checkout.open(path)
-    sources = opened.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(opened, recipe, seq_length)
     return check_twin(sources, WeightIndex.open(path), opened.geometry(seq_length))
 
 

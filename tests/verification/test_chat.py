@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_surgery.chatting.chat import Chat, open_onnx
+from qwen_surgery.chatting.tokenizer import Tokenizer, check
 from qwen_surgery.errors import Refused
-from qwen_surgery.verification.chatting import Chat, open_onnx
 from qwen_surgery.verification.runtime import Runtime, Sampling
-from qwen_surgery.verification.tokenizer import Tokenizer, check
 from tests.verification.conftest import Bench
 from tests.verification.mutants import Tampered
 from tests.verification.test_verify_command import run

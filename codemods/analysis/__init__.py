@@ -1,0 +1,1 @@
+"""Readers of Python source: what a file says, without running it."""
