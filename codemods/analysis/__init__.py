@@ -1,0 +1,1 @@
+"""What the rules must know about a file before they may change it."""
