@@ -218,6 +218,41 @@ def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
     return None
 
 
+PAST = "layer_past"
+
+
+def cache_problem(source: Source, attention: ast.ClassDef) -> Found | None:
+    """Why attention is not shown to be handed each layer's whole history."""
+    for level, holder in enumerate(way(source, attention)[:2]):
+        tracked = [PAST, "past_key_values"]
+        for stmt, call in holder.calls:
+            value = given(call, holder.inner, PAST)
+            drawn = level == 1 and isinstance(value, ast.Name) and _zipped(holder.forward, value.id)
+            if not drawn and not (level == 0 and carries(holder.forward, value, PAST, stmt)):
+                return Found(f"{holder.node.name} hands on another history than the caller's", call.lineno)
+        written = effects(source).written(holder.forward, tracked)
+        if written:
+            return Found(f"the history may be changed in place in {holder.node.name}", written[0].line)
+    return None
+
+
+def _zipped(forward: ast.FunctionDef, name: str) -> bool:
+    """The variable of one loop over the layers and past_key_values together, which is the caller's or made of None."""
+    bound = list(t.assignments(forward.body, name))
+    if len(bound) != 1 or not isinstance(bound[0][0], ast.For):
+        return False
+    (pairs,) = t.calls(bound[0][0].iter, "zip") or [None]
+    if pairs is None or len(pairs.args) != 2 or not t.is_name(pairs.args[1], "past_key_values"):
+        return False
+    for stmt, value in t.assignments(forward.body, "past_key_values"):
+        around = [n for n, arm in t.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"]
+        if not any(_tests_none(n.test, "past_key_values") and isinstance(n.test.ops[0], ast.Is) for n in around):  # type: ignore[attr-defined]
+            return False
+        if value is None or {n.id for n in t.walk(value) if isinstance(n, ast.Name)} - {"self", "len", "tuple", "range", "_", "i"}:
+            return False
+    return True
+
+
 def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str | None:
     """The attribute that the model hands down as ``name``; or where it does not arrive as it was; or None."""
     for holder in way(source, attention):
