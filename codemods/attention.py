@@ -107,20 +107,22 @@ class ScorePath:
         found, masked = [], False
         for stmt, kind in self._kinds:
             masked = masked or kind == "add" or isinstance(kind, Mask)
-            if kind == "unknown" or (masked and kind == "make") or (kind == "keep" and self._upsets(stmt, masked)):
+            if (
+                kind == "unknown"
+                or (masked and kind == "make")
+                or (kind == "keep" and self._upsets(stmt, masked))
+            ):
                 found.append(stmt)
         return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
 
     def _upsets(self, stmt: ast.stmt, masked: bool) -> bool:
         """A statement that binds no scores but may write them, or keeps masked ones for later."""
-        if self.scores in t.binds(stmt):
-            return False
+        if self.scores in t.binds(stmt) or not (masked or self._masked_in_place):
+            return False  # what happens to them before a mask is the same with and without it
         flow = effects(self.attention.source)
         lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
         if any(w.line in lines for w in flow.written(self.function, [self.scores])):
             return True
-        if not masked and not self._masked_in_place:
-            return False
         bound = t.binds(stmt) - {self.scores}
         later = [s for s in self.function.body if s.lineno > stmt.lineno]
         return self._looks_into(stmt) and bool(bound & frozenset().union(*(t.reads(s) for s in later)))
@@ -217,7 +219,9 @@ class ScorePath:
         for caller, stmt, call in self.calls:
             value = (t.arguments(call, self.function) or {}).get(name)
             if not carries(caller, value, MASK, stmt):
-                bound = [s for s, _ in t.assignments(caller.body, MASK) if not t.exclusive(caller.body, s, stmt)]
+                bound = [
+                    s for s, _ in t.assignments(caller.body, MASK) if not t.exclusive(caller.body, s, stmt)
+                ]
                 if t.is_name(value, MASK) and bound:
                     return f"attention_mask is given another value on line {bound[0].lineno}, before the call"
                 return f"the call on line {call.lineno} passes something else as `{name}`"

@@ -85,7 +85,9 @@ def _in_function(path: ScorePath, function: ast.FunctionDef, node: ast.expr, dep
 
 
 def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: int) -> str:
-    found = [(s, v) for s, v in t.assignments(function.body, name) if v is None or not t.is_name(uncast(v), name)]
+    found = [
+        (s, v) for s, v in t.assignments(function.body, name) if v is None or not t.is_name(uncast(v), name)
+    ]
     for write in effects(path.attention.source).written(function, [name]):
         return f"`{name}` may be changed in place on line {write.line}"
     for stmt, value in found:

@@ -212,7 +212,11 @@ def _other_numbers(source: Source, flag: str) -> str:
                 if not any(t.calls(stmt, SDPA) for stmt in choice.body):
                     continue
                 found = tampered(source, attention.node)
-                problem = found.reason if found is not None else fused.difference(source, attention.node, choice, flag)
+                problem = (
+                    found.reason
+                    if found is not None
+                    else fused.difference(source, attention.node, choice, flag)
+                )
                 if problem:
                     return f"{problem} (line {found.line if found is not None else choice.lineno})"
     return ""

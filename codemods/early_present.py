@@ -161,10 +161,12 @@ def _join_problem(parts: _Parts) -> str:
                 return f"line {stmt.lineno} does more to `{name}` than append it to the past"
             for i, piece in enumerate(pieces):
                 past, new = piece.args[0].elts  # type: ignore[union-attr]
-                problem = _past_problem(parts.join, past, place)
+                problem = _past_problem(parts.join, past, place, several=len(pieces) > 1)
                 parts_differ = len(pieces) > 1 and not (_part(past) == _part(new) == i)
                 if problem or parts_differ:
-                    return problem or f"line {stmt.lineno} joins parts of the cache that do not belong together"
+                    return (
+                        problem or f"line {stmt.lineno} joins parts of the cache that do not belong together"
+                    )
     stray = t.binds(parts.join) & {"layer_past", "use_cache"}
     if stray:
         return f"the join rebinds `{min(stray)}`"
@@ -240,7 +242,7 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
 
 
 def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) -> str:
-    """What reaches present's tensors or the history from other places of the file; empty when nothing does."""
+    """What reaches present's tensors or the history from elsewhere in the file; empty when nothing does."""
     assert parts.present is not None
     (name,) = t.binds(parts.present)
     start = min(parts.join.lineno, parts.present.lineno)
@@ -251,15 +253,19 @@ def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) ->
     return f"{found.reason} (line {found.line})" if found is not None else ""
 
 
-def _past_problem(join: ast.If, past: ast.expr, place: int) -> str:
+def _past_problem(join: ast.If, past: ast.expr, place: int, *, several: bool) -> str:
     """The past is ``layer_past[place]`` as a whole, or a part of it where the cache is a tuple."""
-    bare = past.value if isinstance(past, ast.Subscript) and not t.is_name(past.value, "layer_past") else past
+    bare = past.value if several and isinstance(past, ast.Subscript) else past
     if isinstance(bare, ast.Name):
         values = [value for _, value in t.assignments(join.body, bare.id)]
         if _unpacks(join, bare.id, place):
             return ""
         bare = values[0] if len(values) == 1 and values[0] is not None else bare
-    if isinstance(bare, ast.Subscript) and t.is_name(bare.value, "layer_past") and t.constant(bare.slice) == place:
+    if (
+        isinstance(bare, ast.Subscript)
+        and t.is_name(bare.value, "layer_past")
+        and t.constant(bare.slice) == place
+    ):
         return ""
     return f"`{ast.unparse(past)}` is not the whole history"
 
@@ -267,7 +273,11 @@ def _past_problem(join: ast.If, past: ast.expr, place: int) -> str:
 def _unpacks(join: ast.If, name: str, place: int) -> bool:
     """``past_key, past_value = layer_past``."""
     for stmt in t.statements(join.body):
-        if isinstance(stmt, ast.Assign) and isinstance(stmt.targets[0], ast.Tuple) and t.is_name(stmt.value, "layer_past"):
+        if (
+            isinstance(stmt, ast.Assign)
+            and isinstance(stmt.targets[0], ast.Tuple)
+            and t.is_name(stmt.value, "layer_past")
+        ):
             elements = stmt.targets[0].elts
             return len(elements) == 2 and t.is_name(elements[place], name)
     return False

@@ -1,10 +1,11 @@
 """Who may write the storage that a name refers to: a small abstract interpretation of one file.
 
 For each function, names that may share storage are put into one class: a view of a tensor with the tensor, a
-container with what it holds, ``self.x`` with what was stored there. What arithmetic and most of torch's functions
-give is new. A write (an in-place method, ``out=``, a subscript store, ``.data``) is a write to the whole class. What
-a function of the file may write and what it may return is summed up by parameter, and calls are looked up until
-nothing changes. A call of something that is not known here is taken to write everything it is given.
+container with what it holds, ``self.x`` with what was stored there. What arithmetic and most of torch's
+functions give is new. A write (an in-place method, ``out=``, a subscript store, ``.data``) is a write to the
+whole class. What a function of the file may write and what it may return is summed up by parameter, and calls
+whole class. What a function of the file may write and return is summed up by parameter, and calls
+is given.
 
 The order of statements plays no part: a write anywhere in a function counts. Lines tell the rest.
 """
@@ -18,29 +19,46 @@ from dataclasses import dataclass, field
 from codemods import tree as t
 from codemods.source import Source
 
-_VIEWS = frozenset(
-    "view reshape transpose permute expand expand_as squeeze unsqueeze contiguous to type type_as float half double "
-    "bfloat16 bool int long detach cpu cuda split chunk unbind narrow select flatten unflatten swapaxes swapdims "
-    "movedim diagonal unfold view_as reshape_as t ravel as_strided tensor_split hsplit vsplit atleast_4d as_tensor "
-    "from_numpy numpy broadcast_to broadcast_tensors dropout rearrange items values keys get pop copy "
-    "buffers parameters to_tuple".split()
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEWS = words(
+    """
+    view reshape transpose permute expand expand_as squeeze unsqueeze contiguous to type type_as
+    float half double bfloat16 bool int long detach cpu cuda split chunk unbind narrow select
+    flatten unflatten swapaxes swapdims movedim diagonal unfold view_as reshape_as t ravel
+    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to
+    broadcast_tensors dropout rearrange items values keys get pop copy buffers parameters to_tuple
+    """
 )
-_READS = frozenset(
-    "size dim ndimension numel item tolist sum mean max min amax amin argmax argmin abs sqrt rsqrt pow square exp log "
-    "log2 sin cos tanh sigmoid softmax log_softmax relu silu gelu clone repeat repeat_interleave masked_fill where eq "
-    "ne lt le gt ge logical_not logical_and logical_or any all isnan isinf nonzero cumsum cumprod prod norm add sub mul "
-    "div true_divide matmul bmm mm neg reciprocal round floor ceil clamp clip tril triu roll flip gather index_select "
-    "masked_select scatter index_fill index_copy masked_scatter sort topk argsort unique std var new_zeros new_ones "
-    "new_full new_tensor new_empty is_floating_point is_contiguous element_size data_ptr stride storage_offset "
-    "type_as_string startswith endswith lower upper format join strip count index warn warn_once warning warning_once "
-    "info debug error is_file is_available get_head_mask get_seq_length maximum minimum allclose equal ".split()
+_READS = words(
+    """
+    size dim ndimension numel item tolist sum mean max min amax amin argmax argmin abs sqrt rsqrt
+    pow square exp log log2 sin cos tanh sigmoid softmax log_softmax relu silu gelu clone repeat
+    repeat_interleave masked_fill where eq ne lt le gt ge logical_not logical_and logical_or any all
+    isnan isinf nonzero cumsum cumprod prod norm add sub mul div true_divide matmul bmm mm neg
+    reciprocal round floor ceil clamp clip tril triu roll flip gather index_select masked_select
+    scatter index_fill index_copy masked_scatter sort topk argsort unique std var new_zeros new_ones
+    new_full new_tensor new_empty is_floating_point is_contiguous element_size data_ptr stride
+    storage_offset type_as_string startswith endswith lower upper format join strip count index warn
+    warn_once warning warning_once info debug error is_file is_available get_head_mask
+    get_seq_length maximum minimum allclose equal
+    """
 )
-_BUILTINS = frozenset(
-    "len int float str bool range isinstance issubclass hasattr print abs sum round repr id all any type callable hash "
-    "divmod super property format slice ValueError RuntimeError TypeError Exception ImportError KeyError "
-    "NotImplementedError AssertionError".split()
+_BUILTINS = words(
+    """
+    len int float str bool range isinstance issubclass hasattr print abs sum round repr id all any
+    type callable hash divmod super property format slice ValueError RuntimeError TypeError
+    Exception ImportError KeyError NotImplementedError AssertionError
+    """
 )
-_CONTAINERS = frozenset("tuple list set dict zip enumerate reversed iter next sorted max min map filter vars".split())
+_CONTAINERS = words(
+    """
+    tuple list set dict zip enumerate reversed iter next sorted max min map filter vars
+    """
+)
 _ADDERS = frozenset(("append", "extend", "insert", "add", "update", "setdefault"))
 #: What a file imports where it can, as upstream does: kernels that give a new tensor and write none.
 _KERNELS = frozenset(
@@ -48,7 +66,11 @@ _KERNELS = frozenset(
 )
 #: Modules of kernels for the quantised cache, built beside the file.
 _QUANTISED_KERNELS = frozenset(("cache_kernels", "cache_autogptq_cuda_256"))
-_DESCRIBES = frozenset("shape dtype device is_cuda ndim training requires_grad layout itemsize nbytes".split())
+_DESCRIBES = words(
+    """
+    shape dtype device is_cuda ndim training requires_grad layout itemsize nbytes
+    """
+)
 _STANDARD = frozenset(("math", "logger", "logging", "warnings", "importlib", "os", "pathlib", "sys"))
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -314,7 +336,11 @@ class _Reader:
         if isinstance(node, ast.Lambda):
             return self.roots(node.body)
         if isinstance(node, ast.BinOp):
-            return self._all((node.left, node.right)) if isinstance(node.op, ast.Add) and _holds(node) else NOTHING
+            return (
+                self._all((node.left, node.right))
+                if isinstance(node.op, ast.Add) and _holds(node)
+                else NOTHING
+            )
         return self._call(node) if isinstance(node, ast.Call) else NOTHING
 
     def _call(self, call: ast.Call) -> Roots:
@@ -394,7 +420,9 @@ class _Reader:
         receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
         if t.is_name(receiver) and receiver.id in _STANDARD:  # type: ignore[union-attr]
             return given
-        if t.last_name(receiver or call) in _QUANTISED_KERNELS:  # the third argument is where their result goes
+        if (
+            t.last_name(receiver or call) in _QUANTISED_KERNELS
+        ):  # the third argument is where their result goes
             self._write(call, self.roots(call.args[2]) if len(call.args) > 2 else given)
             return NOTHING
         if isinstance(receiver, ast.Call) and t.is_name(receiver.func, "super"):
@@ -419,10 +447,14 @@ class _Reader:
 
     def _forwards(self, call: ast.Call) -> Roots:
         made = [
-            c for n, c in self.file.classes.items() for o in [self.file.owners.get(id(self.flow.function))]
+            c
+            for n, c in self.file.classes.items()
+            for o in [self.file.owners.get(id(self.flow.function))]
             if o is not None and t.calls(o, n)
         ]
-        functions = [f for c in made for f in _methods(c, "forward")] or self.file.functions.get("forward", [])
+        functions = [f for c in made for f in _methods(c, "forward")] or self.file.functions.get(
+            "forward", []
+        )
         return self._summed(call, functions, NOTHING)
 
     def _summed(self, call: ast.Call, functions: list[Function], own: Roots) -> Roots:

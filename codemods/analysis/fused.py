@@ -1,8 +1,9 @@
 """Whether the branch with torch's fused attention computes what the branch without it computes.
 
-Both branches are evaluated into expressions: names are followed, calls of the class's own methods are put in place,
-casts and copies are left out. The two must be the same expression, but for one place: where one has
-``scaled_dot_product_attention(q, k, v, mask)`` the other has the softmax of ``q k / sqrt(d)``, masked, times ``v``.
+Both branches are evaluated into expressions: names are followed, calls of the class's own methods are put in
+place, casts and copies are left out. The two must be the same expression, but for one place: where one has
+``scaled_dot_product_attention(q, k, v, mask)`` the other has the softmax of ``q k / sqrt(d)``, masked, times
+``v``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Unknown(Exception):
 
 
 def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -> str:
-    """Why the two branches of ``choice``, which tests ``flag``, are not shown to compute the same; or nothing."""
+    """Why the branches of ``choice``, which tests ``flag``, are not shown to compute the same; or nothing."""
     methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)}
     given = [part for part in t.conjuncts(choice.test) if not t.is_name(part, flag)]
     try:
@@ -47,10 +48,13 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
 
 def _read_later(source: Source, choice: ast.If, name: str) -> bool:
     end = choice.end_lineno or choice.lineno
-    owners = [n for n in t.walk(source.tree) if isinstance(n, ast.FunctionDef) and n.lineno <= choice.lineno <= (n.end_lineno or 0)]
-    return any(
-        t.is_name(n, name) and isinstance(n.ctx, ast.Load) and n.lineno > end for o in owners[-1:] for n in t.walk(o)  # type: ignore[attr-defined]
-    )
+    owners = [
+        n
+        for n in t.walk(source.tree)
+        if isinstance(n, ast.FunctionDef) and n.lineno <= choice.lineno <= (n.end_lineno or 0)
+    ]
+    later = (n for o in owners[-1:] for n in t.walk(o) if isinstance(n, ast.Name) and n.lineno > end)
+    return any(n.id == name and isinstance(n.ctx, ast.Load) for n in later)
 
 
 class _Branch:
@@ -61,7 +65,11 @@ class _Branch:
     ) -> None:
         self.source, self.methods, self.ours = source, methods, ours
         self.true = {ast.dump(part) for part in given}
-        self.false = {ast.dump(part.operand) for part in given if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not)}
+        self.false = {
+            ast.dump(part.operand)
+            for part in given
+            if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not)
+        }
         self.steps = 0
         self.function: ast.FunctionDef | None = None
 
@@ -110,14 +118,23 @@ class _Branch:
     def _effect(self, stmt: ast.stmt, call: ast.Call, env: dict[str, Term]) -> None:
         """``x.masked_fill_(...)``: the same as ``x = x.masked_fill(...)`` where nothing else is called x.
 
-        One upstream revision drops the underscore and loses the result: with padding its fused branch hides nothing
-        to come. The other branch does what was meant, as the revisions before and after do.
+        One upstream revision drops the underscore and loses the result: with padding its fused branch hides
+        nothing to come. The other branch does what was meant, as the revisions before and after do.
         """
         function = call.func
-        if isinstance(function, ast.Attribute) and function.attr in {"masked_fill_", "masked_fill"} and isinstance(function.value, ast.Name):
+        if (
+            isinstance(function, ast.Attribute)
+            and function.attr in {"masked_fill_", "masked_fill"}
+            and isinstance(function.value, ast.Name)
+        ):
             name = function.value.id
             self._alone(stmt, name)
-            env[name] = ("call", "masked_fill", (env.get(name, ("name", name)), *(self._term(a, env) for a in call.args)), ())
+            env[name] = (
+                "call",
+                "masked_fill",
+                (env.get(name, ("name", name)), *(self._term(a, env) for a in call.args)),
+                (),
+            )
         else:
             self._untouched(stmt)
 
@@ -209,7 +226,11 @@ class _Branch:
                 return self._term(node.body if known else node.orelse, env)
             return ("if", *(self._term(part, env) for part in (node.test, node.body, node.orelse)))
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
-            return (type(node.ops[0]).__name__, self._term(node.left, env), self._term(node.comparators[0], env))
+            return (
+                type(node.ops[0]).__name__,
+                self._term(node.left, env),
+                self._term(node.comparators[0], env),
+            )
         if isinstance(node, ast.Subscript):
             return ("part", self._term(node.value, env), self._index(node.slice, env))
         if isinstance(node, ast.Starred):
@@ -220,7 +241,10 @@ class _Branch:
 
     def _index(self, node: ast.expr, env: dict[str, Term]) -> Term:
         if isinstance(node, ast.Slice):
-            return ("slice", *(self._term(p, env) if p is not None else None for p in (node.lower, node.upper, node.step)))
+            return (
+                "slice",
+                *(self._term(p, env) if p is not None else None for p in (node.lower, node.upper, node.step)),
+            )
         if isinstance(node, ast.Tuple):
             return ("tuple", tuple(self._index(e, env) for e in node.elts))
         return self._term(node, env)
@@ -275,7 +299,9 @@ class _Match:
         """``plain`` is the softmax of the masked, scaled product, times the values."""
         keywords = dict(fused[3])
         mask = keywords.pop("attn_mask", _NONE)
-        if len(fused[2]) != 3 or any(value not in {("constant", 0.0), ("constant", False), _NONE} for value in keywords.values()):
+        if len(fused[2]) != 3 or any(
+            value not in {("constant", 0.0), ("constant", False), _NONE} for value in keywords.values()
+        ):
             return False
         query, key, value = fused[2]
         if plain[:2] != ("call", "matmul") or len(plain[2]) != 2 or plain[2][1] != value:
@@ -290,13 +316,22 @@ class _Match:
         if added is None or not _is_mask(mask, added, causal):
             return False
         scores = self._unscaled(scores, value) or ()
-        product = ("call", "matmul", (query, ("call", "transpose", (key, ("constant", -1), ("constant", -2)), ())), ())
+        product = (
+            "call",
+            "matmul",
+            (query, ("call", "transpose", (key, ("constant", -1), ("constant", -2)), ())),
+            (),
+        )
         swapped = ("call", "transpose", (key, ("USub", ("constant", 1)), ("USub", ("constant", 2))), ())
         return scores in (product, ("call", "matmul", (query, swapped), ()))
 
     def _unscaled(self, scores: Term, value: Term) -> Term | None:
         """The product that ``scores`` is divided by the root of the heads' width."""
-        if scores[0] == "if" and self.scaled and scores[1] == ("attribute", ("name", "self"), "scale_attn_weights"):
+        if (
+            scores[0] == "if"
+            and self.scaled
+            and scores[1] == ("attribute", ("name", "self"), "scale_attn_weights")
+        ):
             scores = scores[2]
         if scores[0] != "Div":
             return None
@@ -311,7 +346,11 @@ class _Match:
 def _fills_itself(stmt: ast.Assign) -> bool:
     """``x = x.masked_fill_(...)``."""
     target = stmt.targets[0]
-    return isinstance(target, ast.Name) and t.call_name(stmt.value) == "masked_fill_" and t.is_method_of(stmt.value, target.id)
+    return (
+        isinstance(target, ast.Name)
+        and t.call_name(stmt.value) == "masked_fill_"
+        and t.is_method_of(stmt.value, target.id)
+    )
 
 
 def _softmaxed(term: Term) -> list[Term | None]:
@@ -340,13 +379,18 @@ def _summed(scores: Term) -> tuple[Term | None, Term]:
 
 
 def _filled(scores: Term) -> tuple[Term | None, Term]:
-    """The condition where scores are kept, the others being lowest, and the scores; no condition if none is."""
+    """The condition where scores are kept, the others being lowest, and the scores; no condition if none."""
     test, inner = None, scores
     if scores[0] == "if":
         test, inner = scores[1], scores[2]
     if inner[:2] == ("call", "where") and len(inner[2]) == 3 and _is_lowest(inner[2][2]):
         kept, rest = inner[2][0], inner[2][1]
-    elif inner[:2] == ("call", "masked_fill") and len(inner[2]) == 3 and _is_lowest(inner[2][2]) and inner[2][1][0] == "Invert":
+    elif (
+        inner[:2] == ("call", "masked_fill")
+        and len(inner[2]) == 3
+        and _is_lowest(inner[2][2])
+        and inner[2][1][0] == "Invert"
+    ):
         kept, rest = inner[2][1][1], inner[2][0]
     else:
         return None, scores
@@ -356,7 +400,7 @@ def _filled(scores: Term) -> tuple[Term | None, Term]:
 
 
 def _is_mask(mask: Term, added: Term, causal: Term | None) -> bool:
-    """``mask`` hides what the sum of ``added`` and the choice by ``causal`` hide, with or without ``added``."""
+    """``mask`` hides what the sum of ``added`` and the choice by ``causal`` hide, ``added`` given or not."""
     if mask[0] != "if" or mask[1] != ("IsNot", added, _NONE):
         return False
     given, absent = mask[2], mask[3]
@@ -367,7 +411,12 @@ def _is_mask(mask: Term, added: Term, causal: Term | None) -> bool:
             return False
         given = given[2]
     filled = given[:2] == ("call", "masked_fill") and len(given[2]) == 3 and _is_lowest(given[2][2])
-    return filled and _unexpanded(given[2][0]) == added and given[2][1] == ("Invert", causal) and absent == causal
+    return (
+        filled
+        and _unexpanded(given[2][0]) == added
+        and given[2][1] == ("Invert", causal)
+        and absent == causal
+    )
 
 
 def _unexpanded(term: Term) -> Term:
@@ -395,5 +444,6 @@ def _always_true(owner: ast.ClassDef, name: str) -> bool:
         if isinstance(target, ast.Attribute) and target.attr == name
     ]
     return bool(values) and all(
-        (isinstance(v, ast.Constant) and v.value is True) or (isinstance(v, ast.Attribute) and v.attr == name) for v in values
+        (isinstance(v, ast.Constant) and v.value is True) or (isinstance(v, ast.Attribute) and v.attr == name)
+        for v in values
     )

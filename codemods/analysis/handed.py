@@ -1,8 +1,8 @@
 """How a mask gets from the model's caller to the layers, and what could come between.
 
-The classes that matter are the attention classes, the classes that make one of them, and so on up: block, model,
-output head. Each hands the mask to the next one; it must be the very mask that came in. Only in the class that
-makes the blocks does it change once, from ones and zeros into upstream's additive mask.
+The classes that matter are the attention classes, the classes that make one of them, and so on up: block,
+model, output head. Each hands the mask to the next one; it must be the very mask that came in. Only in the
+class that makes the blocks does it change once, from ones and zeros into upstream's additive mask.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from codemods import tree as t
-from codemods.analysis.effects import effects
+from codemods.analysis.effects import effects, words
 from codemods.source import Source
 
 MASK = "attention_mask"
 #: Methods that give the same values again.
 _SAME = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contiguous", "clone", "detach"))
 #: Ways to reach a method, a buffer or a name that reading the file does not show.
-_HIDDEN = frozenset(
-    "_buffers _modules _parameters __dict__ named_buffers buffers named_modules __setattr__ register_forward_hook "
-    "register_forward_pre_hook register_module_forward_hook __getattribute__ exec eval globals locals vars "
-    "_forward_hooks _forward_pre_hooks".split()
+_HIDDEN = words(
+    """
+    _buffers _modules _parameters __dict__ named_buffers buffers named_modules __setattr__
+    register_forward_hook register_forward_pre_hook register_module_forward_hook __getattribute__
+    exec eval globals locals vars _forward_hooks _forward_pre_hooks
+    """
 )
 
 
@@ -59,36 +61,34 @@ def carries(function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.
 
     Statements that cannot run together with ``at`` do not count.
     """
-    return _carries(function, node, name, at, 0)
+    return _carries(function, node, name, at, frozenset())
 
 
 def _carries(
-    function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None, depth: int
+    function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None, above: frozenset[str]
 ) -> bool:
-    if not isinstance(node, ast.expr) or depth > 4:
+    """As :func:`carries`; the names in ``above`` are being looked into already."""
+    if not isinstance(node, ast.expr):
         return False
     node = unwrapped(node)
     if isinstance(node, ast.IfExp):
         return all(
-            (_is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, depth + 1)
+            (_is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
             for arm in (node.body, node.orelse)
         )
     if not isinstance(node, ast.Name):
         return False
+    if node.id in above:
+        return True
+    own = node.id in t.parameters(function)
     bound = [
         value
         for stmt, value in t.assignments(function.body, node.id)
         if at is None or not t.exclusive(function.body, stmt, at)
     ]
-    if node.id != name and (not bound or node.id in t.parameters(function)):
+    if own != (node.id == name) or not (own or bound):
         return False
-    if node.id == name and name not in t.parameters(function):
-        return False
-    return all(
-        value is not None
-        and (t.is_name(unwrapped(value), node.id) or _carries(function, value, name, at, depth + 1))
-        for value in bound
-    )
+    return all(_carries(function, value, name, at, above | {node.id}) for value in bound)
 
 
 def _is_none(node: ast.expr) -> bool:
@@ -113,7 +113,7 @@ class Holder:
 
 
 def way(source: Source, attention: ast.ClassDef) -> list[Holder]:
-    """The classes that hold ``attention``, from the block upwards; empty where nothing in the file makes one."""
+    """The classes that hold ``attention``, from the block upwards; none where nothing makes one."""
     known: dict[str, list[Holder]] = source.memo.setdefault("ways", {})  # type: ignore[assignment]
     if attention.name not in known:
         known[attention.name] = list(_way(source, attention))
@@ -124,7 +124,10 @@ def _way(source: Source, node: ast.ClassDef) -> Iterator[Holder]:
     seen = {node.name}
     while True:
         names = {node.name, *(s.name for s in _subclasses(source, node.name))}
-        inner, makers = _method(node, "forward"), [c for c in _classes(source) if c.name not in seen and _makes(c, names)]
+        inner, makers = (
+            _method(node, "forward"),
+            [c for c in _classes(source) if c.name not in seen and _makes(c, names)],
+        )
         if len(makers) != 1 or inner is None:
             return
         node = makers[0]
@@ -155,7 +158,7 @@ def _makes(node: ast.ClassDef, names: set[str]) -> bool:
 def _handing(
     node: ast.ClassDef, forward: ast.FunctionDef, names: set[str]
 ) -> Iterator[tuple[ast.stmt, ast.Call]]:
-    """The calls of ``forward`` that run what was made of ``names``: by attribute, or out of a list of layers."""
+    """The calls of ``forward`` that run what was made of ``names``, by attribute or out of a list."""
     held = {
         target.attr
         for stmt in t.walk(node)
@@ -164,7 +167,11 @@ def _handing(
         if isinstance(target, ast.Attribute)
     }
     for stmt in t.statements(forward.body):
-        for part in [stmt] if not any(t.blocks(stmt)) else [c for c in ast.iter_child_nodes(stmt) if isinstance(c, ast.expr)]:
+        for part in (
+            [stmt]
+            if not any(t.blocks(stmt))
+            else [c for c in ast.iter_child_nodes(stmt) if isinstance(c, ast.expr)]
+        ):
             for call in (n for n in t.walk(part) if isinstance(n, ast.Call)):
                 function = call.func
                 if isinstance(function, ast.Attribute) and t.is_name(function.value, "self"):
@@ -212,7 +219,11 @@ def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
             return Found(f"it is not seen how {holder.node.name} runs its layers", holder.forward.lineno)
         for stmt, call in holder.calls:
             value = given(call, holder.inner, MASK)
-            whole = _expanded(holder.forward, value, stmt) if level == 1 else carries(holder.forward, value, MASK, stmt)
+            whole = (
+                _expanded(holder.forward, value, stmt)
+                if level == 1
+                else carries(holder.forward, value, MASK, stmt)
+            )
             if not whole:
                 return Found(f"{holder.node.name} hands on another mask than the caller's", call.lineno)
     return None
@@ -237,20 +248,39 @@ def cache_problem(source: Source, attention: ast.ClassDef) -> Found | None:
 
 
 def _zipped(forward: ast.FunctionDef, name: str) -> bool:
-    """The variable of one loop over the layers and past_key_values together, which is the caller's or made of None."""
+    """The variable of one loop over the layers and past_key_values, the caller's own or made of None."""
     bound = list(t.assignments(forward.body, name))
     if len(bound) != 1 or not isinstance(bound[0][0], ast.For):
         return False
-    (pairs,) = t.calls(bound[0][0].iter, "zip") or [None]
+    found = t.calls(bound[0][0].iter, "zip")
+    pairs = found[0] if len(found) == 1 else None
     if pairs is None or len(pairs.args) != 2 or not t.is_name(pairs.args[1], "past_key_values"):
         return False
     for stmt, value in t.assignments(forward.body, "past_key_values"):
-        around = [n for n, arm in t.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"]
-        if not any(_tests_none(n.test, "past_key_values") and isinstance(n.test.ops[0], ast.Is) for n in around):  # type: ignore[attr-defined]
+        tests = [
+            n.test for n, arm in t.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"
+        ]
+        if value is None or not any(_is_absent(test) for test in tests):
             return False
-        if value is None or {n.id for n in t.walk(value) if isinstance(n, ast.Name)} - {"self", "len", "tuple", "range", "_", "i"}:
+        if {n.id for n in t.walk(value) if isinstance(n, ast.Name)} - {
+            "self",
+            "len",
+            "tuple",
+            "range",
+            "_",
+            "i",
+        }:
             return False
     return True
+
+
+def _is_absent(test: ast.expr) -> bool:
+    """``past_key_values is None``."""
+    return (
+        isinstance(test, ast.Compare)
+        and _tests_none(test, "past_key_values")
+        and isinstance(test.ops[0], ast.Is)
+    )
 
 
 def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str | None:
@@ -264,7 +294,9 @@ def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str
                 found.add(bare.attr)
             elif not carries(holder.forward, value, name, stmt):
                 return Found(f"{holder.node.name} hands on something else as {name}", call.lineno)
-        written = effects(source).written(holder.forward, [name]) if name in t.parameters(holder.forward) else []
+        written = (
+            effects(source).written(holder.forward, [name]) if name in t.parameters(holder.forward) else []
+        )
         if written:
             return Found(f"{name} may be changed in place in {holder.node.name}", written[0].line)
         if len(found) == 1:
@@ -276,7 +308,12 @@ def changed_buffer(source: Source, name: str) -> Found | None:
     """Where a registered buffer may get other values than it was registered with."""
     if f"@{name}" in effects(source).written_attributes:
         line = min(
-            (w.line for f in effects(source).flows.values() for w in f.writes if f"@{name}" in f.same(w.roots)),
+            (
+                w.line
+                for f in effects(source).flows.values()
+                for w in f.writes
+                if f"@{name}" in f.same(w.roots)
+            ),
             default=1,
         )
         return Found(f"the buffer {name} may be changed in place", line)
@@ -314,19 +351,34 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
     methods = {n.name for node in nodes for n in node.body if isinstance(n, ast.FunctionDef)}
     for node in nodes:
         for sub in _subclasses(source, node.name):
-            if any(not isinstance(n, (ast.Expr, ast.Pass)) and t.binds(n) | {getattr(n, "name", "")} & methods for n in sub.body):
+            if any(
+                not isinstance(n, (ast.Expr, ast.Pass)) and (t.binds(n) | {getattr(n, "name", "")}) & methods
+                for n in sub.body
+            ):
                 yield Found(f"{sub.name} overrides methods of {node.name}", sub.lineno)
         for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
             for decorator in method.decorator_list:
-                if t.last_name(decorator) not in {"staticmethod", "classmethod", "property"} and t.call_name(
-                    decorator
-                ) not in {"no_grad"} and not t.last_name(decorator).endswith("docstrings"):
+                if (
+                    t.last_name(decorator) not in {"staticmethod", "classmethod", "property"}
+                    and t.call_name(decorator) not in {"no_grad"}
+                    and not t.last_name(decorator).endswith("docstrings")
+                ):
                     yield Found(f"{node.name}.{method.name} is decorated", decorator.lineno)
     names = {node.name for node in nodes}
+    yield from _reached(source, names, methods)
+
+
+def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
+    """What the rest of the file does to the classes called ``names`` and their ``methods``."""
     for node in t.walk(source.tree):
         if isinstance(node, (ast.Name, ast.Attribute)) and t.last_name(node) in _HIDDEN:
             yield Found(f"{t.last_name(node)} reaches what cannot be followed", node.lineno)
-        if isinstance(node, ast.FunctionDef) and node.name in {"__call__", "__getattr__", "__getattribute__", "__setattr__"}:
+        if isinstance(node, ast.FunctionDef) and node.name in {
+            "__call__",
+            "__getattr__",
+            "__getattribute__",
+            "__setattr__",
+        }:
             yield Found(f"{node.name} changes what calls and attributes mean", node.lineno)
         if isinstance(node, ast.Name) and node.id in names and not isinstance(node.ctx, ast.Load):
             yield Found(f"{node.id} is given another value", node.lineno)
@@ -394,7 +446,9 @@ def _state(node: ast.expr, states: dict[str, _State | None], lowest: set[str]) -
     if isinstance(node, ast.Name):
         return states.get(node.id)
     if isinstance(node, ast.Subscript):
-        return _with_axes(_state(node.value, states, lowest), ast.unparse(node.slice).strip("()") == ":, None, None, :", 2)
+        return _with_axes(
+            _state(node.value, states, lowest), ast.unparse(node.slice).strip("()") == ":, None, None, :", 2
+        )
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not t.on_torch(node):
         below = _state(node.func.value, states, lowest)
         if node.func.attr in {"view", "reshape"} and len(node.args) == 2 and t.constant(node.args[1]) == -1:

@@ -1,4 +1,4 @@
-"""Changes of a modeling file at random: some alter what it computes, some do not, and nothing here knows which.
+"""Random changes of a modeling file: some alter what it computes, some do not, and nothing here knows which.
 
 A mutant is made from the file's syntax tree by one or two *changes*. Each change takes the tree and a random
 generator, edits the tree and says in a word what it did, or returns an empty string where it found no place.
@@ -255,9 +255,19 @@ def written(tree: ast.Module, rng: random.Random) -> str:
 ALIASES = (
     *("alias = {}", "alias = {}[:]", "alias = {}.view({}.shape)", "alias = {}.detach()", "alias = {}.data"),
     *("alias = {}.transpose(-1, -2)", "(alias,) = ({},)", "alias = {}.squeeze(0)", "alias = {}.to({}.dtype)"),
-    *("alias = {}.contiguous()", "alias = {}.expand_as({})", "alias = torch.as_tensor({})", "alias = {}.clone()"),
+    *(
+        "alias = {}.contiguous()",
+        "alias = {}.expand_as({})",
+        "alias = torch.as_tensor({})",
+        "alias = {}.clone()",
+    ),
     *("alias = {} * 1", "alias = [{}, None][0]", "alias = {} if True else None", "alias = ({} or {})"),
-    *("alias = {}.reshape({}.shape)", "alias, rest = {}, 0", "alias = (lambda x: x)({})", "alias = {}.float()"),
+    *(
+        "alias = {}.reshape({}.shape)",
+        "alias, rest = {}, 0",
+        "alias = (lambda x: x)({})",
+        "alias = {}.float()",
+    ),
 )
 
 
@@ -320,7 +330,12 @@ def revalued(tree: ast.Module, rng: random.Random) -> str:
 def altered(tree: ast.Module, rng: random.Random) -> str:
     """One operator, constant or comparison is another."""
     function = _functions(tree, rng)[0]
-    spots = [n for s in function.body for n in ast.walk(s) if isinstance(n, (ast.BinOp, ast.Compare, ast.Constant, ast.If))]
+    spots = [
+        n
+        for s in function.body
+        for n in ast.walk(s)
+        if isinstance(n, (ast.BinOp, ast.Compare, ast.Constant, ast.If))
+    ]
     if not spots:
         return ""
     node = rng.choice(spots)
@@ -354,12 +369,7 @@ def unkeyed(tree: ast.Module, rng: random.Random) -> str:
 def buffered(tree: ast.Module, rng: random.Random) -> str:
     """Something happens to a registered buffer, in its class or from the class that holds it."""
     text = ast.unparse(tree)
-    owned = [
-        (c, b)
-        for c in _classes(tree)
-        for b in BUFFERS
-        if f"register_buffer('{b}'" in ast.unparse(c)
-    ]
+    owned = [(c, b) for c in _classes(tree) for b in BUFFERS if f"register_buffer('{b}'" in ast.unparse(c)]
     if not owned:
         return ""
     owner, name = rng.choice(owned)
@@ -371,8 +381,10 @@ def buffered(tree: ast.Module, rng: random.Random) -> str:
         home = rng.choice(outer)
         where = next(n for n in home.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
         inside = "Attention" in owner.name
-        path = ("self.h[0].attn" if inside else "self") if "QWenModel" in home.name else (
-            "self.transformer.h[0].attn" if inside else "self.transformer"
+        path = (
+            ("self.h[0].attn" if inside else "self")
+            if "QWenModel" in home.name
+            else ("self.transformer.h[0].attn" if inside else "self.transformer")
         )
         form, target = form.replace("self.", f"{path}."), f"{path}.{name}"
     new = ast.parse(form.replace("{}", target).replace("{name}", name)).body
@@ -388,13 +400,15 @@ def subclassed(tree: ast.Module, rng: random.Random) -> str:
     """A subclass, or a replaced method, changes how a class is used."""
     made = [c for c in _classes(tree) if "LMHead" not in c.name]
     owner = rng.choice(made)
-    method = rng.choice([n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name in {"forward", "_attn"}])
+    method = rng.choice(
+        [n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name in {"forward", "_attn"}]
+    )
     change = rng.choice(
         (
             "pass",
             "kwargs = dict(kwargs, attention_mask=None)",
             "kwargs = dict(kwargs)",
-            "if kwargs.get('attention_mask') is not None: kwargs['attention_mask'] = kwargs['attention_mask'] * 0",
+            "if 'attention_mask' in kwargs: kwargs['attention_mask'] = kwargs['attention_mask'] and None",
             "args = args[:-1]",
             "args = tuple(a * 0.5 if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args)",
             "args = args[:1] + tuple(a * 0 if isinstance(a, torch.Tensor) else a for a in args[1:])",
@@ -413,7 +427,8 @@ def subclassed(tree: ast.Module, rng: random.Random) -> str:
         code = (
             f"def other_{method.name}(self, *args, **kwargs):\n    {change}\n"
             f"    return plain_{method.name}(self, *args, **kwargs)\n"
-            f"plain_{method.name} = {owner.name}.{method.name}\n{owner.name}.{method.name} = other_{method.name}\n"
+            f"plain_{method.name} = {owner.name}.{method.name}\n"
+            f"{owner.name}.{method.name} = other_{method.name}\n"
         )
     else:
         code = (
@@ -437,7 +452,7 @@ def subclassed(tree: ast.Module, rng: random.Random) -> str:
 
 
 def rewritten(tree: ast.Module, rng: random.Random) -> str:
-    """An assignment to a name becomes the same in place: ``x = x + y`` is ``x += y``, ``where`` a masked_fill_."""
+    """An assignment becomes the same in place: ``x = x + y`` is ``x += y``, ``where`` a masked_fill_."""
     function = _functions(tree, rng)[0]
     spots = []
     for block in _blocks(function):
@@ -454,8 +469,8 @@ def rewritten(tree: ast.Module, rng: random.Random) -> str:
         op = {ast.Add: "+=", ast.Sub: "-=", ast.Mult: "*=", ast.Div: "/="}.get(type(value.op))
         text = f"{target} = {ast.unparse(value.left)}\n{target} {op} {ast.unparse(value.right)}" if op else ""
     elif t.call_name(value) == "where":
-        kept = ast.unparse(value.args[1])  # type: ignore[attr-defined]
-        text = f"{target} = {kept}\n{target}.masked_fill_(~({ast.unparse(value.args[0])}), {ast.unparse(value.args[2])})"  # type: ignore[attr-defined]
+        mask, kept, fill = (ast.unparse(a) for a in value.args)  # type: ignore[attr-defined]
+        text = f"{target} = {kept}\n{target}.masked_fill_(~({mask}), {fill})"
     else:
         name = rng.choice(_known(function, TENSORS) or [target])
         text = f"kept = {name}\n{ast.unparse(stmt)}\n{name} = kept"
@@ -485,6 +500,32 @@ def aliased(tree: ast.Module, rng: random.Random) -> str:
 
 
 CHANGES: tuple[Change, ...] = (
-    *(deleted, deleted, doubled, moved, moved, renamed, written, written, written, written, looked, looked, looked),
-    *(handed_on, handed_on, revalued, altered, altered, unkeyed, buffered, buffered, subclassed, rewritten, aliased),
+    *(
+        deleted,
+        deleted,
+        doubled,
+        moved,
+        moved,
+        renamed,
+        written,
+        written,
+        written,
+        written,
+        looked,
+        looked,
+        looked,
+    ),
+    *(
+        handed_on,
+        handed_on,
+        revalued,
+        altered,
+        altered,
+        unkeyed,
+        buffered,
+        buffered,
+        subclassed,
+        rewritten,
+        aliased,
+    ),
 )

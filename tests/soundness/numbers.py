@@ -1,8 +1,8 @@
 """What a modeling file computes: a tiny model in float32, a padded prompt and decode steps through its cache.
 
 The reference is the file as it is, called as Hugging Face callers do: a mask of ones and zeros, or none. A
-patched file is called the way the exported nets are: every layer is handed one finite additive mask, causal and
-padded, and returns the new keys and values alone, which the caller keeps.
+patched file is called the way the exported nets are: every layer is handed one finite additive mask, causal
+and padded, and returns the new keys and values alone, which the caller keeps.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def compute(
 ) -> list[torch.Tensor]:
     """Logits and new keys and values at every real position, talk after talk, from one model.
 
-    *layered* hands each layer the nets' mask; otherwise the file's own code makes it. *padded* hides the padding
-    in that mask (files that never add the caller's mask do not hide it). *others* are the checkout's other Python
-    files, an era's own by default. Raises NotViable.
+    *layered* hands each layer the nets' mask; otherwise the file's own code makes it. *padded* hides the
+    padding in that mask (files that never add the caller's mask do not hide it). *others* are the checkout's
+    other Python files, an era's own by default. Raises NotViable.
     """
     with _package(others or python_files("sdpa")) as package, torch.no_grad():
         try:
@@ -178,7 +178,7 @@ def _handed(model: Any, mask: torch.Tensor | None) -> Iterator[None]:
 
 
 def _grown(past: Any, given: Any, new: int, layered: bool) -> Any:
-    """The cache for the next step; an edited layer gives its new units alone, which are put behind the others."""
+    """The cache for the next step; an edited layer gives its new units alone, which go behind the others."""
     if not layered or past is None:
         return tuple(tuple(half.clone() for half in layer) for layer in given)
     return tuple(
