@@ -3,9 +3,8 @@
 For each function, names that may share storage are put into one class: a view of a tensor with the tensor, a
 container with what it holds, ``self.x`` with what was stored there. What arithmetic and most of torch's
 functions give is new. A write (an in-place method, ``out=``, a subscript store, ``.data``) is a write to the
-whole class. What a function of the file may write and what it may return is summed up by parameter, and calls
-whole class. What a function of the file may write and return is summed up by parameter, and calls
-is given.
+whole class. What a function of the file may write, and what it may return, is summed up by parameter; calls
+are looked up until nothing changes. A call of something not known here is taken to write all it is given.
 
 The order of statements plays no part: a write anywhere in a function counts. Lines tell the rest.
 """
