@@ -72,6 +72,12 @@ _DESCRIBES = words(
 )
 _STANDARD = frozenset(("math", "logger", "logging", "warnings", "importlib", "os", "pathlib", "sys"))
 
+#: The nodes that bind, write or return something, and those that decide what is read.
+_READ = (
+    *(ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign, ast.For, ast.AsyncFor, ast.comprehension),
+    *(ast.withitem, ast.Return, ast.Yield, ast.YieldFrom, ast.Call, ast.FunctionDef, ast.If),
+)
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Roots = frozenset[str]
 NOTHING: Roots = frozenset()
@@ -101,6 +107,7 @@ class Flow:
     parent: dict[str, str] = field(default_factory=dict)
     writes: set[Write] = field(default_factory=set)
     returned: set[str] = field(default_factory=set)
+    uses: set[str] = field(default_factory=set)  #: names of the functions whose summaries were asked for
 
     def find(self, name: str) -> str:
         while (above := self.parent.get(name, name)) != name:
@@ -138,29 +145,36 @@ class Effects:
         self.modules = _made_modules(source.tree)
         self.summaries = {id(f): Summary() for fs in self.functions.values() for f in fs}
         self.flows: dict[int, Flow] = {}
-        for _ in range(6):
-            if not self._round():
-                break
+        changed = set(self.functions)
+        while changed:  # summaries only grow, so this ends
+            changed = self._round(changed)
         self.written_attributes = {
             n for flow in self.flows.values() for w in flow.writes for n in flow.same(w.roots) if n[0] == "@"
         }
 
-    def _round(self) -> bool:
-        changed = False
-        for functions in self.functions.values():
+    def _round(self, changed: set[str]) -> set[str]:
+        """Read again what calls one of ``changed``; the names whose summary is another one now."""
+        found = set()
+        for name, functions in self.functions.items():
             for function in functions:
-                flow = _Reader(self, function).flow
-                self.flows[id(function)] = flow
-                names = set(_parameters(function))
-                hit = {n for w in flow.writes for n in flow.same(w.roots)}
-                given = flow.same(flow.returned) if flow.returned else set()
-                summary = Summary(
-                    frozenset(n for n in hit if n in names or n[0] == "@"),
-                    frozenset(n for n in given if n in names or n[0] == "@"),
-                )
-                changed |= summary != self.summaries[id(function)]
-                self.summaries[id(function)] = summary
-        return changed
+                known = self.flows.get(id(function))
+                if (known is None or known.uses & changed) and self._read(function):
+                    found.add(name)
+        return found
+
+    def _read(self, function: Function) -> bool:
+        """Read one function; whether its summary is another one than before."""
+        flow = self.flows[id(function)] = _Reader(self, function).flow
+        names = set(_parameters(function))
+        hit = flow.same({n for w in flow.writes for n in w.roots}) if flow.writes else set()
+        given = flow.same(flow.returned) if flow.returned else set()
+        before = self.summaries[id(function)]
+        summary = Summary(
+            before.writes | {n for n in hit if n in names or n[0] == "@"},
+            before.returns | {n for n in given if n in names or n[0] == "@"},
+        )
+        self.summaries[id(function)] = summary
+        return summary != before
 
     def written(self, function: Function, names: Iterable[str]) -> list[Write]:
         """The places in ``function`` that may write what ``names`` refer to, in order of lines."""
@@ -229,13 +243,14 @@ class _Reader:
     def __init__(self, file: Effects, function: Function) -> None:
         self.file = file
         self.flow = Flow(function)
-        below = [n for n in t.walk(function) if isinstance(n, ast.FunctionDef)]
+        nodes = [n for n in t.walk(function) if isinstance(n, _READ)]
+        below = [n for n in nodes if isinstance(n, ast.FunctionDef)]
         self.nested = {n.name: _parameters(n) for n in below if n is not function}
         self.bound = t.binds(function) | {name for n in below for name in _parameters(n)}
-        self.containers = {n for node in t.walk(function) for n in _filled_later(node)}
+        self.containers = {name for n in nodes for name in _filled_later(n)}
         self.known: dict[int, Roots] = {}
-        passed = {id(n) for branch in t.walk(function) for part in _passed(branch) for n in t.walk(part)}
-        for node in t.walk(function):
+        passed = {id(n) for branch in nodes for part in _passed(branch) for n in t.walk(part)}
+        for node in nodes:
             if id(node) not in passed:
                 self._node(node)
 
@@ -460,6 +475,7 @@ class _Reader:
         """The summaries of every function that may be meant, for the arguments of this call."""
         returned = NOTHING
         for function in functions:
+            self.flow.uses.add(function.name)
             summary = self.file.summaries[id(function)]
             bound = _bound_arguments(call, function)
             for names, act in ((summary.writes, True), (summary.returns, False)):
