@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.files import read_regular
 
 if TYPE_CHECKING:
     from codemods.base import Outcome
     from qwen_surgery.patching.receipt import Receipt
 
 CONFIG = "config.json"
+LARGEST_CONFIG = 16 << 20  # bytes; real ones have about a thousand
 DEFAULT_NAME = "modeling_qwen.py"
 DEFAULT_RECIPE = "static"
 DEFAULT_SEQ_LENGTH = 512
@@ -106,11 +108,9 @@ class Checkout:
     def sources(self, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH) -> Sources:
         """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
         from codemods.recipes import UnknownRecipe
-        from qwen_surgery import atomic
-        from qwen_surgery.patching import plan
-        from qwen_surgery.patching.receipt import STATE
+        from qwen_surgery.patching import plan, write
 
-        if (self.path / STATE / atomic.JOURNAL).exists():
+        if write.pending(self.path):
             raise Refused(
                 f"an interrupted patch or restore of {self.path} waits to be finished",
                 hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
@@ -137,12 +137,9 @@ def _read_config(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise Refused(f"{root} is not a directory", hint="give the directory that holds config.json")
     path = root / CONFIG
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise Refused(
-            f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory"
-        ) from None
+    text = read_regular(path, LARGEST_CONFIG, follow=True)
+    if text is None:
+        raise Refused(f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory")
     try:
         config = json.loads(text.decode("utf-8-sig"))
     except ValueError as error:

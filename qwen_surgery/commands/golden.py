@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_surgery import atomic, console
+from qwen_surgery import console, files
 from qwen_surgery.errors import Missed, Refused, Usage
 
 _SHARED = (
@@ -72,7 +72,7 @@ def record_command(
     path, known = _load(file)
     for era, found in _compute(eras, stages, toolchain).items():
         known.setdefault(era, {}).update(found)
-    atomic.write_whole(path, record.dump(known))
+    files.write_whole(path, record.dump(known))
     tensors = sum(len(stage.tensors) for stages_ in known.values() for stage in stages_.values())
     console.out().print(f"{path}: {tensors} tensors of {len(known)} eras")
 

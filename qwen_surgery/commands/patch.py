@@ -153,8 +153,8 @@ def _to_json(plan: Plan, notes: tuple[str, ...], diff: str | None, written: bool
 
 
 def _write_sarif(path: Path, log: dict[str, Any]) -> None:
-    from qwen_surgery import atomic
+    from qwen_surgery import files
 
     if not path.parent.is_dir():
         raise SurgeryError(f"cannot write {path}: no such directory")
-    atomic.write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
+    files.write_whole(path, (json.dumps(log, indent=2) + "\n").encode())

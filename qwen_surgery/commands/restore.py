@@ -25,7 +25,12 @@ def command(checkout: Path, as_json: bool, quiet: bool) -> int:
     untouched = done.untouched if done else ()
     if as_json:
         console.print_json(
-            {"patched": done is not None, "restored": list(files), "untouched": list(untouched)}
+            {
+                "patched": done is not None,
+                "restored": list(files),
+                "untouched": list(untouched),
+                "notes": list(done.notes) if done else [],
+            }
         )
         return 0
     if quiet:

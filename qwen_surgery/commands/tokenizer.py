@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qwen_surgery import atomic, console
+from qwen_surgery import console, files
 
 
 @click.command("tokenizer", help="Check CHECKOUT's tokenizer files and, with --out, collect them for a demo.")
@@ -22,7 +22,7 @@ def command(checkout: Path, out: Path | None, as_json: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name in (*tokenizer.DEMO_FILES, *tokenizer.OPTIONAL_FILES):
             if (checkout / name).is_file():
-                atomic.write_whole(out / name, (checkout / name).read_bytes())
+                files.write_whole(out / name, (checkout / name).read_bytes())
                 copied.append(name)
     if as_json:
         console.print_json({**found, "copied": copied})

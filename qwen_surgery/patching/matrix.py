@@ -10,7 +10,7 @@ from typing import Any
 
 from codemods.base import Outcome, Status
 from golden import revisions
-from qwen_surgery import atomic
+from qwen_surgery import files
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.patching.edits import blocks
 from qwen_surgery.patching.plan import by_codemod
@@ -179,7 +179,7 @@ def record(rows: Iterable[Row], origin: str) -> str:
     catalogue, added = revisions.merge(_catalogue(), new)
     if not os.access(path.parent, os.W_OK):
         raise ToolFailed(f"cannot write {path}", hint=f"set {revisions.VARIABLE} to a catalogue of your own")
-    atomic.write_whole(path, revisions.dump(catalogue))
+    files.write_whole(path, revisions.dump(catalogue))
     return f"{path}: {added} revisions added, {len(new) - added} refreshed"
 
 

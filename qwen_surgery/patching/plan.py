@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING
 from codemods.base import Outcome, Status
 from golden import revisions
 from golden.revisions import Revision
-from qwen_surgery.atomic import digest
 from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.files import digest
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.receipt import FileRecord, Receipt
 
@@ -250,8 +249,13 @@ def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str)
             files[name] = old
             continue
         known = old is not None and plan.origins[name] is Origin.PATCHED
-        mode = old.mode if old and known else stat.S_IMODE((plan.checkout.path / name).stat().st_mode)
-        files[name] = FileRecord(digest(plan.reference[name]), digest(plan.result[name]), mode)
+        before, after = digest(plan.reference[name]), digest(plan.result[name])
+        if old is not None and known:
+            files[name] = FileRecord(before, after, old.mode, old.symlink)
+            continue
+        path = plan.checkout.path / name
+        symlink = str(path.readlink()) if path.is_symlink() else ""
+        files[name] = FileRecord(before, after, path.stat().st_mode & 0o777, symlink)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
 
 

@@ -9,21 +9,55 @@ from pathlib import Path
 from typing import Any
 
 from codemods.base import Outcome, Status
-from qwen_surgery.atomic import digest
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import digest, read_regular
+from qwen_surgery.patching.journal import (
+    LARGEST,
+    RECEIPT,
+    STATE,
+    foreign,
+    is_hash,
+    is_patched_name,
+    refuse_foreign_state,
+)
 
-STATE = ".qwen-surgery"
-RECEIPT = "receipt.json"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One patched file: sha256 of its bytes before and after, and the permission bits before."""
+    """One patched file: sha256 of its bytes before and after, and the permission bits before.
+
+    ``symlink`` is the text of the symbolic link that stood there, empty where there was a file.
+    """
 
     before: str
     after: str
     mode: int
+    symlink: str = ""
+
+    def to_json(self, name: str) -> dict[str, str]:
+        data = {
+            "before": self.before,
+            "after": self.after,
+            "mode": f"{self.mode:04o}",
+            "original": self.stored(name),
+        }
+        return data | ({"symlink": self.symlink} if self.symlink else {})
+
+    @classmethod
+    def from_json(cls, name: str, data: dict[str, Any]) -> FileRecord:
+        """Raises ValueError for a record that this program did not write."""
+        if not is_patched_name(name):
+            raise ValueError(f"{name!r} is no file that this program patches")
+        mode, symlink = int(data["mode"], 8), data.get("symlink", "")
+        if not (is_hash(data["before"]) and is_hash(data["after"])):
+            raise ValueError(f"a digest of {name} is none")
+        if not 0 <= mode <= 0o777:
+            raise ValueError(f"{name} has mode {mode:o}")
+        if not isinstance(symlink, str) or "\0" in symlink:
+            raise ValueError(f"{name} has a link that is none")
+        return cls(data["before"], data["after"], mode, symlink)
 
     def stored(self, name: str) -> str:
         """Where the original bytes lie, relative to the state directory."""
@@ -52,67 +86,58 @@ class Receipt:
             "time": self.time,
             "revision": self.revision,
             "versions": self.versions,
-            "files": {
-                name: {
-                    "before": record.before,
-                    "after": record.after,
-                    "mode": f"{record.mode:04o}",
-                    "original": record.stored(name),
-                }
-                for name, record in self.files.items()
-            },
+            "files": {name: record.to_json(name) for name, record in self.files.items()},
             "outcomes": {name: [outcome_json(o) for o in found] for name, found in self.outcomes.items()},
         }
         return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Receipt:
+        """Raises ValueError, KeyError, TypeError or AttributeError for what is no receipt of this program."""
         data = json.loads(text)
         if data["format"] != FORMAT:
             raise ValueError(f"receipt format {data['format']}, this program knows {FORMAT}")
         return cls(
-            recipe=data["recipe"],
+            recipe=_text(data["recipe"]),
             seq_length=int(data["seq_length"]),
-            skip=tuple(data["skip"]),
-            files={
-                name: FileRecord(record["before"], record["after"], int(record["mode"], 8))
-                for name, record in data["files"].items()
-            },
+            skip=tuple(_text(name) for name in data["skip"]),
+            files={name: FileRecord.from_json(name, record) for name, record in data["files"].items()},
             outcomes={
                 name: tuple(outcome_from_json(o) for o in found) for name, found in data["outcomes"].items()
             },
-            versions=data["versions"],
-            time=data["time"],
-            revision=data["revision"],
+            versions={name: _text(version) for name, version in data["versions"].items()},
+            time=_text(data["time"]),
+            revision=_text(data["revision"]),
         )
 
     @classmethod
     def load(cls, checkout: Path) -> Receipt | None:
-        """The receipt of *checkout*, None when it has none; Refused when the file is damaged."""
-        path = checkout / STATE / RECEIPT
-        try:
-            return cls.from_bytes(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+        """The receipt of *checkout*, None when it has none; Refused when damaged or not this program's."""
+        refuse_foreign_state(checkout)
+        text = read_regular(checkout / STATE / RECEIPT, LARGEST)
+        if text is None:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(
-                f"{path} is damaged ({error})",
-                hint=f"the original files lie in {path.parent / 'originals'}; move {STATE} away to go on",
-            ) from error
+        try:
+            return cls.from_bytes(text)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise foreign(checkout, f"{RECEIPT} is damaged ({error})") from error
 
     def original(self, checkout: Path, name: str) -> bytes:
         """The original bytes of *name*; Refused when they are lost or damaged."""
         record = self.files[name]
         path = checkout / STATE / record.stored(name)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            data = b""
+        data = read_regular(path, LARGEST) or b""
         if digest(data) != record.before:
             raise Refused(
                 f"{path} does not hold the original {name} any more", hint="download the file again"
             )
         return data
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -121,5 +146,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_from_json(data: dict[str, Any]) -> Outcome:
-    """The inverse of :func:`outcome_json`."""
-    return Outcome(**{**data, "status": Status(data["status"])})
+    """The inverse of :func:`outcome_json`. Raises TypeError for a field of another type."""
+    outcome = Outcome(**{**data, "status": Status(data["status"])})
+    texts = (outcome.codemod, outcome.reason, outcome.where)
+    lines = (outcome.line, outcome.end_line)
+    if not all(isinstance(text, str) for text in texts) or not all(
+        line is None or isinstance(line, int) for line in lines
+    ):
+        raise TypeError("an outcome has a field of another type")
+    return outcome

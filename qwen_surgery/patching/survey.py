@@ -107,7 +107,7 @@ def judge(
 
     A file called like modeling code that does not parse gets a ``failed`` outcome that says where.
     """
-    from qwen_surgery.atomic import digest
+    from qwen_surgery.files import digest
 
     try:
         era = edits.era(data)

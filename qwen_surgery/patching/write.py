@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from qwen_surgery import __version__, atomic
+from qwen_surgery import __version__
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import digest, locked, read_regular
+from qwen_surgery.patching import journal
 from qwen_surgery.patching import plan as planning
-from qwen_surgery.patching.receipt import RECEIPT, STATE, Receipt
+from qwen_surgery.patching.journal import RECEIPT, STATE, Remove, Write
+from qwen_surgery.patching.receipt import FileRecord, Receipt
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ def restore(path: Path) -> Restored | None:
         if receipt is None:
             return None
         back, untouched = _to_restore(path, receipt)
-        state = path / STATE
-        atomic.commit(state, [*back, atomic.Remove(state / RECEIPT)])
+        journal.commit(path, [*back, Remove(path / STATE / RECEIPT)])
+        notes += _lost_links(path, back)
         return Restored(tuple(a.path.name for a in back), untouched, tuple(notes))
 
 
 def pending(path: Path) -> bool:
     """Whether an interrupted run waits in the checkout at *path* to be finished or undone."""
-    return (path / STATE / atomic.JOURNAL).exists()
+    return (path / STATE / journal.JOURNAL).exists()
 
 
 @contextlib.contextmanager
@@ -81,13 +84,12 @@ def _session(path: Path) -> Iterator[list[str]]:
     """Hold the checkout, finish or undo an interrupted run, and leave no empty state directory behind."""
     if not path.is_dir():
         Checkout.open(path)  # raises with the right message
-    state = path / STATE
-    with atomic.locked(path):
+    with locked(path):
         try:
-            note = atomic.recover(state)
+            note = journal.recover(path)
             yield [note] if note else []
         finally:
-            atomic.drop_state(state)
+            journal.drop_state(path)
 
 
 def _versions() -> dict[str, str]:
@@ -109,8 +111,11 @@ def _notes(plan: planning.Plan) -> list[str]:
         if name not in plan.changed:
             continue
         if path.is_symlink():
-            notes.append(f"{name} is a symbolic link: its target {atomic.resolve(path)} was written")
-        if path.stat().st_nlink > 1:
+            notes.append(
+                f"{name} was a symbolic link: it is now a file of this checkout's own, what the link leads "
+                "to is unchanged; restore brings the link back"
+            )
+        elif path.stat().st_nlink > 1:
             notes.append(f"{name} had other hard links: they keep the old bytes; restore joins them again")
     return notes
 
@@ -118,21 +123,21 @@ def _notes(plan: planning.Plan) -> list[str]:
 def _commit(plan: planning.Plan, receipt: Receipt) -> None:
     root = plan.checkout.path
     state = root / STATE
-    atomic.make_state(state)
-    actions: list[atomic.Write | atomic.Remove] = []
+    journal.make_state(root)
+    actions: list[Write | Remove] = []
     for name, record in receipt.files.items():
         stored = state / record.stored(name)
-        if not stored.exists():
-            actions.append(atomic.Write(stored, plan.reference[name], 0o600))
+        if digest(read_regular(stored, journal.LARGEST) or b"") != record.before:
+            actions.append(Write(stored, plan.reference[name], 0o600))
             _keep_links(root / name, stored)
     for name in plan.changed:
-        expect = atomic.digest(plan.current[name])
-        actions.append(atomic.Write(root / name, plan.result[name], expect=expect))
+        expect = digest(plan.current[name])
+        actions.append(Write(root / name, plan.result[name], expect=expect))
     if receipt.files:
-        actions.append(atomic.Write(state / RECEIPT, receipt.to_bytes()))
+        actions.append(Write(state / RECEIPT, receipt.to_bytes()))
     else:
-        actions.append(atomic.Remove(state / RECEIPT))
-    atomic.commit(state, actions)
+        actions.append(Remove(state / RECEIPT))
+    journal.commit(root, actions)
 
 
 def _linked(stored: Path) -> Path:
@@ -141,27 +146,45 @@ def _linked(stored: Path) -> Path:
 
 def _keep_links(path: Path, stored: Path) -> None:
     """Keep one more name of a hard-linked original, so that restore can join the links again."""
-    target = atomic.resolve(path)
-    if target.stat().st_nlink > 1 and not _linked(stored).exists():
+    if not path.is_symlink() and path.stat().st_nlink > 1 and not os.path.lexists(_linked(stored)):
         with contextlib.suppress(OSError):  # no hard links here: restore writes a copy of its own
-            os.link(target, _linked(stored))
+            os.link(path, _linked(stored), follow_symlinks=False)
 
 
-def _to_restore(path: Path, receipt: Receipt) -> tuple[list[atomic.Write], tuple[str, ...]]:
-    back: list[atomic.Write] = []
+def _to_restore(path: Path, receipt: Receipt) -> tuple[list[Write], tuple[str, ...]]:
+    back: list[Write] = []
     untouched: list[str] = []
     for name, record in receipt.files.items():
         target = path / name
-        now = atomic.digest(target.read_bytes()) if target.exists() else None
+        data = read_regular(target, journal.LARGEST, follow=True)
+        now = None if data is None else digest(data)
         if now not in (None, record.before, record.after):
             raise Refused(
                 f"{target} was changed since: it is neither what patch wrote nor the original; not restored",
                 hint=f"patch again to take it as a new upstream text; the originals lie in {path / STATE}",
             )
-        if now == record.before and stat.S_IMODE(target.stat().st_mode) == record.mode:
+        if now == record.before and _stands_as_before(target, record):
             untouched.append(name)
             continue
         link = _linked(path / STATE / record.stored(name))
-        data = receipt.original(path, name)
-        back.append(atomic.Write(target, data, record.mode, now, link if link.exists() else None))
+        original = receipt.original(path, name)
+        back.append(
+            Write(target, original, record.mode, now, link if link.exists() else None, record.symlink)
+        )
     return back, tuple(untouched)
+
+
+def _stands_as_before(target: Path, record: FileRecord) -> bool:
+    """Whether *target*, which holds the original bytes, also has its mode, or is the link it was."""
+    if record.symlink:
+        return target.is_symlink() and str(target.readlink()) == record.symlink
+    return not target.is_symlink() and stat.S_IMODE(target.stat().st_mode) == record.mode
+
+
+def _lost_links(path: Path, back: Sequence[Write]) -> list[str]:
+    return [
+        f"{action.path.name} was a link to {action.symlink}, which does not hold the original any more: "
+        "it was restored as a file"
+        for action in back
+        if action.symlink and not (path / action.path.name).is_symlink()
+    ]

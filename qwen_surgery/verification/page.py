@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery import __version__, atomic
+from qwen_surgery import __version__, files
 from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.verification.results import Check, LevelResult, Report
 from qwen_surgery.verification.table import COLUMNS, HEADINGS, number, rows_of, worst_of
@@ -107,7 +107,7 @@ def write_page(report: Report, path: Path, request: Request) -> None:
 
     Raises ToolFailed when matplotlib or jinja2 is not installed (the ``report`` extra has both).
     """
-    atomic.write_whole(
+    files.write_whole(
         path, render(report, diffs(report), pass_counts(request), predictions(request)).encode()
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,41 +16,43 @@ from typing import Any
 
 import pytest
 
-from qwen_surgery import atomic
 from qwen_surgery.errors import Refused, ToolFailed
-from qwen_surgery.patching import edits, write
+from qwen_surgery.files import digest, locked
+from qwen_surgery.patching import edits, journal, write
 from tests.patching.conftest import Result, snapshot
 
+#: Names that a journal may hold.
+ONE, TWO, NEW = "config.json", "modeling_qwen.py", "new.py"
 
-def _state(folder: Path) -> Path:
-    state = folder / ".qwen-surgery"
-    atomic.make_state(state)
-    return state
+
+def _made(folder: Path) -> Path:
+    """A checkout with a state folder and two files."""
+    journal.make_state(folder)
+    (folder / ONE).write_bytes(b"1")
+    (folder / TWO).write_bytes(b"2")
+    return folder
 
 
 def _leftovers(folder: Path) -> list[str]:
-    return [p.name for p in folder.rglob("*") if p.name.endswith("-tmp") or p.name == atomic.JOURNAL]
+    return [p.name for p in folder.rglob("*") if p.name.endswith("-tmp") or p.name == journal.JOURNAL]
 
 
 def test_commit_writes_removes_and_keeps_modes(tmp_path: Path) -> None:
-    old, gone, new = tmp_path / "old", tmp_path / "gone", tmp_path / "new"
-    old.write_bytes(b"1")
+    root = _made(tmp_path)
+    old, gone, new = root / ONE, root / TWO, root / NEW
     old.chmod(0o640)
-    gone.write_bytes(b"2")
-    state = _state(tmp_path)
-    atomic.commit(state, [atomic.Write(old, b"11"), atomic.Remove(gone), atomic.Write(new, b"3", 0o755)])
+    journal.commit(root, [journal.Write(old, b"11"), journal.Remove(gone), journal.Write(new, b"3", 0o755)])
     assert (old.read_bytes(), old.stat().st_mode & 0o7777) == (b"11", 0o640)
     assert (new.read_bytes(), new.stat().st_mode & 0o7777) == (b"3", 0o755)
     assert not gone.exists()
-    assert _leftovers(tmp_path) == []
+    assert _leftovers(root) == []
 
 
 def test_commit_refuses_a_file_that_changed_since_the_plan(tmp_path: Path) -> None:
-    file = tmp_path / "a"
-    file.write_bytes(b"theirs")
+    root = _made(tmp_path)
     with pytest.raises(Refused, match="changed by someone else"):
-        atomic.commit(_state(tmp_path), [atomic.Write(file, b"ours", expect=atomic.digest(b"planned on"))])
-    assert file.read_bytes() == b"theirs"
+        journal.commit(root, [journal.Write(root / ONE, b"ours", expect=digest(b"planned on"))])
+    assert (root / ONE).read_bytes() == b"1"
 
 
 # Every call that can fail while files are being written; each is made to fail at its 1st, 2nd, ... use.
@@ -75,55 +79,51 @@ def _fail_at(monkeypatch: pytest.MonkeyPatch, call: str, use: int, error: int) -
 def test_one_failing_call_anywhere_leaves_every_file_old(
     call: str, use: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"1")
-    two.write_bytes(b"2")
-    state = _state(tmp_path)
+    root = _made(tmp_path)
+    one, two, new = root / ONE, root / TWO, root / NEW
     actions = [
-        atomic.Write(one, b"new 1", 0o600),
-        atomic.Write(two, b"new 2"),
-        atomic.Write(tmp_path / "c", b"3"),
+        journal.Write(one, b"new 1", 0o600),
+        journal.Write(two, b"new 2"),
+        journal.Write(new, b"3"),
     ]
     with monkeypatch.context() as patched:
         left = _fail_at(patched, call, use, errno.EIO)
         try:
-            atomic.commit(state, actions)
+            journal.commit(root, actions)
             raised = False
         except ToolFailed as error:
             raised = True
             assert "\n" not in str(error)
-    found = (one.read_bytes(), two.read_bytes(), (tmp_path / "c").exists())
+    found = (one.read_bytes(), two.read_bytes(), new.exists())
     if left[0] > 0:
         assert not raised
         assert found == (b"new 1", b"new 2", True)
     else:
         assert raised
         assert found in ((b"1", b"2", False), (b"new 1", b"new 2", True))
-        atomic.recover(state)
-    assert _leftovers(tmp_path) == []
+        journal.recover(root)
+    assert _leftovers(root) == []
 
 
 def test_when_undoing_fails_too_the_next_run_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"1")
-    two.write_bytes(b"2")
-    state = _state(tmp_path)
+    root = _made(tmp_path)
+    one, two = root / ONE, root / TWO
     real = Path.replace
 
     def broken(self: Path, target: Path) -> Path:
-        if target.name == "two" or (target.name == "one" and one.read_bytes() == b"new 1"):
+        if target.name == TWO or (target.name == ONE and one.read_bytes() == b"new 1"):
             raise OSError(errno.EIO, "Input/output error", str(target))
         return real(self, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", broken)
         with pytest.raises(ToolFailed, match="next run"):
-            atomic.commit(state, [atomic.Write(one, b"new 1"), atomic.Write(two, b"new 2")])
+            journal.commit(root, [journal.Write(one, b"new 1"), journal.Write(two, b"new 2")])
     assert one.read_bytes() in (b"1", b"new 1")
     assert two.read_bytes() == b"2"
-    assert "finished" in atomic.recover(state)
+    assert "finished" in journal.recover(root)
     assert (one.read_bytes(), two.read_bytes()) == (b"new 1", b"new 2")
     assert _leftovers(tmp_path) == []
 
@@ -131,27 +131,26 @@ def test_when_undoing_fails_too_the_next_run_finishes(
 def test_recover_leaves_alone_what_somebody_changed_after_the_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = tmp_path / "one"
-    one.write_bytes(b"1")
-    state = _state(tmp_path)
+    root = _made(tmp_path)
+    one = root / ONE
     with monkeypatch.context() as patched:
-        patched.setattr(atomic._Step, "commit", lambda self: os._exit(9))
+        patched.setattr(journal._Step, "commit", lambda self: os._exit(9))
         child = os.fork()
         if child == 0:
-            atomic.commit(state, [atomic.Write(one, b"new")])
+            journal.commit(root, [journal.Write(one, b"new")])
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     one.write_bytes(b"somebody's")
-    atomic.recover(state)
+    journal.recover(root)
     assert one.read_bytes() == b"somebody's"
     assert _leftovers(tmp_path) == []
 
 
 def test_a_damaged_journal_is_refused_not_guessed_at(tmp_path: Path) -> None:
-    state = _state(tmp_path)
-    (state / atomic.JOURNAL).write_text("{}")
+    root = _made(tmp_path)
+    (root / journal.STATE / journal.JOURNAL).write_text("{}")
     with pytest.raises(Refused, match=r"journal\.json"):
-        atomic.recover(state)
+        journal.recover(root)
 
 
 def _deadly(call: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
@@ -365,24 +364,93 @@ def test_modes_survive_patch_and_restore(checkout: Path, cli: Callable[..., Resu
     assert snapshot(checkout) == before
 
 
-def test_symbolic_links_stay_links_and_their_targets_are_written(
-    checkout: Path, cli: Callable[..., Result]
-) -> None:
-    """A Hugging Face cache snapshot is made of links to ../../blobs."""
+def _hub(checkout: Path) -> Path:
+    """Turn *checkout* into a hub cache's snapshot: every file a link to a blob named by its hash."""
     blobs = checkout.parent / "blobs"
     blobs.mkdir()
-    (checkout / "modeling_qwen.py").rename(blobs / "abc")
-    (checkout / "modeling_qwen.py").symlink_to("../blobs/abc")
-    original = (blobs / "abc").read_bytes()
+    for name in ("modeling_qwen.py", "config.json"):
+        blob = blobs / digest((checkout / name).read_bytes())
+        (checkout / name).rename(blob)
+        (checkout / name).symlink_to(f"../blobs/{blob.name}")
+    return blobs
+
+
+def _links(checkout: Path) -> dict[str, str]:
+    return {p.name: str(p.readlink()) for p in checkout.iterdir() if p.is_symlink()}
+
+
+def test_a_hub_cache_keeps_its_blobs_and_its_other_snapshots(
+    checkout: Path, cli: Callable[..., Result]
+) -> None:
+    """Else a blob no longer holds its own hash, and every snapshot that shares it is patched unasked."""
+    blobs = _hub(checkout)
+    other = checkout.parent / "other"
+    shutil.copytree(checkout, other, symlinks=True)
+    before, links = snapshot(other), _links(checkout)
     result = cli("patch", checkout)
-    assert result.code == 0
-    assert "symbolic link" in result.err
-    assert (checkout / "modeling_qwen.py").readlink() == Path("../blobs/abc")
-    assert (blobs / "abc").read_bytes() != original
-    assert [p.name for p in blobs.iterdir()] == ["abc"], "no temporary left beside the target"
+    assert result.code == 0 and "link" in result.err and "restore brings the link back" in result.err
+    assert all(blob.name == digest(blob.read_bytes()) for blob in blobs.iterdir())
+    assert len(list(blobs.iterdir())) == 2, "no temporary left beside a blob"
+    assert snapshot(other) == before
+    assert _links(checkout) == {} and snapshot(checkout)["config.json"] != before["config.json"]
+    assert cli("patch", checkout).code == 0
     assert cli("restore", checkout).code == 0
-    assert (checkout / "modeling_qwen.py").is_symlink()
-    assert (blobs / "abc").read_bytes() == original
+    assert _links(checkout) == links and snapshot(checkout) == before
+    assert json.loads(cli("patch", checkout, "--json").out)["notes"]
+
+
+def test_a_link_that_leads_elsewhere_since_is_restored_as_a_file(
+    checkout: Path, cli: Callable[..., Result]
+) -> None:
+    blobs = _hub(checkout)
+    before = snapshot(checkout)
+    assert cli("patch", checkout).code == 0
+    for blob in blobs.iterdir():
+        blob.unlink()
+    result = cli("restore", checkout)
+    assert result.code == 0 and "restored as a file" in result.err
+    assert snapshot(checkout) == before and not _links(checkout)
+
+
+@pytest.mark.usefixtures("quick_edits")
+def test_a_kill_at_every_step_where_files_are_links(checkout: Path) -> None:
+    """Patch and restore in turn, each killed before each of its steps; blobs never change."""
+    blobs = _hub(checkout)
+    links, old = _links(checkout), snapshot(checkout)
+    kept = snapshot(blobs)
+    write.patch(checkout, "static", 512)
+    new = _user_files(checkout)
+    write.restore(checkout)
+    finished = 0
+    for step in range(1, 200):
+        codes = []
+        for action in (lambda: write.patch(checkout, "static", 512), lambda: write.restore(checkout)):
+            codes.append(_killed_at(step, action))
+            _whole(checkout, old, new)
+            assert snapshot(blobs) == kept
+        write.restore(checkout)
+        assert (_links(checkout), snapshot(checkout)) == (links, old)
+        if codes == [0, 0]:
+            finished = step
+            break
+    assert finished > 30
+
+
+def test_what_a_commit_cannot_finish_brings_links_back(
+    checkout: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _hub(checkout)
+    links = _links(checkout)
+    real = Path.replace
+
+    def broken(self: Path, target: Path) -> Path:
+        if target.name == journal.RECEIPT:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", broken)
+    assert cli("patch", checkout).code == 4
+    assert _links(checkout) == links
 
 
 def test_hard_links_elsewhere_keep_the_old_bytes_and_restore_joins_them_again(
@@ -416,7 +484,7 @@ def test_restore_does_not_trust_a_hard_link_that_was_written_through(
 
 
 def test_two_runs_at_once_do_not_mix(checkout: Path, cli: Callable[..., Result]) -> None:
-    with atomic.locked(checkout):
+    with locked(checkout):
         result = cli("patch", checkout)
     assert result.code == 4
     assert "another qwen-surgery" in result.err
