@@ -244,6 +244,8 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
 def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) -> str:
     """What reaches present's tensors or the history from elsewhere in the file; empty when nothing does."""
     assert parts.present is not None
+    if not attention.paths:  # its scores are made elsewhere; drop-causal-mask declines such a class
+        return ""
     (name,) = t.binds(parts.present)
     start = min(parts.join.lineno, parts.present.lineno)
     for write in effects(attention.source).written(forward, [parts.key, parts.value, name, "layer_past"]):
