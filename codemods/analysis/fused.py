@@ -312,6 +312,8 @@ class _Match:
         if scores is None:
             return False
         added, scores = _summed(scores)
+        if added is None and mask[0] == "if" and mask[1][0] == "IsNot":
+            added = mask[1][1]  # not added here: add-attention-mask adds it, or drop-causal-mask declines
         causal, scores = _filled(scores)
         if added is None or not _is_mask(mask, added, causal):
             return False
