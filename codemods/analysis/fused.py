@@ -207,6 +207,8 @@ class _Branch:
     def _term(self, node: ast.expr, env: dict[str, Term]) -> Term:
         node = unwrapped(node)
         if isinstance(node, ast.Name):
+            if node.id not in env and self.function is not None and node.id in t.binds(self.function):
+                raise _Unknown(f"line {node.lineno} reads `{node.id}`, which is not set on every way there")
             return env.get(node.id, ("name", node.id))
         if isinstance(node, ast.Constant):
             return ("constant", node.value)
@@ -268,11 +270,11 @@ class _Branch:
         bound = t.arguments(call, method)
         if bound is None:
             raise _Unknown(f"line {call.lineno} is not followed")
-        outer, self.function = self.function, method
         inner = {name: self._term(value, env) for name, value in bound.items()}
         defaults = method.args.defaults
         for arg, value in zip(method.args.args[-len(defaults) :] if defaults else [], defaults, strict=True):
             inner.setdefault(arg.arg, self._term(value, {}))
+        outer, self.function = self.function, method
         found = self._run(method.body, inner)
         self.function = outer
         if found is None:

@@ -122,6 +122,7 @@ BUFFER_WRITES = (
 @dataclass(frozen=True)
 class Mutant:
     text: str
+    kind: str  #: the change that made it, or "two changes"
     what: str
 
 
@@ -132,8 +133,8 @@ def mutants(text: str, seed: int) -> Iterator[Mutant]:
     known = {ast.unparse(pristine)}
     while True:
         tree = copy.deepcopy(pristine)
-        made = [rng.choice(CHANGES)(tree, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
-        made = [word for word in made if word]
+        tried = [rng.choice(CHANGES) for _ in range(rng.choice((1, 1, 1, 2)))]
+        made = {change.__name__: word for change in tried if (word := change(tree, rng))}
         if not made:
             continue
         try:
@@ -143,7 +144,8 @@ def mutants(text: str, seed: int) -> Iterator[Mutant]:
             continue
         if changed not in known:
             known.add(changed)
-            yield Mutant(changed + "\n", ", then ".join(made))
+            kind = next(iter(made)) if len(made) == 1 else "two changes"
+            yield Mutant(changed + "\n", kind, ", then ".join(made.values()))
 
 
 # -- places --------------------------------------------------------------------------------------------------
@@ -499,33 +501,8 @@ def aliased(tree: ast.Module, rng: random.Random) -> str:
     return f"`{form.replace('{}', name)}` used for `{name}`"
 
 
+#: Each as likely as any other.
 CHANGES: tuple[Change, ...] = (
-    *(
-        deleted,
-        deleted,
-        doubled,
-        moved,
-        moved,
-        renamed,
-        written,
-        written,
-        written,
-        written,
-        looked,
-        looked,
-        looked,
-    ),
-    *(
-        handed_on,
-        handed_on,
-        revalued,
-        altered,
-        altered,
-        unkeyed,
-        buffered,
-        buffered,
-        subclassed,
-        rewritten,
-        aliased,
-    ),
+    *(deleted, doubled, moved, renamed, rewritten, written, aliased, looked),
+    *(handed_on, revalued, altered, unkeyed, buffered, subclassed),
 )

@@ -147,6 +147,12 @@ KNOWN = {
         "F.scaled_dot_product_attention(query, key, value * 2,",
         "disable-torch2",
     ),
+    "the plain branch reads a name before it is set": Known(
+        "sdpa",
+        "        if self.scale_attn_weights:\n            size_temp",
+        "        if self.scale_attn_weights:\n            size_temp = size_temp or 1\n            size_temp",
+        "disable-torch2",
+    ),
     "key changed in place after the join": Known(
         "rotary_list",
         "        attn_weights = torch.matmul(query, key",
