@@ -47,6 +47,7 @@ def exported(geometry: str, length: int, folder: Path) -> int:
     from golden.eras import make_checkout
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import export
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     sizes = cycles.GEOMETRIES[geometry]
@@ -61,7 +62,7 @@ def exported(geometry: str, length: int, folder: Path) -> int:
         sparse=True,
     )
     checkout = Checkout.open(folder / "checkout")
-    sources = checkout.sources(recipe="static", seq_length=length)
+    sources = Sources.of(checkout, recipe="static", seq_length=length)
     index = WeightIndex.open(folder / "checkout")
     manifest = export(sources, index, checkout.geometry(length), folder / "onnx", trust_remote_code=True)
     return len(manifest.nets)

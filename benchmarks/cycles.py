@@ -25,7 +25,7 @@ from qwen_surgery import console
 from qwen_surgery.nets import Geometry, NetKind
 
 if TYPE_CHECKING:
-    from qwen_surgery.predicting import Prediction
+    from qwen_surgery.measuring.prediction import NetPrediction
     from qwen_surgery.toolchain import Toolchain
 
 MODES = ("bf16", "int8", "int4")
@@ -83,10 +83,10 @@ class Bench:
         self.name, self.sizes, self.toolchain = geometry, cycles.GEOMETRIES[geometry], toolchain
         self.everything = recipe.without(registry.unfit(toolchain.version))
         self._templates: dict[tuple[str, int], object] = {}
-        self._found: dict[tuple[str, ...], Prediction] = {}
+        self._found: dict[tuple[str, ...], NetPrediction] = {}
 
     def template(self, kind: str, length: int) -> object:
-        from qwen_surgery.predicting import templates_of
+        from qwen_surgery.measuring.prediction import templates_of
 
         if (kind, length) not in self._templates:
             sizes = self.sizes
@@ -112,11 +112,11 @@ class Bench:
         version = self.toolchain.version
         return cycles.Record(self.name, kind, length, mode, version, **found.to_json())
 
-    def predict(self, kind: str, length: int, mode: str, passes: Iterable[str] | None) -> Prediction:
+    def predict(self, kind: str, length: int, mode: str, passes: Iterable[str] | None) -> NetPrediction:
         """Compile once per graph: passes that change nothing give what the others give. Raises ToolFailed."""
         from qwen_surgery.compiling.one import supports
         from qwen_surgery.compiling.options import CompileOptions
-        from qwen_surgery.predicting import compile_template
+        from qwen_surgery.measuring.prediction import compile_template
 
         key = self.key(kind, length, mode, passes)
         if key not in self._found:
@@ -145,7 +145,7 @@ class Bench:
         text = [p.name for p in registry.select(registry.mlir_passes(), passes)]
         return kind, str(length), mode, sha256(model.SerializeToString(deterministic=True)).hexdigest(), *text
 
-    def show(self, kind: str, length: int, mode: str, label: str, found: Prediction) -> None:
+    def show(self, kind: str, length: int, mode: str, label: str, found: NetPrediction) -> None:
         console.out().print(
             f"| {kind} | {length} | {mode} | {label} | {found.nodes} | {found.top_ops} | {found.cycles:,} | "
             f"{found.milliseconds:.3f} | {found.bmodel_bytes:,} |",

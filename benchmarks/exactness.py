@@ -32,7 +32,7 @@ KINDS = (NetKind.BLOCK, NetKind.BLOCK_CACHE, NetKind.LM_HEAD)
 @click.option("--inputs", "count", type=int, default=4, show_default=True)
 @click.option("--toolchain", "version", default=None, help="TPU-MLIR version.")
 def main(geometry: str, length: int, prompt: int, count: int, version: str | None) -> None:
-    from qwen_surgery.predicting import templates_of
+    from qwen_surgery.measuring.prediction import templates_of
     from qwen_surgery.toolchain import Toolchain
 
     toolchain = Toolchain.find(version)
@@ -70,10 +70,10 @@ def measured(
 ) -> np.ndarray:
     """The cosine of each output, mean over the prompts."""
     from graph_passes.framework import recipe, registry
-    from qwen_surgery import exactness
     from qwen_surgery.compiling.one import supports
     from qwen_surgery.compiling.options import CompileOptions
-    from qwen_surgery.predicting import compile_template, random_weights
+    from qwen_surgery.measuring import accuracy
+    from qwen_surgery.measuring.prediction import compile_template, random_weights
     from qwen_surgery.toolchain.emulator import ChipEngine
 
     kind = template.kind  # type: ignore[attr-defined]
@@ -85,9 +85,9 @@ def measured(
     found = []
     with ChipEngine(bmodel, toolchain) as chip:  # type: ignore[arg-type]
         for seed in range(count):
-            inputs = exactness.inputs_of(template, prompt, seed)  # type: ignore[arg-type]
-            wanted = exactness.reference(template, weights, inputs)  # type: ignore[arg-type]
-            found.append(exactness.cosines(kind, wanted, chip.run(kind.value, inputs), prompt))
+            inputs = accuracy.inputs_of(template, prompt, seed)  # type: ignore[arg-type]
+            wanted = accuracy.reference(template, weights, inputs)  # type: ignore[arg-type]
+            found.append(accuracy.cosines(kind, wanted, chip.run(kind.value, inputs), prompt))
     return np.mean(found, axis=0)
 
 

@@ -34,6 +34,14 @@ def identify(source: bytes | str) -> Era | None:
     return era_of(read(source.encode() if isinstance(source, str) else source))
 
 
+def may_be_modeling(data: bytes) -> bool:
+    """A quick look at the text that spares parsing what cannot be Qwen v1 modeling code.
+
+    c_attn is a parameter's name, so that no derived model can be without it.
+    """
+    return b"c_attn" in data and b"class " in data
+
+
 def refusal(source: bytes | str) -> str:
     """Why a file is not Qwen v1 modeling code, in one sentence; empty when it is."""
     try:

@@ -17,7 +17,7 @@ ALLOWANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayerSizes:
     """A geometry by its name: hidden size, heads, config.json's intermediate size, vocabulary."""
 
     hidden: int
@@ -28,11 +28,11 @@ class Sizes:
 
 #: ``tiny`` is small enough for every test run and large enough that every pass applies.
 GEOMETRIES = {
-    "tiny": Sizes(256, 2, 1408, 768),
-    "1.8B": Sizes(2048, 16, 11008, 151936),
-    "7B": Sizes(4096, 32, 22016, 151936),
-    "14B": Sizes(5120, 40, 27392, 152064),
-    "72B": Sizes(8192, 64, 49152, 152064),
+    "tiny": LayerSizes(256, 2, 1408, 768),
+    "1.8B": LayerSizes(2048, 16, 11008, 151936),
+    "7B": LayerSizes(4096, 32, 22016, 151936),
+    "14B": LayerSizes(5120, 40, 27392, 152064),
+    "72B": LayerSizes(8192, 64, 49152, 152064),
 }
 
 #: (geometry, kind, seq_length) -> cycles that TPU-MLIR 1.30.2's own llm_convert predicts for one layer of a

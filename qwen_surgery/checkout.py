@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from codemods.config.facts import CONFIG, SIZES, ModelFacts
+from codemods.config.text import ConfigError
+from codemods.identity import identify, may_be_modeling
+from codemods.source import SourceError
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.files import read_regular
 
-if TYPE_CHECKING:
-    from codemods.base import Outcome
-    from qwen_surgery.patching.receipt import Receipt
-
-CONFIG = "config.json"
 LARGEST_CONFIG = 16 << 20  # bytes; real ones have about a thousand
 DEFAULT_NAME = "modeling_qwen.py"
 DEFAULT_RECIPE = "static"
@@ -27,33 +26,6 @@ _OTHER_TYPES = {
     "qwen2_moe": "Qwen MoE code is part of transformers and has another layer structure",
     "qwen3": "Qwen3 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
 }
-
-# Geometry field -> the config.json names it went by, the newest first. Early releases used GPT-2's names.
-_NAMES: dict[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "intermediate": ("intermediate_size", "ffn_hidden_size"),
-    "vocab": ("vocab_size", "padded_vocab_size"),
-}
-
-
-@dataclass(frozen=True)
-class Sources:
-    """A checkout's Python and config files, by name, without and with the edits; nothing here was written.
-
-    ``reference`` is the unpatched upstream text (from the receipt's originals when the checkout is patched in
-    place), ``patched`` the same files with *recipe* applied for *seq_length*. ``outcomes`` are all sites of
-    all files. ``modeling`` is the name of the modeling file.
-    """
-
-    modeling: str
-    reference: dict[str, bytes]
-    patched: dict[str, bytes]
-    recipe: str
-    seq_length: int
-    outcomes: tuple[Outcome, ...]
-    receipt: Receipt | None
 
 
 @dataclass(frozen=True)
@@ -86,49 +58,31 @@ class Checkout:
         """config.json and every Python file as they are on disk now, by name."""
         return {p.name: p.read_bytes() for p in (self.path / CONFIG, *self.python_files)}
 
+    @property
+    def facts(self) -> ModelFacts:
+        """What config.json means, as it is on disk now; Refused when it makes no sense."""
+        try:
+            return ModelFacts.from_files(self.read_files())
+        except ConfigError as error:
+            raise Refused(f"{self.path / CONFIG}: {error}") from None
+
     def geometry(self, seq_length: int) -> nets.Geometry:
         """The sizes of the model for an export length of *seq_length*; Refused when config.json lacks one."""
         if seq_length < 1:
             raise Usage(f"the export length must be at least 1, not {seq_length}")
-        sizes = {name: self._size(*names) for name, names in _NAMES.items()}
+        facts = self.facts
+        sizes = {name: self._size(facts.size(name), " / ".join(names)) for name, names in SIZES.items()}
         hidden, heads = sizes["hidden"], sizes["heads"]
-        if "kv_channels" not in self.config and hidden % heads:
+        head_dim = facts.get("kv_channels")
+        if head_dim is None and hidden % heads:
             raise Refused(f"{self.path / CONFIG}: hidden size {hidden} is not a multiple of {heads} heads")
-        head_dim = self._size("kv_channels") if "kv_channels" in self.config else hidden // heads
+        head_dim = hidden // heads if head_dim is None else self._size(head_dim, "kv_channels")
         return nets.Geometry(head_dim=head_dim, seq_length=seq_length, **sizes)
 
-    def _size(self, *names: str) -> int:
-        value = next((self.config[name] for name in names if self.config.get(name) is not None), None)
+    def _size(self, value: Any, key: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise Refused(
-                f"{self.path / CONFIG}: {' / '.join(names)} must be a positive whole number, found {value!r}"
-            )
+            raise Refused(f"{self.path / CONFIG}: {key} must be a positive whole number, found {value!r}")
         return value
-
-    def sources(self, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH) -> Sources:
-        """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
-        from codemods.recipes import UnknownRecipe
-        from qwen_surgery.patching import plan, write
-
-        if write.pending(self.path):
-            raise Refused(
-                f"an interrupted patch or restore of {self.path} waits to be finished",
-                hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
-            )
-        try:
-            made = plan.make(self, recipe, seq_length)
-        except UnknownRecipe as error:
-            raise Usage(str(error)) from error
-        plan.refuse_declined(made)
-        return Sources(
-            modeling=self.modeling_file.name,
-            reference=made.reference,
-            patched=made.result,
-            recipe=recipe,
-            seq_length=seq_length,
-            outcomes=tuple(o for found in made.outcomes.values() for o in found),
-            receipt=made.receipt,
-        )
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -190,24 +144,20 @@ def _find_modeling(root: Path, config: dict[str, Any]) -> Path:
 
 def is_modeling(data: bytes) -> bool:
     """Whether *data* is Qwen v1 modeling code, by content. Text that does not parse is not."""
-    from qwen_surgery.patching import edits
-
     try:
-        return edits.may_be_modeling(data) and bool(edits.era(data))
-    except edits.SourceError:
+        return may_be_modeling(data) and identify(data) is not None
+    except SourceError:
         return False
 
 
 def _era_of(path: Path) -> str:
-    from qwen_surgery.patching import edits
-
     try:
-        era = edits.era(path.read_bytes())
-    except edits.SourceError as error:
+        era = identify(path.read_bytes())
+    except SourceError as error:
         raise Refused(f"{path}: {error}") from None
-    if not era:
+    if era is None:
         raise Refused(
             f"{path} is not Qwen v1 modeling code (judged by its content)",
             hint="this program edits the modeling_qwen.py of Qwen-1.8B/7B/14B/72B and derived models",
         )
-    return era
+    return era.value

@@ -128,8 +128,8 @@ def outputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
 def nets(layers: int, *, heads: bool = True, multi_device: bool = False) -> tuple[Net, ...]:
     """Every net of a bmodel in its order.
 
-    ``heads`` adds greedy_head and penalty_sample_head (bm1684x only); ``multi_device`` takes the lm_head with
-    the top-1 inside, under the name ``lm_head``, and no heads.
+    ``heads`` adds greedy_head and penalty_sample_head (not every chip has them); ``multi_device`` takes the
+    lm_head with the top-1 inside, under the name ``lm_head``, and no heads.
     """
     head_kind = NetKind.LM_HEAD_TOPK if multi_device else NetKind.LM_HEAD
     result = [

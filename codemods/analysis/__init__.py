@@ -1,1 +1,1 @@
-"""What the rules must know about a file before they may change it."""
+"""Readers of Python source: what a file says, without running it, and what may be changed in it."""

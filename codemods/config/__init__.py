@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from codemods.base import Outcome, Status
-from codemods.config.base import DEFAULT_SEQ_LENGTH, ConfigContext, ConfigEdit
+from codemods.config.base import ConfigContext, ConfigEdit
+from codemods.config.facts import ModelFacts
 from codemods.config.text import ConfigError, read
 from codemods.recipes import Recipe
 from codemods.recipes import load as load_recipe
 
-__all__ = ["BUILTIN", "ConfigError", "ConfigResult", "get", "run"]
+__all__ = ["BUILTIN", "ConfigError", "ConfigResult", "ModelFacts", "get", "run"]
 
 #: name -> module that holds ``EDIT``, in documentation order
 BUILTIN: dict[str, str] = {
@@ -51,26 +52,22 @@ def run(
     recipe: Recipe | str,
     seq_length: int,
     *,
-    trained: int | None = None,
+    facts: ModelFacts | None = None,
     skip: Iterable[str] = (),
 ) -> ConfigResult:
     """Apply a recipe's config edits to one config.json.
 
-    ``seq_length`` is the export length in tokens. ``trained`` is the unpatched config's ``seq_length``;
-    give it when ``text``
-    may be patched already, otherwise it is read from ``text`` (upstream's default where the key is
-    missing). Every edit decides
-    on the config as it came. Raises :class:`ConfigError` when ``text`` is not one JSON object.
+    ``seq_length`` is the export length in tokens. ``facts`` are those of the unpatched config.json and its
+    configuration class: give them when ``text`` may be patched already or leaves keys to that class.
+    Otherwise they are read from ``text``, silent keys as upstream has them. Every edit decides on the config
+    as it came. Raises :class:`ConfigError` when ``text`` is not one JSON object.
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     data = text.encode() if isinstance(text, str) else text
     config = read(data)
-    if trained is None:
-        given = config.get("seq_length", DEFAULT_SEQ_LENGTH)
-        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-            raise ConfigError(f"seq_length is {given!r}, not a number of tokens", config.line("seq_length"))
-        trained = given
-    context = ConfigContext(seq_length, trained)
+    if facts is None:
+        facts = ModelFacts.from_config(config.values())
+    context = ConfigContext(seq_length, facts)
     skipped = set(skip)
     outcomes, edited = [], config
     for name in chosen.config:

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from codemods.base import Example, Status
+from codemods.config.facts import ModelFacts
 from codemods.config.text import ConfigText
-
-#: ``seq_length`` where config.json does not say: the default of upstream's configuration_qwen.py.
-DEFAULT_SEQ_LENGTH = 8192
 
 
 @dataclass(frozen=True)
 class ConfigContext:
-    """The export length, and the length the model was trained at (upstream's own ``seq_length``), in
-    tokens."""
+    """The export length in tokens, and what the unpatched config.json means."""
 
     seq_length: int
-    trained: int
+    facts: ModelFacts
 
 
 @dataclass(frozen=True)
@@ -52,3 +49,15 @@ def set_to(config: ConfigText, key: str, value: Any, reason: str) -> Decision:
     if present is not None and type(present.value) is type(value) and present.value == value:
         return Decision(key, Status.ALREADY, f"is {present.value!r}".lower())
     return Decision(key, Status.APPLIED, reason, value)
+
+
+def switch_off_within_trained(config: ConfigText, key: str, context: ConfigContext, needed: str) -> Decision:
+    """Set *key* to false, or decline where it acts: it is on and the export goes beyond the trained length.
+
+    *needed* ends the sentence "the export length is above the trained length: ...".
+    """
+    trained = context.facts.trained_length
+    if config.get(key, context.facts[key]) and context.seq_length > trained:
+        reason = f"the export length {context.seq_length} is above the trained length {trained}: {needed}"
+        return Decision(key, Status.DECLINED, reason)
+    return set_to(config, key, False, f"its factor is 1 up to the trained length {trained}")

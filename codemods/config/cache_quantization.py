@@ -17,9 +17,8 @@ class CacheQuantization(ConfigEdit):
     name = "cache-quantization"
     title = "Decline a quantised key/value cache"
     why = (
-        "the nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits "
-        "computes something "
-        "else, so switching the quantisation off silently would not reproduce it."
+        "the nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits computes "
+        "something else, so switching the quantisation off silently would not reproduce it."
     )
     declines = ("use_cache_quantization is true",)
     examples = (
@@ -29,9 +28,10 @@ class CacheQuantization(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        if KEY not in config.members:
+        by_default = context.facts.defaults.get(KEY, False)
+        if KEY not in config.members and not by_default:
             yield Decision(KEY, Status.ABSENT, "the cache is not quantised")
-        elif config.get(KEY):
+        elif config.get(KEY, by_default):
             reason = (
                 "the nets carry keys and values unquantised; set it to false to export the unquantised model"
             )

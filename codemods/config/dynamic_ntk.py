@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from codemods.base import Example, Status
-from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
+from codemods.config.base import ConfigContext, ConfigEdit, Decision, switch_off_within_trained
 from codemods.config.text import ConfigText
 
 KEY = "use_dynamic_ntk"
@@ -17,16 +17,13 @@ class DynamicNtk(ConfigEdit):
     name = "dynamic-ntk"
     title = "Switch dynamic NTK off for lengths at which it does nothing"
     why = (
-        "dynamic NTK raises the rotary base when a prompt is longer than seq_length. With seq_length set "
-        "to the export "
-        "length it would be taken relative to the wrong length. Up to the trained length the unpatched "
-        "model's factor "
-        "is exactly 1: off is exact."
+        "dynamic NTK raises the rotary base when a prompt is longer than seq_length. With seq_length set to "
+        "the export length it would be taken relative to the wrong length. Up to the trained length the "
+        "unpatched model's factor is exactly 1: off is exact."
     )
     declines = (
         "the export length is above the trained length and NTK is on: the base then depends on each "
-        "prompt's length, "
-        "which the decode net's inputs do not carry",
+        "prompt's length, which the decode net's inputs do not carry",
     )
     examples = (
         Example(
@@ -42,16 +39,10 @@ class DynamicNtk(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        on = config.get(KEY, True)  # upstream's configuration_qwen.py defaults to True
-        if on and context.seq_length > context.trained:
-            reason = (
-                f"the export length {context.seq_length} is above the trained length {context.trained}: "
-                f"the rotary base "
-                "then depends on the prompt's length, which the decode net's inputs do not carry"
-            )
-            yield Decision(KEY, Status.DECLINED, reason)
-            return
-        yield set_to(config, KEY, False, f"its factor is 1 up to the trained length {context.trained}")
+        needed = (
+            "the rotary base then depends on the prompt's length, which the decode net's inputs do not carry"
+        )
+        yield switch_off_within_trained(config, KEY, context, needed)
 
 
 EDIT = DynamicNtk()

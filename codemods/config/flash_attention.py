@@ -17,9 +17,8 @@ class FlashAttention(ConfigEdit):
     name = "flash-attention"
     title = "Switch FlashAttention off"
     why = (
-        "where the flash-attn package is installed, upstream's FlashAttention path takes over: it cannot "
-        "be traced, and in "
-        "early revisions it ignores attention_mask. The plain path computes the same attention."
+        "where the flash-attn package is installed, upstream's FlashAttention path takes over: it cannot be "
+        "traced, and in early revisions it ignores attention_mask. The plain path computes the same."
     )
     examples = (
         Example(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from codemods.base import Example, Status
-from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
+from codemods.config.base import ConfigContext, ConfigEdit, Decision, switch_off_within_trained
 from codemods.config.text import ConfigText
 
 KEY = "use_logn_attn"
@@ -18,10 +18,8 @@ class LognAttention(ConfigEdit):
     title = "Switch LogN attention off for lengths at which it does nothing"
     why = (
         "LogN multiplies the query by log(position) / log(seq_length) beyond seq_length. The decode net's "
-        "key is "
-        "always S + 1 long, so with seq_length set to S it would scale every decode query by log(S + 1) / "
-        "log(S). "
-        "Up to the trained length the unpatched model's factor is exactly 1: off is exact."
+        "key is always S + 1 long, so with seq_length set to S it would scale every decode query by "
+        "log(S + 1) / log(S). Up to the trained length the unpatched model's factor is 1: off is exact."
     )
     declines = ("the export length is above the trained length and LogN is on: the factor is needed there",)
     examples = (
@@ -38,16 +36,8 @@ class LognAttention(ConfigEdit):
     )
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
-        on = config.get(KEY, True)  # upstream's configuration_qwen.py defaults to True
-        if on and context.seq_length > context.trained:
-            reason = (
-                f"the export length {context.seq_length} is above the trained length {context.trained}: "
-                f"LogN scales "
-                "the query there by its position, which the nets' attention does not see"
-            )
-            yield Decision(KEY, Status.DECLINED, reason)
-            return
-        yield set_to(config, KEY, False, f"its factor is 1 up to the trained length {context.trained}")
+        needed = "LogN scales the query there by its position, which the nets' attention does not see"
+        yield switch_off_within_trained(config, KEY, context, needed)
 
 
 EDIT = LognAttention()

@@ -16,8 +16,7 @@ class Precision(ConfigEdit):
     title = "Say bf16, so that no revision picks a precision by looking at the machine"
     why = (
         "with no flag set, upstream chooses bf16, fp16 or fp32 by the GPU it finds, and with two set it "
-        "refuses to "
-        "load; bf16 is what the checkpoints and the nets' inputs and outputs are."
+        "refuses to load; bf16 is what the checkpoints and the nets' inputs and outputs are."
     )
     examples = (
         Example(

@@ -1,7 +1,6 @@
 """Edit one JSON object's members in place: indentation, key order, newlines, BOM and final newline stay.
 
-Only the characters of a changed value are replaced; a new member is put after the last one in the file's
-own style.
+Only the characters of a changed value are replaced; a new member goes after the last one, in its style.
 """
 
 from __future__ import annotations
@@ -46,6 +45,10 @@ class ConfigText:
         member = self.members.get(key)
         return default if member is None else member.value
 
+    def values(self) -> dict[str, Any]:
+        """The object as plain values."""
+        return {key: member.value for key, member in self.members.items()}
+
     def line(self, key: str) -> int | None:
         """The 1-based line of a member's key, or None when it is absent."""
         member = self.members.get(key)
@@ -88,8 +91,10 @@ def read(data: bytes) -> ConfigText:
 
 
 def parse_text(text: str, bom: bytes = b"") -> ConfigText:
-    """Find every top-level member of the JSON object ``text``. A key given twice is refused: tools
-    disagree on it."""
+    """Find every top-level member of the JSON object ``text``.
+
+    A key given twice is refused: tools disagree on it.
+    """
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from qwen_surgery import console
 
 if TYPE_CHECKING:
-    from qwen_surgery.cleaning import Cleaning, KindReport
+    from qwen_surgery.exporting.cleaning import Cleaning, KindReport
 
 
 @click.command(
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), default=None, help="Folder to write (default: in place)."
 )
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), default=None, help="TOML file that switches passes."
+    "--passes",
+    "passes_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="TOML file that says which passes run.",
 )
-@click.option("--skip", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave out the pass NAME; may be repeated.")
 @click.option(
     "--for-toolchain",
     metavar="VERSION",
@@ -44,32 +49,23 @@ if TYPE_CHECKING:
 def command(
     onnx_dir: Path | None,
     out: Path | None,
-    recipe: Path | None,
+    passes_file: Path | None,
     skip: tuple[str, ...],
     for_toolchain: str | None,
     check: str,
     explain: bool,
     as_json: bool,
 ) -> None:
-    from qwen_surgery.cleaning import chosen_passes, clean_export
     from qwen_surgery.errors import Usage
+    from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 
-    names = chosen_passes(recipe, skip, for_toolchain)
+    names = chosen_passes(passes_file, skip, for_toolchain)
     if onnx_dir is None:
         if not explain:
             raise Usage("ONNX_DIR is missing", hint="or ask for --explain alone to read about the passes")
         _explain_passes(names)
         return
-    from rich.progress import Progress
-
-    with Progress(console=console.err(), transient=True) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
+    with console.progress_bars() as progress:
         cleaning = clean_export(onnx_dir, out, passes=names, check=check, progress=progress)
     if as_json:
         console.print_json(
@@ -107,17 +103,16 @@ def _explain_kind(kind: KindReport) -> None:
 
     known = {p.name: p for p in registry.onnx_passes()}
     out = console.out()
-    out.print(f"\n[bold]{kind.kind.value}[/bold]")
+    out.print(console.styled(f"\n[bold]{kind.kind.value}[/bold]"))
     for report in kind.passes:
         if not report.changed:
             continue
         ops = ", ".join(f"{op} {a}->{b}" for op, (a, b) in report.ops.items())
-        out.print(
-            f"  [cyan]{report.name}[/cyan]: {len(report.sites)} site(s); {ops or 'same ops, other places'}"
-        )
-        out.print(f"    {escape(known[report.name].summary)}")
-        out.print(f"    why: {escape(known[report.name].why)}")
-        out.print(f"    at: {escape(_short(report.sites))}")
+        what = f"{len(report.sites)} site(s); {ops or 'same ops, other places'}"
+        out.print(console.styled(f"  [cyan]{escape(report.name)}[/cyan]: {escape(what)}"))
+        out.print(f"    {known[report.name].summary}")
+        out.print(f"    why: {known[report.name].why}")
+        out.print(f"    at: {_short(report.sites)}")
 
 
 def _explain_compile_passes(names: tuple[str, ...]) -> None:
@@ -125,9 +120,10 @@ def _explain_compile_passes(names: tuple[str, ...]) -> None:
 
     passes = registry.select(registry.mlir_passes(), names)
     if passes:
-        console.out().print("\n[bold]while compiling, on the Top dialect[/bold]")
+        console.out().print("\nwhile compiling, on the Top dialect", style="bold")
     for one in passes:
-        console.out().print(f"  [cyan]{one.name}[/cyan]: {escape(one.summary)}\n    why: {escape(one.why)}")
+        console.out().print(console.styled(f"  [cyan]{escape(one.name)}[/cyan]: {escape(one.summary)}"))
+        console.out().print(f"    why: {one.why}")
 
 
 def _explain_passes(names: tuple[str, ...]) -> None:
@@ -135,9 +131,9 @@ def _explain_passes(names: tuple[str, ...]) -> None:
 
     for one in registry.select(registry.all_passes(), names):
         out = console.out()
-        out.print(f"[bold cyan]{one.name}[/bold cyan]: {escape(one.summary)}")
-        out.print(f"  why: {escape(one.why)}")
-        out.print(f"  only where: {escape(one.precondition)}")
+        out.print(console.styled(f"[bold cyan]{escape(one.name)}[/bold cyan]: {escape(one.summary)}"))
+        out.print(f"  why: {one.why}")
+        out.print(f"  only where: {one.precondition}")
 
 
 def _short(sites: tuple[str, ...], limit: int = 4) -> str:

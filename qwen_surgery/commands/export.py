@@ -8,7 +8,6 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -61,6 +60,7 @@ def command(
     from qwen_surgery.exporting.placement import WeightMode
     from qwen_surgery.exporting.remote_code import require_trust
     from qwen_surgery.patching.receipt import Receipt
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     require_trust(trust_remote_code, "export")
@@ -68,7 +68,8 @@ def command(
     receipt = Receipt.load(checkout)
     patching = meanwhile(
         partial(
-            opened.sources,
+            Sources.of,
+            opened,
             recipe=recipe or (receipt.recipe if receipt else DEFAULT_RECIPE),
             seq_length=seq_length or (receipt.seq_length if receipt else DEFAULT_SEQ_LENGTH),
         )
@@ -84,7 +85,7 @@ def command(
         finally:
             gc.enable()
     sources = patching()
-    with _Progress() as progress:
+    with console.progress_bars() as progress:
         manifest = export(
             sources,
             index,
@@ -101,23 +102,3 @@ def command(
         console.print_json(manifest.to_json())
     else:
         console.out().print(f"{len(manifest.nets)} nets in {onnx_path} (weights: {manifest.weights['mode']})")
-
-
-class _Progress:
-    """One rich bar per phase on stderr."""
-
-    def __enter__(self) -> _Progress:
-        from rich.progress import Progress
-
-        self._bars = Progress(console=console.err(), transient=True)
-        self._tasks: dict[str, Any] = {}
-        self._bars.start()
-        return self
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()

@@ -13,7 +13,7 @@ from qwen_surgery import console
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from qwen_surgery.packing.report import NetReport, Report
+    from qwen_surgery.packing.report import BmodelReport, NetReport
 
 
 def _size(count: float) -> str:
@@ -32,7 +32,7 @@ def _lines(net: NetReport) -> Iterator[str]:
     weights = "weights shared" if net.shared else f"weights {_size(net.weight_bytes)}"
     flags = "".join(f", {name}" for name, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on)
     yield (
-        f"[bold]{net.name}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
+        f"[bold]{escape(net.name)}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
         f"runtime memory {_size(net.runtime_bytes)}{flags}"
     )
     for arrow, tensors in (("in ", net.inputs), ("out", net.outputs)):
@@ -41,7 +41,7 @@ def _lines(net: NetReport) -> Iterator[str]:
             yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {shape}"
 
 
-def _nets(report: Report, every: bool) -> Iterator[str]:
+def _nets(report: BmodelReport, every: bool) -> Iterator[str]:
     shown: list[NetReport] = []
     for net in report.nets:
         if every or not any(_like(net, other) for other in shown):
@@ -51,14 +51,14 @@ def _nets(report: Report, every: bool) -> Iterator[str]:
         yield f"{len(report.nets) - len(shown)} more nets of further layers, alike (--all shows them)"
 
 
-def _print(report: Report, every: bool) -> None:
+def _print(report: BmodelReport, every: bool) -> None:
     out = console.out()
     out.print(
         f"{report.path}: {_size(report.size)}, {report.chip}, {report.devices} device(s), "
         f"{report.layers} layers, {len(report.nets)} nets, TPU-MLIR format {report.version}, {report.created}"
     )
     for line in _nets(report, every):
-        out.print(line)
+        out.print(console.styled(line))
     if report.speed:
         out.print(
             f"predicted by TPU-MLIR: first token {report.speed.first_token_ms:.2f} ms, then "

@@ -15,7 +15,7 @@ from qwen_surgery.errors import SurgeryError
 from qwen_surgery.patching import edits
 
 if TYPE_CHECKING:
-    from qwen_surgery.patching.plan import Plan
+    from qwen_surgery.patching.plan import Patch
 
 
 @click.command("patch")
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Which edits: 'static' reproduces the unpatched model at every position, 'documented' makes the"
     " vendor guide's five edits and no more; or one that an installed package provides.",
 )
-@click.option("--skip", multiple=True, metavar="CODEMOD", help="Leave out one edit; may be repeated.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave out the edit NAME; may be repeated.")
 @click.option("--diff", "show_diff", is_flag=True, help="Write nothing; print a diff that git apply takes.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when something would change.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcomes as JSON, alone on stdout.")
@@ -84,7 +84,7 @@ def command(
 
 
 def _report(
-    plan: Plan,
+    plan: Patch,
     notes: tuple[str, ...],
     show_diff: bool,
     as_json: bool,
@@ -94,12 +94,12 @@ def _report(
     written: bool,
 ) -> None:
     """Results to stdout (the diff, the JSON, else the outcomes), all else to stderr."""
-    from qwen_surgery.patching import report, where
+    from qwen_surgery.patching import explaining, report, where
 
     prefix = where.prefix(plan.checkout.path, Path.cwd())
     diff = plan.diff(prefix) if show_diff else b""
     if sarif is not None:
-        _write_sarif(sarif, report.to_sarif(plan.shown, prefix, edits.descriptions()))
+        _write_sarif(sarif, report.to_sarif(plan.shown, prefix, explaining.descriptions()))
     if as_json:
         console.print_json(
             _to_json(plan, notes, diff.decode("utf-8", "replace") if show_diff else None, written)
@@ -113,10 +113,10 @@ def _report(
     report.show(plan.shown, stream)
     stream.flush()
     for note in (plan.revision_line(), *plan.notes, *notes, _last_line(plan, written)):
-        click.echo(note, err=True)
+        console.line(note, err=True)
 
 
-def _last_line(plan: Plan, written: bool) -> str:
+def _last_line(plan: Patch, written: bool) -> str:
     from qwen_surgery.patching import report
 
     said = report.summary(plan.shown)
@@ -128,7 +128,7 @@ def _last_line(plan: Plan, written: bool) -> str:
     return f"{said}; {verb}: {', '.join(plan.changed)}"
 
 
-def _to_json(plan: Plan, notes: tuple[str, ...], diff: str | None, written: bool) -> dict[str, Any]:
+def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: bool) -> dict[str, Any]:
     from qwen_surgery.patching import report
 
     known = plan.known()

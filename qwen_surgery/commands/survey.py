@@ -13,7 +13,7 @@ from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH
 from qwen_surgery.errors import Missed, Refused
 
 if TYPE_CHECKING:
-    from qwen_surgery.patching.survey import Row
+    from qwen_surgery.patching.survey import SurveyRow
 
 
 @click.command("survey")
@@ -74,15 +74,15 @@ def command(
     if as_json:
         console.print_json(matrix.to_json(rows, recipe, seq_length))
     elif markdown:
-        click.echo(matrix.to_markdown(rows, recipe))
+        console.text(matrix.to_markdown(rows, recipe))
     else:
         matrix.show(rows, recipe)
     if record is not None:
-        click.echo(matrix.record(rows, record), err=True)
+        console.line(matrix.record(rows, record), err=True)
     return _verdict(rows, recipe, fail_on)
 
 
-def _verdict(rows: list[Row], recipe: str, fail_on: tuple[str, ...]) -> int:
+def _verdict(rows: list[SurveyRow], recipe: str, fail_on: tuple[str, ...]) -> int:
     from qwen_surgery.patching import matrix
 
     hits = matrix.having(rows, recipe, fail_on)

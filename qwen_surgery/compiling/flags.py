@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qwen_surgery.compiling.options import ADDR_MODES, PROFILES, QUANTIZE, TARGETS, CompileOptions
+from qwen_surgery.chips import CHIPS, DEFAULT_CHIP, with_ability
+from qwen_surgery.compiling.options import ADDR_MODES, QUANTIZE, RUNTIMES, CompileOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,14 +38,18 @@ _COMPILE = (
         help="Weights of blocks.",
     ),
     click.option(
-        "--target", type=click.Choice(TARGETS), default="bm1684x", show_default=True, help="The chip."
+        "--target",
+        type=click.Choice(list(CHIPS)),
+        default=DEFAULT_CHIP,
+        show_default=True,
+        help="The chip.",
     ),
     click.option(
         "--runtime",
-        type=click.Choice(list(PROFILES)),
+        type=click.Choice(list(RUNTIMES)),
         default=None,
-        help="Which demo will run it: fixes nets, order and flags.  [default: "
-        "llm-tpu; sophon-demo for bm1688, cv186x and f16]",
+        help="Which demo will run it: fixes nets, order and flags.  [default: llm-tpu where it runs, else "
+        "sophon-demo]",
     ),
     click.option(
         "--num-device",
@@ -55,19 +60,23 @@ _COMPILE = (
     ),
     click.option(
         "--num-core",
-        type=click.IntRange(1, 2),
+        type=click.IntRange(1, max(max(chip.cores) for chip in CHIPS.values())),
         default=None,
-        help="Cores of a bm1688.  [default: a file for one and a file for two]",
+        help="Cores of a chip that has several.  [default: a file for each count]",
     ),
     click.option(
         "--addr-mode",
         type=click.Choice(ADDR_MODES),
         default="io_alone",
         show_default=True,
-        help="Addresses of block_cache's inputs and outputs: of their own, so that "
-        "the KV cache stays in place, or anywhere.",
+        help="Addresses of block_cache's inputs and outputs: of their own, so that the KV cache stays in "
+        "place, or anywhere.",
     ),
-    click.option("--dynamic", is_flag=True, help="Prefill at each prompt's own length (bm1684x)."),
+    click.option(
+        "--dynamic",
+        is_flag=True,
+        help=f"Prefill at each prompt's own length ({with_ability('dynamic')}).",
+    ),
     click.option(
         "--q-group-size", type=int, default=None, help="Input features per scale of int4.  [default: 64]"
     ),

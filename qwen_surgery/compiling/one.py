@@ -105,9 +105,8 @@ def deploy(
 
 def _precision(job: NetJob, toolchain: Toolchain) -> list[str]:
     """``--high_precision`` for a cleaned decode net: its fused attention then sums in float32, and in smaller
-    chunks of history, which beside being more exact hides more of its arithmetic (1.8B geometry, S=4096:
-    642,447 cycles of attention instead of 652,263; S=512: 98,793 instead of 96,041). Prefill would only get
-    slower.
+    chunks of history. That is more exact and hides more of its arithmetic (1.8B geometry, S=4096: 642,447
+    cycles of attention instead of 652,263; S=512: 98,793 instead of 96,041). Prefill would get slower.
     """
     wanted = job.cleaned and job.net.kind is NetKind.BLOCK_CACHE
     return ["--high_precision"] if wanted and supports(toolchain, "model_deploy", "--high_precision") else []

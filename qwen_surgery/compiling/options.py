@@ -1,8 +1,8 @@
 """What can be asked of a compile, and which combinations make no sense.
 
 Everything that cannot work is refused here, before a tool runs. Where the reference scripts accept
-something that the demos then cannot use (an f16 model whose embedding still gives bf16 bits), the reason is
-in the message.
+something that the demos then cannot use (an f16 model whose embedding still gives bf16 bits), the message
+says why.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen_surgery.chips import CHIPS, DEFAULT_CHIP, Chip, with_ability
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, Net, NetKind, nets
 
 #: --mode -> TPU-MLIR's quantisation of blocks and lm_head.
 QUANTIZE = {"bf16": "BF16", "f16": "F16", "int8": "W8BF16", "int4": "W4BF16"}
-TARGETS = ("bm1684x", "bm1688", "cv186x")
 ADDR_MODES = ("io_alone", "basic")
 #: Group size the reference scripts give int4; int8 is quantised per output channel, without groups.
 INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
-class Profile:
+class VendorRuntime:
     """What one vendor runtime takes, as its demo and compile script show.
 
     ``fused_head``: the lm_head ends in top-1 and gives a token, also on one device. ``count`` says how the
@@ -30,21 +30,25 @@ class Profile:
     """
 
     name: str
-    targets: tuple[str, ...]
     modes: tuple[str, ...]
     fused_head: bool
     dynamic: bool
     count: str
 
+    @property
+    def chips(self) -> tuple[str, ...]:
+        """The names of the chips it runs on."""
+        return tuple(chip.name for chip in CHIPS.values() if self.name in chip.runtimes)
 
-PROFILES = {
-    "llm-tpu": Profile("llm-tpu", ("bm1684x",), ("bf16", "int8", "int4"), False, True, "(nets - 5) / 2"),
-    "sophon-demo": Profile(
-        "sophon-demo", TARGETS, ("bf16", "f16", "int8", "int4"), False, True,
+
+RUNTIMES = {
+    "llm-tpu": VendorRuntime("llm-tpu", ("bf16", "int8", "int4"), False, True, "(nets - 5) / 2"),
+    "sophon-demo": VendorRuntime(
+        "sophon-demo", ("bf16", "f16", "int8", "int4"), False, True,
         "(nets - 5) / 2 with a greedy_head, (nets - 3) / 2 without",
     ),
-    "sophon-demo-2024.1": Profile(
-        "sophon-demo-2024.1", ("bm1684x",), ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2"
+    "sophon-demo-2024.1": VendorRuntime(
+        "sophon-demo-2024.1", ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2"
     ),
 }  # fmt: skip
 
@@ -53,13 +57,13 @@ PROFILES = {
 class CompileOptions:
     """One compile. ``None`` means: what the runtime and target call for (see :meth:`resolved`).
 
-    ``num_core`` is bm1688's: 1, 2, or None for one file of each, as the reference script makes.
-    ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size`` counts input
-    features per scale.
+    ``num_core`` is for chips of several cores: how many, or None for a file for each count, as the reference
+    script makes. ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size``
+    counts input features per scale.
     """
 
     mode: str = "int4"
-    target: str = "bm1684x"
+    target: str = DEFAULT_CHIP
     name: str = "qwen"
     num_device: int = 1
     num_core: int | None = None
@@ -72,55 +76,68 @@ class CompileOptions:
 
     def resolved(self, geometry: Geometry | None = None) -> CompileOptions:
         """These options with every default filled in; raises :class:`Usage` for what cannot work."""
-        profile = self._profile()
+        runtime = self._runtime()
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise Usage(f"--name {self.name!r} is no file name", hint="it is the first part of one")
         if self.mode not in QUANTIZE:
             raise Usage(f"--mode {self.mode} is unknown", hint="modes: " + ", ".join(QUANTIZE))
-        if self.target not in profile.targets:
+        if self.target not in runtime.chips:
             raise Usage(
-                f"--runtime {profile.name} runs on {', '.join(profile.targets)}, not on {self.target}",
-                hint="bm1688 and cv186x need --runtime sophon-demo",
+                f"--runtime {runtime.name} runs on {', '.join(runtime.chips)}, not on {self.target}",
+                hint=f"{self.target} needs --runtime {' or '.join(self.chip.runtimes)}",
             )
-        if self.mode not in profile.modes:
+        if self.mode not in runtime.modes:
             raise Usage(
-                f"--runtime {profile.name} cannot run --mode {self.mode}: its masks are bf16 bits",
+                f"--runtime {runtime.name} cannot run --mode {self.mode}: its masks are bf16 bits",
                 hint="use --runtime sophon-demo, or --mode bf16",
             )
-        self._check_devices(profile)
+        self._check_devices(runtime)
         group = self._group(geometry)
         if self.symmetric and self.mode != "int4":
             raise Usage(f"--symmetric has no effect on --mode {self.mode}", hint="it belongs to --mode int4")
         self._check_head()
         return replace(
-            self, runtime=profile.name, q_group_size=group, lm_head_mode=self.lm_head_mode or self.mode
+            self, runtime=runtime.name, q_group_size=group, lm_head_mode=self.lm_head_mode or self.mode
         )
 
-    def _profile(self) -> Profile:
-        default = "llm-tpu" if self.target == "bm1684x" and self.mode != "f16" else "sophon-demo"
-        name = self.runtime or default
-        if name not in PROFILES:
-            raise Usage(f"--runtime {name} is unknown", hint="runtimes: " + ", ".join(PROFILES))
-        return PROFILES[name]
+    @property
+    def chip(self) -> Chip:
+        """The row of the target; raises :class:`Usage` for an unknown one."""
+        if self.target not in CHIPS:
+            raise Usage(f"--target {self.target} is unknown", hint="chips: " + ", ".join(CHIPS))
+        return CHIPS[self.target]
 
-    def _check_devices(self, profile: Profile) -> None:
+    def _runtime(self) -> VendorRuntime:
+        """The one that was asked for, else the chip's preferred one of those that run the mode."""
+        fitting = (name for name in self.chip.runtimes if self.mode in RUNTIMES[name].modes)
+        name = self.runtime or next(fitting, self.chip.runtimes[0])
+        if name not in RUNTIMES:
+            raise Usage(f"--runtime {name} is unknown", hint="runtimes: " + ", ".join(RUNTIMES))
+        return RUNTIMES[name]
+
+    def _check_devices(self, runtime: VendorRuntime) -> None:
         if self.num_device < 1:
             raise Usage("--num-device must be at least 1")
-        if self.num_device > 1 and self.target != "bm1684x":
+        if self.num_device > 1 and not self.chip.several_devices:
             raise Usage(
-                f"--num-device {self.num_device} needs bm1684x; {self.target} is one chip on its board"
+                f"--num-device {self.num_device} needs {with_ability('several_devices')}; "
+                f"{self.target} is one chip on its board"
             )
-        if self.num_core not in (None, 1, 2):
-            raise Usage(f"--num-core {self.num_core} is impossible", hint="1 or 2")
-        if self.num_core == 2 and self.target != "bm1688":
-            raise Usage(f"--num-core 2 needs bm1688; {self.target} has one core")
+        if self.num_core not in (None, *self.chip.cores):
+            able = ", ".join(chip.name for chip in CHIPS.values() if self.num_core in chip.cores)
+            raise Usage(
+                f"--num-core {self.num_core} needs {able or 'a chip that is not known'}",
+                hint=f"{self.target} takes {' or '.join(map(str, self.chip.cores))}",
+            )
         if self.addr_mode not in ADDR_MODES:
             raise Usage(f"--addr-mode {self.addr_mode} is unknown", hint="modes: " + ", ".join(ADDR_MODES))
-        if self.dynamic and self.target != "bm1684x":
-            raise Usage(f"--dynamic is not supported on {self.target}", hint="it needs bm1684x")
-        if self.dynamic and not profile.dynamic:
+        if self.dynamic and not self.chip.dynamic:
             raise Usage(
-                f"--runtime {profile.name} always gives the whole sequence length: --dynamic has no use"
+                f"--dynamic is not supported on {self.target}", hint=f"it needs {with_ability('dynamic')}"
+            )
+        if self.dynamic and not runtime.dynamic:
+            raise Usage(
+                f"--runtime {runtime.name} always gives the whole sequence length: --dynamic has no use"
             )
 
     def _group(self, geometry: Geometry | None) -> int | None:
@@ -155,39 +172,33 @@ class CompileOptions:
         if order.index(self.lm_head_mode) > order.index(self.mode):
             raise Usage(f"--lm-head-mode {self.lm_head_mode} is a lower precision than --mode {self.mode}")
 
-    # ---- what follows from them; on resolved options
-    # -----------------------------------------------------------
+    # What follows from them, on resolved options:
 
     @property
     def float_mode(self) -> str:
-        """``bf16`` or ``f16``: the type of hidden states, masks and the KV cache. Embeddings are stored in
-        it.
-        """
+        """``bf16`` or ``f16``: the type of hidden states, masks, the KV cache and stored embeddings."""
         return "f16" if self.mode == "f16" else "bf16"
 
     @property
     def fused_head(self) -> bool:
         """Whether the lm_head gives the token itself."""
-        return self.num_device > 1 or PROFILES[self.runtime or "llm-tpu"].fused_head
+        return self.num_device > 1 or RUNTIMES[self.runtime or self.chip.runtimes[0]].fused_head
 
     @property
     def cores(self) -> tuple[int, ...]:
         """One bmodel is made for each of these core counts."""
-        if self.target != "bm1688":
-            return (1,)
-        return (1, 2) if self.num_core is None else (self.num_core,)
+        return self.chip.cores if self.num_core is None else (self.num_core,)
 
     def nets(self, layers: int) -> tuple[Net, ...]:
         """The nets of the bmodel, in its order."""
-        heads = self.target == "bm1684x" and not self.fused_head
-        return nets(layers, heads=heads, multi_device=self.fused_head)
+        return nets(layers, heads=self.chip.heads, multi_device=self.fused_head)
 
     def file_name(self, seq_length: int, cores: int = 1) -> Path:
         """Where the bmodel goes, relative to the output folder: ``BM1684X/qwen_int4_seq512_1dev.bmodel``."""
-        chip = "" if self.target == "bm1684x" else f"_{self.target}"
-        two = "_2core" if cores == 2 else ""
+        chip = f"_{self.target}" if self.chip.in_file_name else ""
+        several = f"_{cores}core" if cores > 1 else ""
         dynamic = "_dyn" if self.dynamic else ""
-        stem = f"{self.name}_{self.mode}_seq{seq_length}{chip}_{self.num_device}dev{two}{dynamic}"
+        stem = f"{self.name}_{self.mode}_seq{seq_length}{chip}_{self.num_device}dev{several}{dynamic}"
         return Path(self.target.upper()) / f"{stem}.bmodel"
 
 
@@ -216,9 +227,7 @@ def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
 
 
 def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str]:
-    """``model_deploy``'s flags for a net of *kind*, but for its input and output files. *options* are
-    resolved.
-    """
+    """``model_deploy``'s flags for a net of *kind*, without its files. *options* are resolved."""
     flags = _quantize_flags(kind, options)
     embedding = kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE)
     if embedding or kind.per_layer:

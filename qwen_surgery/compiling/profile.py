@@ -10,10 +10,8 @@ PROFILE = "compiler_profile_0.txt"
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Predicted cost of one run of a net on one core of the chip. It does not depend on the machine that
-    compiled it.
-    """
+class CycleProfile:
+    """Predicted cost of one run of a net on one core of the chip, whatever machine compiled it."""
 
     cycles: int
     milliseconds: float
@@ -25,10 +23,8 @@ def profile_of(bmodel: Path) -> Path:
     return named if named.exists() else bmodel.with_name(PROFILE)
 
 
-def read_profile(path: Path) -> Profile | None:
-    """The prediction in *path*; None when the file is missing or states none (a net of one memory copy has
-    none).
-    """
+def read_profile(path: Path) -> CycleProfile | None:
+    """The prediction in *path*; None when it is missing or has none, as that of a net of one memory copy."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -37,4 +33,4 @@ def read_profile(path: Path) -> Profile | None:
     times = [float(found) for found in re.findall(r"runtime: ([\d.]+)ms", text)]
     if not cycles or not times:
         return None
-    return Profile(sum(cycles), sum(times))
+    return CycleProfile(sum(cycles), sum(times))

@@ -9,21 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.errors import SurgeryError
+from codemods.config.facts import UPSTREAM, ModelFacts
+from qwen_surgery.errors import Refused, SurgeryError
 from qwen_surgery.exporting.manifest import Manifest
-from qwen_surgery.exporting.model_code import ModelCode, read_config
+from qwen_surgery.exporting.model_code import ModelCode
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.planning import plan, require_space
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.exporting.template import Template
-from qwen_surgery.exporting.writing import Origin, Progress, no_progress, write_folder
+from qwen_surgery.exporting.writing import Progress, Provenance, no_progress, write_folder
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.weights import WeightIndex
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
+    from qwen_surgery.patching.sources import Sources
 
 
 def export(
@@ -39,7 +40,7 @@ def export(
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Write every net of the contract into *onnx_path* (see :class:`Plan` for what it takes).
+    """Write every net of the contract into *onnx_path* (see :class:`ExportPlan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
     being done with how much of how much. Raises Usage without trust, Refused for input that does not fit,
@@ -62,12 +63,12 @@ def export(
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
     progress("trace", len(kinds), len(kinds))
-    origin = Origin(
+    origin = Provenance(
         checkout=str(index.path),
         recipe=str(sources.recipe),
-        trained_length=int(read_config(sources.reference).get("seq_length", 0)),
+        trained_length=sources.facts.trained_length,
         sources={"reference": _hashes(sources.reference), "patched": _hashes(sources.patched)},
-        config=read_config(sources.reference),
+        config=sources.facts.written_out(),
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
 
@@ -98,8 +99,21 @@ def _trace(
 
     patched = ModelCode.load(sources.patched, sources.modeling, installed=installed)
     reference = ModelCode.load(sources.reference, sources.modeling, installed=installed)
+    _refuse_other_facts(sources.facts, reference.config)
     factory = ModuleFactory(patched, reference, geometry)
     return {kind: Template(kind, trace(factory.build(kind), geometry)) for kind in kinds}
+
+
+def _refuse_other_facts(facts: ModelFacts, config: Any) -> None:
+    """The class, now that it has run, must say what was read from its source."""
+    for key in UPSTREAM:
+        run = getattr(config, key, facts[key])
+        if run != facts[key]:
+            raise Refused(
+                f"config.json and the source of its configuration class say {key} is {facts[key]!r}; "
+                f"the class makes it {run!r}",
+                hint=f"write {key} into config.json",
+            )
 
 
 def _hashes(files: Mapping[str, bytes]) -> dict[str, str]:

@@ -43,7 +43,7 @@ class Manifest:
     ``sources`` are SHA-256 of the unpatched (``reference``) and patched files; ``weights`` says the mode and,
     per shard, its size and a fingerprint (names, dtypes, shapes and a sample of each tensor's bytes);
     ``passes`` are the graph passes that ran, in order (empty for a plain export); ``config`` is the unpatched
-    config.json.
+    config.json with its silent keys written out.
     """
 
     checkout: str

@@ -35,8 +35,8 @@ class ModelCode:
     ) -> ModelCode:
         """Import the file *modeling* out of *files*. Runs the checkout's code: see remote_code.
 
-        *installed* says whether the code gets the installed transformers; its layers do not need it, its
-        whole model does.
+        *installed* says whether the code gets the installed transformers: its whole model needs them, its
+        layers do not.
         """
         module = remote_code.load(files, modeling.removesuffix(".py"), installed=installed)
         return cls(module, _config(module, read_config(files)))

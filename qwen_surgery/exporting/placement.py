@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.template import Location
 from qwen_surgery.weights import TensorRef
 
@@ -130,13 +129,3 @@ def copy_files(files: Iterable[Path], folder: Path, progress: Callable[[int], No
                 progress(len(chunk))
             sink.flush()
             os.fsync(sink.fileno())
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise ToolFailed when the disk of *folder* has less than *needed* bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ToolFailed(
-            f"{folder}: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free",
-            hint="free some space, choose another disk, or use --weights link, which copies nothing",
-        )

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting import placement as placing
 from qwen_surgery.exporting.folder import refuse_foreign
-from qwen_surgery.exporting.model_code import read_config
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
+from qwen_surgery.files import require_disk
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.weights import TensorRef, WeightIndex
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
+    from codemods.config.facts import ModelFacts
+    from qwen_surgery.patching.sources import Sources
 
 #: What one net's graph takes besides weights and tables, at most (bytes).
 _GRAPH_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """Everything an export will write, known before it starts."""
 
     geometry: Geometry
@@ -68,7 +69,7 @@ def select(all_nets: Iterable[Net], wanted: Iterable[str]) -> tuple[Net, ...]:
     return tuple(net for net in all_nets if net.name in wanted or net.kind.value in wanted)
 
 
-def weight_shapes(kind: NetKind, geometry: Geometry, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def weight_shapes(kind: NetKind, geometry: Geometry, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Slot -> shape of every weight of *kind*, as Qwen v1's layers have them.
 
     Known without running the checkout's code, so that weights are validated first; the code must agree.
@@ -91,7 +92,7 @@ def weight_shapes(kind: NetKind, geometry: Geometry, config: Mapping[str, Any]) 
         "mlp.w2.weight": (half, hidden),
         "mlp.c_proj.weight": (hidden, half),
     }
-    if not config.get("no_bias", True):
+    if not facts["no_bias"]:
         shapes |= {
             "attn.c_proj.bias": (hidden,),
             "mlp.w1.bias": (half,),
@@ -101,18 +102,18 @@ def weight_shapes(kind: NetKind, geometry: Geometry, config: Mapping[str, Any]) 
     return shapes
 
 
-def refuse_beyond_trained(config: Mapping[str, Any], seq_length: int) -> None:
+def refuse_beyond_trained(facts: ModelFacts, seq_length: int) -> None:
     """Raise Refused for an export length at which static nets cannot be exact.
 
     Above the trained length (config.json's ``seq_length``) dynamic NTK picks the rotary base from each
     prompt's length and LogN scales queries by their position. One static net has one table, so it could be
     exact for some prompts only.
     """
-    trained = int(config.get("seq_length", config.get("max_position_embeddings", 0)))
-    if not trained or seq_length <= trained:
+    trained = facts.trained_length
+    if seq_length <= trained:
         return
     for key, what in (("use_dynamic_ntk", "dynamic NTK"), ("use_logn_attn", "LogN attention")):
-        if config.get(key, False):
+        if facts[key]:
             raise Refused(
                 f"export length {seq_length} is above the trained length {trained} and {what} ({key}) is on: "
                 "the model's numbers then depend on each prompt's length, which a static net cannot follow",
@@ -129,20 +130,20 @@ def plan(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
-) -> Plan:
+) -> ExportPlan:
     """Bind every net to its tensors and decide how weights are kept.
 
     *mode* None means hard links, or one copy where the disk does not allow links. Raises Refused for weights
     that do not fit the config, for a length that cannot be exact and for links that are asked for and
     impossible; Usage for an unknown net.
     """
-    config = read_config(sources.reference)
-    refuse_beyond_trained(config, geometry.seq_length)
+    facts = sources.facts
+    refuse_beyond_trained(facts, geometry.seq_length)
     every_net = nets.nets(geometry.layers, multi_device=multi_device)
-    tied = is_tied(config, index)
+    tied = facts.tied and "lm_head.weight" not in index
     bindings, refs = [], {}
     for net in every_net:
-        shapes = weight_shapes(net.kind, geometry, config)
+        shapes = weight_shapes(net.kind, geometry, facts)
         binding = make_binding(net, shapes, tied=tied)
         refs[net.name] = resolve(binding, shapes, index)
         bindings.append(binding)
@@ -160,7 +161,7 @@ def plan_weights(
     *,
     mode: WeightMode | None,
     onnx_path: Path,
-) -> Plan:
+) -> ExportPlan:
     """Decide how the weights of the nets *kept* reach *onnx_path*, and what that takes (see :func:`plan`)."""
     files = tuple(dict.fromkeys(ref.file for b in kept for ref in refs[b.net].values()))
     mode, reason = _choose_mode(mode, files, onnx_path)
@@ -175,7 +176,7 @@ def plan_weights(
     table_bytes = 2 * 4 * geometry.seq_length * geometry.head_dim
     blocks = sum(1 for b in kept if b.kind.per_layer) if mode is WeightMode.INLINE else 1
     graph_bytes = _GRAPH_BYTES * len(kept) + table_bytes * (sum(k.per_layer for k in kinds) + blocks)
-    return Plan(
+    return ExportPlan(
         geometry, kept, {b.net: refs[b.net] for b in kept}, mode, reason, files, weight_bytes, graph_bytes
     )
 
@@ -211,14 +212,11 @@ def _refuse_too_large_inline(
             )
 
 
-def is_tied(config: Mapping[str, Any], index: Mapping[str, TensorRef]) -> bool:
-    """Whether the lm_head uses the embedding's tensor."""
-    return bool(config.get("tie_word_embeddings", False)) and "lm_head.weight" not in index
-
-
-def require_space(todo: Plan, onnx_path: Path) -> None:
+def require_space(todo: ExportPlan, onnx_path: Path) -> None:
     """Raise ToolFailed when the disk of *onnx_path* is too full for *todo*."""
-    folder = onnx_path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    placing.require_space(folder, todo.weight_bytes + todo.graph_bytes)
+    require_disk(
+        onnx_path.absolute().parent,
+        todo.weight_bytes + todo.graph_bytes,
+        "the export",
+        "free some space, choose another disk, or use --weights link, which copies nothing",
+    )

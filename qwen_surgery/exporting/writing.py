@@ -11,11 +11,12 @@ from typing import Any
 from qwen_surgery import __version__
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting import placement as placing
-from qwen_surgery.exporting.folder import atomic_folder, refuse_foreign
+from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.manifest import Manifest, NetEntry, fingerprint, sha256_file
 from qwen_surgery.exporting.placement import WeightMode
-from qwen_surgery.exporting.planning import Plan, plan_weights, require_space
+from qwen_surgery.exporting.planning import ExportPlan, plan_weights, require_space
 from qwen_surgery.exporting.template import Binding, Placement, Template, bind
+from qwen_surgery.files import atomic_folder
 from qwen_surgery.nets import NetKind
 from qwen_surgery.weights import TensorRef
 
@@ -28,7 +29,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where an exported folder comes from: the fields of the manifest that its bytes do not tell."""
 
     checkout: str
@@ -69,19 +70,20 @@ def rebind(
         onnx_path=target,
     )
     require_space(todo, target)
-    origin = Origin(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes)
+    origin = Provenance(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes)
     return write_folder(target, templates, todo, origin, progress)
 
 
 def write_folder(
     onnx_path: Path,
     templates: Mapping[NetKind, Template],
-    todo: Plan,
-    origin: Origin,
+    todo: ExportPlan,
+    origin: Provenance,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Bind *templates* as *todo* says and write the folder, whole or not at all; gives its manifest."""
     _check_against_code(todo, templates)
+    refuse_foreign(onnx_path)
     with atomic_folder(onnx_path) as folder:
         _put_weights(todo, folder, progress)
         template_entries = _write_templates(templates, folder)
@@ -117,7 +119,7 @@ def write_folder(
     return Manifest.load(onnx_path)
 
 
-def _check_against_code(todo: Plan, templates: Mapping[NetKind, Template]) -> None:
+def _check_against_code(todo: ExportPlan, templates: Mapping[NetKind, Template]) -> None:
     """The traced code must want exactly the weights that were bound."""
     for binding in todo.bindings:
         bound = {slot: ref.shape for slot, ref in todo.refs[binding.net].items()}
@@ -130,7 +132,7 @@ def _check_against_code(todo: Plan, templates: Mapping[NetKind, Template]) -> No
             )
 
 
-def _put_weights(todo: Plan, folder: Path, progress: Progress) -> None:
+def _put_weights(todo: ExportPlan, folder: Path, progress: Progress) -> None:
     if not todo.files or todo.mode is WeightMode.INLINE:
         return
     if todo.mode is WeightMode.LINK:
@@ -167,7 +169,7 @@ def _write_net(
     return NetEntry(binding.net, binding.kind, binding.layer, file, hashlib.sha256(data).hexdigest(), kept)
 
 
-def _shards(todo: Plan) -> dict[str, dict[str, Any]]:
+def _shards(todo: ExportPlan) -> dict[str, dict[str, Any]]:
     by_file: dict[Path, list[TensorRef]] = {file: [] for file in todo.files}
     for refs in todo.refs.values():
         for ref in refs.values():

@@ -1,15 +1,14 @@
 """Pack weights instead of compiling them: one compiled net per kind becomes every layer's net.
 
-How the build uses it::
+How a build uses it::
 
-    plan = packing.prove(packing.Compiled(block_0_bmodel, block_0_final_mlir), template.model,
-    refs_of_layer_0) pieces = [packing.Piece("embedding", embedding_bmodel, plan=..., tensors=...), ...]
+    plan = prove(Compiled(block_0_bmodel, block_0_final_mlir), template, tensors_of_layer_0)
+    pieces = [Piece("embedding", embedding_bmodel, "embedding")]
     for layer in range(layers):
-        pieces.append(packing.Piece(f"block_{layer}", block_0_bmodel, plan=plan, tensors=refs, pack=True))
-        pieces.append(packing.Piece(f"block_cache_{layer}", block_cache_0_bmodel, plan=..., tensors=refs,
-        pack=True))
-    packing.write(output, pieces)               # one bmodel, as model_tool --combine would have left it
-    packing.sidefile.save(output, pieces, ...)   # what `refit` and `inspect` need later
+        net, refs = f"block_{layer}", tensors_of_layer[layer]
+        pieces.append(Piece(net, block_0_bmodel, "block_0", plan=plan, tensors=refs, pack=True))
+    write(output, pieces)  # one bmodel, as model_tool --combine would have left it
+    sidefile.describe(output, pieces, geometry, config).save(output)  # what refit and inspect need later
 
 :func:`prove` raises :class:`Unproven` when packing cannot be shown to give the compiler's own bytes; such a
 kind is compiled layer by layer and its pieces are given without ``pack``. Nets that were compiled from their
@@ -19,8 +18,8 @@ be refitted.
 
 from __future__ import annotations
 
-from qwen_surgery.packing.expand import Piece, Progress, Written, write
-from qwen_surgery.packing.plans import Plan, Tensors
+from qwen_surgery.packing.expand import Piece, WrittenBmodel, write
+from qwen_surgery.packing.plans import PackPlan
 from qwen_surgery.packing.proof import Compiled, Unproven, prove
 
-__all__ = ["Compiled", "Piece", "Plan", "Progress", "Tensors", "Unproven", "Written", "prove", "write"]
+__all__ = ["Compiled", "PackPlan", "Piece", "Unproven", "WrittenBmodel", "prove", "write"]

@@ -21,8 +21,7 @@ FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 @dataclass(frozen=True)
 class Array:
-    """One array: its device *address*, *shape* and element *type* (``bf16``, ``f16``, ``f32``, ``ui8``,
-    ...)."""
+    """One array: its device *address*, *shape* and element *type* (``bf16``, ``f32``, ``ui8``, ...)."""
 
     address: int
     shape: tuple[int, ...]

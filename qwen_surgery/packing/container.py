@@ -2,14 +2,13 @@
 
 Layout (little endian; source of facts: ``lib/Builder/bmodel.cpp`` of TPU-MLIR and files it made)::
 
-    uint32 magic 0xFF55AAEE | uint32 header size 64 | uint32 flatbuffer size | uint32 binary size | 48 zero
-    bytes
+    uint32 magic 0xFF55AAEE | uint32 header size 64 | uint32 flatbuffer size | uint32 binary size
+    48 zero bytes
 
 Regions are (start, size) relative to the binary section. TPU-MLIR 1.30 pads the flatbuffer and every region
 so that each region starts on a 4096-byte page of the file; older versions pack them tightly. The binary size
 is kept modulo 2**32: models over 4 GiB have a wrapped number there, and readers go by the file's length.
-Two regions with equal bytes are stored once; that is how ``block_i`` and ``block_cache_i`` share their
-weights.
+Two regions with equal bytes are stored once: so ``block_i`` and ``block_cache_i`` share their weights.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class Region:
 
 
 def regions(table: Any, type_: str = "Model") -> Iterator[dict[str, int]]:
-    """Every ``Binary`` in *table*, in the order in which ``model_tool`` walks a model: by field id, depth
-    first."""
+    """Every ``Binary`` in *table* as ``model_tool`` walks a model: by field id, depth first."""
     from qwen_surgery.packing.schema import TABLES
 
     if type_ == "Binary":
@@ -134,9 +132,7 @@ class Bmodel:
             yield self.read(Region(region.start + offset, min(size, region.size - offset)))
 
     def sha256(self, region: Region) -> bytes:
-        """The SHA-256 of *region* as TPU-MLIR computes it (32 bytes): what a net's ``check_code`` holds for
-        its coefficients.
-        """
+        """The SHA-256 of *region* as TPU-MLIR computes it (32 bytes): a ``check_code`` of coefficients."""
         digest = CheckCode(region.size)
         for chunk in self.chunks(region):
             digest.update(chunk)
@@ -166,8 +162,7 @@ class RegionWriter:
         self.end = 0
 
     def next_region(self, size: int) -> Region:
-        """Where a new region of *size* bytes would go. Its bytes may be written there before
-        :meth:`settle`."""
+        """Where a new region of *size* bytes would go; they may be written there before :meth:`settle`."""
         return Region(self.end, size)
 
     def offset(self, region: Region) -> int:
@@ -175,8 +170,7 @@ class RegionWriter:
         return self._base + region.start
 
     def settle(self, region: Region, digest: bytes) -> Region:
-        """Keep *region* (from :meth:`next_region`, already written), or give the earlier one with equal
-        bytes.
+        """Keep *region* (of :meth:`next_region`, already written), or give the earlier one of equal bytes.
 
         *digest* is the SHA-256 of its bytes.
         """
@@ -214,6 +208,16 @@ class RegionWriter:
         os.ftruncate(self._file.fileno(), self._base + self.end)
 
 
+def coefficients(opened: Bmodel) -> Region:
+    """Where the weights of a bmodel of one net lie."""
+    return Region.of(opened.nets[0]["parameter"][0]["coeff_mem"]["binary_coeff"])
+
+
+def check_code(opened: Bmodel) -> bytes:
+    """The digest that a bmodel of one net carries of its weights; empty where it carries none."""
+    return bytes(opened.nets[0]["parameter"][0]["coeff_mem"].get("check_code", []))
+
+
 def write_at(file: BinaryIO, data: bytes | memoryview, position: int) -> None:
     """Write all of *data* at *position* of the unbuffered *file*, without moving its cursor."""
     view = memoryview(data).cast("B")
@@ -223,8 +227,7 @@ def write_at(file: BinaryIO, data: bytes | memoryview, position: int) -> None:
 
 
 def head_size(model: dict[str, Any], *, paged: bool) -> int:
-    """Bytes of header and flatbuffer of *model*, with the padding; it does not depend on starts or check
-    codes."""
+    """Bytes of header and flatbuffer of *model*, padded; starts and check codes make no difference."""
     size = HEADER.size + len(flat.write(model))
     return size + (-size % PAGE if paged else 0)
 

@@ -1,5 +1,4 @@
-"""Which elements of which weights an expression reads: for telling two expressions apart and for finding
-gaps."""
+"""Which elements of which weights an expression reads: to tell two expressions apart and to find gaps."""
 
 from __future__ import annotations
 
@@ -26,18 +25,17 @@ def _has_arithmetic(expression: Expression) -> bool:
     return expression[0] not in ("slot", "const") and _has_arithmetic(expression[-1])
 
 
-class Sources:
+class ElementOrigins:
     """Knows the *shapes* of all slots; answers where an expression's elements come from."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self._shapes = dict(shapes)
 
     def numbers(self, expression: Expression, slot: str) -> np.ndarray:
-        """For every element of *expression*: which element of *slot* it comes from, counted from 1; 0 for
-        none.
+        """For every element of *expression*: which element of *slot* it is, counted from 1; 0 for none.
 
-        Arithmetic passes on the numbers of the side that comes from the slot. uint32, or uint64 for huge
-        slots.
+        Arithmetic passes on the numbers of the side that comes from the slot. The type is uint32, and uint64
+        for huge slots.
         """
         kind = expression[0]
         if kind == "slot":
@@ -95,7 +93,7 @@ class Coverage:
     """Collects what has been used of each weight."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self._sources = Sources(shapes)
+        self._sources = ElementOrigins(shapes)
         self._shapes = dict(shapes)
         self._rows = {name: np.zeros(shape[0] if shape else 1, bool) for name, shape in shapes.items()}
         self._elements: dict[str, np.ndarray] = {}

@@ -6,13 +6,11 @@ the instructions and the dynamic IR, equal regions once. Only one tensor is in m
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.errors import Refused
+from qwen_surgery.files import replacing
 from qwen_surgery.packing.check_code import CheckCode
 from qwen_surgery.packing.container import (
     Bmodel,
@@ -31,7 +30,7 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import Plan, Tensors, pack
+from qwen_surgery.packing.plans import PackPlan, Tensors, pack
 
 _CHUNK = 1 << 22
 #: called with (net's name, weights packed so far, weights to pack in all)
@@ -51,13 +50,13 @@ class Piece:
     name: str
     source: Path
     net: str = ""
-    plan: Plan | None = None
+    plan: PackPlan | None = None
     tensors: Tensors | None = None
     pack: bool = False
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenBmodel:
     """What was written: the file, its size in bytes, and how many weights were packed."""
 
     path: Path
@@ -94,7 +93,7 @@ class _Job:
     """One run of :func:`write`: holds the open files and what has been packed already.
 
     A packed section is hashed while the next one is packed. That one of them repeats another, which is stored
-    once then, is known too late for its place: *patient* waits for every hash before going on.
+    once then, is known too late for its place: *hash_first* waits for every hash before going on.
     """
 
     def __init__(
@@ -104,12 +103,12 @@ class _Job:
         sources: _Sources,
         pool: ThreadPoolExecutor,
         paged: bool,
-        patient: bool,
+        hash_first: bool,
     ) -> None:
         self._file = file
         self._sources = sources
         self._pool = pool
-        self._patient = patient
+        self._hash_first = hash_first
         self._regions = RegionWriter(file, base, paged=paged)
         self._packed: dict[str, tuple[Region, Future[bytes]]] = {}
         self._check_codes: list[tuple[dict[str, Any], Future[bytes]]] = []
@@ -160,7 +159,7 @@ class _Job:
             pack(plan, tensors, sink, self._pool)
             self._done += plan.weights
             digest = self._pool.submit(_digest, self._file, position, old.size)
-            if self._patient:
+            if self._hash_first:
                 region = self._regions.settle(region, digest.result())
             else:
                 self._regions.keep(region)
@@ -174,11 +173,11 @@ class _Job:
             self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def finish(self) -> None:
-        """Put the check codes into their places. Raises :class:`_Repeats`, when not patient."""
+        """Put the check codes into their places. Raises :class:`_Repeats` unless ``hash_first``."""
         for memory, digest in self._check_codes:
             memory["check_code"] = list(digest.result())
         kept = [(region.size, digest.result()) for region, digest in self._packed.values()]
-        if not self._patient and self._regions.repeats(kept):
+        if not self._hash_first and self._regions.repeats(kept):
             raise _Repeats
         self._regions.finish()
 
@@ -186,7 +185,7 @@ class _Job:
         self._flusher.shutdown()
 
 
-def _weights_key(plan: Plan, tensors: Tensors, source: Bmodel, old: Region) -> str:
+def _weights_key(plan: PackPlan, tensors: Tensors, source: Bmodel, old: Region) -> str:
     """Equal for two nets that are packed from the same tensors in the same way over the same constants."""
     rest = hashlib.sha256()
     for offset, size in plan.rest():
@@ -195,7 +194,7 @@ def _weights_key(plan: Plan, tensors: Tensors, source: Bmodel, old: Region) -> s
     return _tensors_key(plan, tensors) + rest.hexdigest()
 
 
-def _tensors_key(plan: Plan, tensors: Tensors) -> str:
+def _tensors_key(plan: PackPlan, tensors: Tensors) -> str:
     refs = [(slot, str(t.file), t.offset, t.dtype, list(t.shape)) for slot, t in sorted(tensors.items())]
     return json.dumps([plan.to_json(), refs])
 
@@ -267,31 +266,6 @@ def _needed(model: dict[str, Any]) -> int:
     return sum(binary["size"] + 4096 for binary in regions(model))
 
 
-@contextlib.contextmanager
-def replacing(path: Path, needed: int, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
-    """A new file that takes the place of *path* when the block ends well, and is removed when it does not.
-
-    *before* is called with the finished new file just before it takes the place.
-
-    Raises ToolFailed when the disk cannot take *needed* more bytes, or fails while writing.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ToolFailed(f"{path.parent}: {needed} bytes are needed, {free} are free", hint="make room")
-    temporary = path.with_name(f".{path.name}.qwen-surgery-tmp")
-    try:
-        with temporary.open("w+b", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        if before is not None:
-            before(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise ToolFailed(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write(
     output: Path,
     pieces: Sequence[Piece],
@@ -300,14 +274,14 @@ def write(
     workers: int | None = None,
     progress: Progress | None = None,
     before_replace: Callable[[Path], None] | None = None,
-) -> Written:
+) -> WrittenBmodel:
     """Write *pieces*, in their order, as one bmodel at *output* (replaced whole, or not at all).
 
     *created* is the creation time to state, in C's ``ctime`` form with its newline; by default that of the
     first piece's source, so that the same input gives the same file. *workers* threads pack (default: all
-    cores). *progress* is called after every packed net,
-    *before_replace* with the finished temporary file before it becomes *output*. Raises Refused for sources
-    or weights that do not fit, ToolFailed when the disk fails.
+    cores). *progress* is called after every packed net, *before_replace* with the finished temporary file
+    before it becomes *output*. Raises Refused for sources or weights that do not fit, ToolFailed when the
+    disk fails.
     """
     if not pieces:
         raise Refused("there is no net to write")
@@ -321,10 +295,10 @@ def write(
         with replacing(output, _needed(model), before_replace) as file, ThreadPoolExecutor(threads) as pool:
             try:
                 return _write(
-                    file, output, pieces, copy.deepcopy(model), sources, pool, progress, patient=False
+                    file, output, pieces, copy.deepcopy(model), sources, pool, progress, hash_first=False
                 )
             except _Repeats:
-                return _write(file, output, pieces, model, sources, pool, progress, patient=True)
+                return _write(file, output, pieces, model, sources, pool, progress, hash_first=True)
     finally:
         sources.close()
 
@@ -338,13 +312,13 @@ def _write(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     *,
-    patient: bool,
-) -> Written:
+    hash_first: bool,
+) -> WrittenBmodel:
     file.truncate(0)
     first = sources[pieces[0].source]
     base = head_size(model, paged=first.paged)
     total = _distinct_weights(pieces)
-    job = _Job(file, base, sources, pool, first.paged, patient)
+    job = _Job(file, base, sources, pool, first.paged, hash_first)
     try:
         if "kernel_module" in model:
             job.copy(first, model["kernel_module"]["binary"])
@@ -357,4 +331,4 @@ def _write(
     finally:
         job.close()
     write_head(file, model, base, job.size)
-    return Written(output, base + job.size, job.packed)
+    return WrittenBmodel(output, base + job.size, job.packed)

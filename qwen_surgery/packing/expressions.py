@@ -41,8 +41,7 @@ _MAX_TABLE = 1 << 24  # elements of a table that is compared with what was compi
 
 @dataclass(frozen=True)
 class Stored:
-    """Values as a checkpoint stores them: *array* (uint16 bits for BF16, float16, float32) of kind
-    *dtype*."""
+    """Values as a checkpoint stores them: *array* (BF16 as uint16 bits, float16, float32) of *dtype*."""
 
     array: np.ndarray
     dtype: str
@@ -112,8 +111,8 @@ class Found:
     """What a template says about its weights.
 
     ``frontier``: expressions that the graph proper consumes; ``inner``: those on the way there.
-    ``constants``: tables that depend on no weight, as float32. ``shapes``: of every tensor named here or a
-    slot.
+    ``constants``: tables that depend on no weight, as float32. ``shapes``: of every slot and of every tensor
+    named here.
     """
 
     frontier: dict[str, Expression]
@@ -161,13 +160,11 @@ class _Reader:
         """Evaluate a node on constants alone (shapes, axes, tables)."""
         from onnx.reference import ReferenceEvaluator
 
-        from qwen_surgery.packing.single_node import model_of
-
         feeds = {name: self.constants[name] for name in node.input if name}
         if sum(array.size for array in feeds.values()) > _MAX_TABLE:
             return False
         try:
-            results = ReferenceEvaluator(model_of(node, feeds)).run(None, feeds)
+            results = ReferenceEvaluator(_single_node_model(node, feeds)).run(None, feeds)
         except Exception:  # an op the evaluator lacks: then its result is simply not known here
             return False
         self.constants.update({k: np.asarray(v) for k, v in zip(node.output, results, strict=True)})
@@ -300,7 +297,15 @@ def read_template(model: onnx.ModelProto) -> Found:
     return Found(frontier, inner, tables, reader.shapes)
 
 
-def slot_reader(tensors: Mapping[str, Any]) -> Callable[[str], Stored]:
-    """Give each slot's tensor, read whole; *tensors* maps slot -> TensorRef (``read_raw()`` and
-    ``dtype``)."""
-    return lambda name: Stored(tensors[name].read_raw(), tensors[name].dtype)
+def _single_node_model(node: onnx.NodeProto, feeds: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """A model (opset 15) of *node* alone, with an input for each array of *feeds*, for ONNX's evaluator."""
+    import onnx
+    from onnx import helper
+
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feeds.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
+    graph = helper.make_graph([node], "single", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)])

@@ -15,9 +15,9 @@ Quantised formats (W4BF16, W8BF16, W4F16, W8F16), per row (output channel) and g
     ``code = clip(round(w / scale) + zero, 0, top)``; rounding is half away from zero; two 4-bit codes share a
     byte, the first in the low half. Scales are stored in the 16-bit type and zeros as uint8, by lanes:
     ``[rows / lanes, lanes, groups] -> [lanes, rows / lanes, groups]``.
-Signed (int8 of TPU-MLIR 1.6): one group is a whole row, ``scale = max(|lo|, |hi|) / 127``, codes from -128 to
-127
-    without zero points; a scale too small is 0, and its row's codes are -128. Scales are stored row by row.
+Signed (int8 of TPU-MLIR 1.6), one group a whole row
+    ``scale = max(|lo|, |hi|) / 127``, codes from -128 to 127 without zero points; a scale too small is 0, and
+    its row's codes are -128. Scales are stored row by row.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ STORAGE: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A per-group weight format: *bits* 4 or 8, *group* columns a group, scales stored as *scale* (BF16 or
-    F16)."""
+    """A per-group weight format: *bits* 4 or 8, *group* columns, scales stored as *scale* (BF16, F16)."""
 
     bits: int
     group: int
@@ -141,8 +140,8 @@ def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndar
 def quantise(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantise float32 *values* [rows, columns]; they are used as working memory and lost.
 
-    Returns codes uint8 [rows, columns * bits / 8], scales float32 and zeros uint8, both [rows, columns /
-    group].
+    Returns codes uint8 [rows, columns * bits / 8], then scales float32 and zeros uint8, both of shape
+    [rows, columns / group].
     """
     rows, columns = values.shape
     groups = values.reshape(-1, form.group)

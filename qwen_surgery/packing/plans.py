@@ -24,7 +24,7 @@ _BLOCK = 1 << 17
 _STRIP = 64
 
 
-class Tensor(Protocol):
+class StoredTensor(Protocol):
     """What packing needs of a checkpoint tensor; :class:`qwen_surgery.weights.TensorRef` is one."""
 
     @property
@@ -41,7 +41,7 @@ class Tensor(Protocol):
 
 
 #: slot -> tensor of one net
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, StoredTensor]
 #: Takes packed bytes and where they go, counted from the start of the coefficient section.
 Sink = Callable[[int, np.ndarray], None]
 
@@ -97,7 +97,7 @@ Placement = Plain | Quantised
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """How one kind of net stores its weights. ``size`` is the coefficient section's length in bytes."""
 
     size: int
@@ -131,7 +131,7 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: dict[str, Any]) -> PackPlan:
         """Inverse of :meth:`to_json`. Raises Refused for anything that is not a plan."""
         try:
             placements = tuple(_placement(dict(entry)) for entry in data["placements"])
@@ -156,11 +156,10 @@ def _placement(data: dict[str, Any]) -> Placement:
 
 
 class Matrix:
-    """The value of one placement's expression, read in blocks of rows where it is a checkpoint tensor as it
-    lies."""
+    """The value of one placement's expression, by blocks of rows where it is a tensor as it lies."""
 
     def __init__(self, expression: Expression, shape: tuple[int, int], tensors: Tensors) -> None:
-        self._direct: Tensor | None = None
+        self._direct: StoredTensor | None = None
         self._whole: Stored | None = None
         self.shape = shape
         if expression[0] == "slot":
@@ -258,12 +257,12 @@ def _pack_quantised(
         sink(placement.zeros, formats.by_lanes(zero, form.lanes))
 
 
-def pack(plan: Plan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:
+def pack(plan: PackPlan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:
     """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
 
-    Only the plan's placements are written, not :meth:`Plan.rest`. Raises Refused for a missing tensor, a
-    tensor of another shape than the plan was made for, values that are not finite, or a shard that ends too
-    early.
+    Only the plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is
+    missing or of another shape than the plan was made for, values that are not finite, or a shard that ends
+    too early.
     """
     missing = plan.slots - set(tensors)
     if missing:

@@ -5,8 +5,7 @@ expressions, evaluated on the weights that were compiled and packed by :mod:`.fo
 out when
 
 - every array is explained: by weights, by a table of the template, or as a single number or integers;
-- every array has one explanation only (equal weights in two places would leave it open which one belongs
-there);
+- every array has one explanation only (equal weights in two places would leave it open which belongs where);
 - every element of every weight is used by the plan;
 - packing the same weights by the plan gives the compiler's bytes, all of them.
 
@@ -26,7 +25,7 @@ import numpy as np
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.arrays import FLOATS, Array, GroupedMatMul, arrays, grouped_matmuls
 from qwen_surgery.packing.container import Bmodel, Region
-from qwen_surgery.packing.coverage import Coverage, Sources
+from qwen_surgery.packing.coverage import Coverage, ElementOrigins
 from qwen_surgery.packing.expressions import (
     Expression,
     Found,
@@ -36,7 +35,7 @@ from qwen_surgery.packing.expressions import (
     slots,
     transpose,
 )
-from qwen_surgery.packing.plans import Placement, Plain, Plan, Quantised, Tensors, pack
+from qwen_surgery.packing.plans import PackPlan, Placement, Plain, Quantised, Tensors, pack
 
 if TYPE_CHECKING:
     import onnx
@@ -52,8 +51,7 @@ class Unproven(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One net as model_deploy left it: the *bmodel* with this net alone, and the ``*_final.mlir`` beside
-    it."""
+    """One net as model_deploy left it: a *bmodel* of this net alone, the ``*_final.mlir`` beside it."""
 
     bmodel: Path
     final_mlir: Path
@@ -97,7 +95,7 @@ class _Search:
     """Looks for a compiled net's arrays among candidates."""
 
     def __init__(
-        self, section: bytes, base: int, candidates: list[list[_Candidate]], sources: Sources
+        self, section: bytes, base: int, candidates: list[list[_Candidate]], sources: ElementOrigins
     ) -> None:
         self._section = section
         self._base = base
@@ -189,8 +187,7 @@ def _forms(matmul: GroupedMatMul) -> list[formats.Quantisation]:
 
 
 def _without_mirrors(hits: list[_Hit]) -> list[_Hit]:
-    """Drop hits that say the same as another one: a matrix stored by columns is its transpose stored by
-    rows."""
+    """Drop hits that say the same: a matrix stored by columns is its transpose stored by rows."""
     known = {json.dumps([hit.candidate.expression, hit.transposed]) for hit in hits}
     kept = []
     for hit in sorted(hits, key=lambda h: len(json.dumps(h.candidate.expression))):
@@ -302,7 +299,7 @@ def _candidates(expressions: dict[str, Expression], read: Any) -> list[_Candidat
     return list(result.values())
 
 
-def _check_bytes(plan: Plan, tensors: Tensors, section: bytes) -> None:
+def _check_bytes(plan: PackPlan, tensors: Tensors, section: bytes) -> None:
     """Raise Unproven unless packing *tensors* gives the bytes of *section*."""
     wrong: list[int] = []
 
@@ -323,12 +320,11 @@ def _check_check_code(parameter: dict[str, Any], bmodel: Bmodel, region: Region)
         raise Unproven("the compiled net's weights are encrypted")
 
 
-def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Plan:
+def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> PackPlan:
     """The proven pack plan of one kind of net.
 
     *compiled* is a net of that kind, compiled from *template* (weights are its inputs ``weight/<slot>``) with
-    the weights *tensors* (slot -> tensor). Raises :class:`Unproven` when any byte stays unexplained or
-    differs.
+    the weights *tensors* (slot -> tensor). Raises :class:`Unproven` when a byte stays unexplained or differs.
     """
     mlir = compiled.final_mlir.read_text(encoding="utf-8", errors="replace")
     with Bmodel(compiled.bmodel) as bmodel:
@@ -336,7 +332,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pl
             raise Unproven("it is compiled to several nets or stages")
         parameter = bmodel.nets[0]["parameter"][0]
         if "coeff_mem" not in parameter:
-            return Plan(0, ())
+            return PackPlan(0, ())
         region = Region.of(parameter["coeff_mem"]["binary_coeff"])
         _check_check_code(parameter, bmodel, region)
         section = bmodel.read(region)
@@ -345,7 +341,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pl
     for array in arrays(mlir):
         if not 0 <= array.address - base <= len(section) - array.nbytes:
             raise Unproven("the MLIR text and the bmodel do not belong together")
-    plan = Plan(len(section), tuple(_explain(found, mlir, base, section, tensors)))
+    plan = PackPlan(len(section), tuple(_explain(found, mlir, base, section, tensors)))
     _check_bytes(plan, tensors, section)
     return plan
 
@@ -364,7 +360,7 @@ def _explain(found: Found, mlir: str, base: int, section: bytes, tensors: Tensor
         for array in found.constants.values()
         for candidate in _matrices(["const", [], []], Stored(array, "F32"))
     ]
-    sources = Sources(shapes)
+    sources = ElementOrigins(shapes)
     tiers = [_candidates(found.frontier, read), _candidates(found.inner, read)]
     search = _Search(section, base, tiers, sources)
     placements, unexplained = _placements(search, mlir, base, _Tables(section, base, [tables], sources))

@@ -8,13 +8,13 @@ the first checkpoint gives the first file's bytes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qwen_surgery.checkout import CONFIG, Checkout
+from codemods.config.facts import CONFIG, ModelFacts
+from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
 from qwen_surgery.packing import sidefile
 from qwen_surgery.packing.container import Bmodel, Region
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refitted:
-    """What a refit did: the file, its size in bytes, weights packed, and the nets that hold no checkpoint
-    weights."""
+    """What a refit did: the file, its size in bytes, weights packed, nets without checkpoint weights."""
 
     path: Path
     size: int
@@ -37,21 +36,22 @@ class Refitted:
     untouched: tuple[str, ...]
 
 
-def _config(checkout: Checkout) -> dict[str, Any]:
-    """config.json as upstream wrote it, also when the checkout has been patched in place."""
+def _facts(checkout: Checkout) -> ModelFacts:
+    """What config.json means as upstream wrote it, also when the checkout has been patched in place."""
     receipt = Receipt.load(checkout.path)
     if receipt is None or CONFIG not in receipt.files:
-        return checkout.config
-    return dict(json.loads(receipt.original(checkout.path, CONFIG)))
+        return checkout.facts
+    return ModelFacts.from_files({**checkout.read_files(), CONFIG: receipt.original(checkout.path, CONFIG)})
 
 
-def _refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None:
+def refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None:
+    """Raise Refused when *checkout* is another model than the one *bmodel* was built from (*side*)."""
     geometry = asdict(side.geometry)
     other = asdict(checkout.geometry(side.geometry.seq_length))
     differ = [
         f"{name} {geometry[name]} / {other[name]}" for name in geometry if geometry[name] != other[name]
     ]
-    config = sidefile.compiled_in(_config(checkout))
+    config = sidefile.compiled_in(_facts(checkout))
     stretched = side.geometry.seq_length > min(side.config["trained_length"], config["trained_length"])
     for name, value in side.config.items():
         if config[name] != value and (name != "trained_length" or stretched):
@@ -102,8 +102,7 @@ def refit(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
-    """Write *output*: the nets of *bmodel* with the weights of *index* (a checkout's tensors), and its side
-    file.
+    """Write *output*, the nets of *bmodel* with the weights of *index* (*checkout*'s), and its side file.
 
     *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
     missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;
@@ -114,7 +113,7 @@ def refit(
     if output.is_dir():
         raise Refused(f"{output} is a folder", hint="name the file to write")
     side = sidefile.load(bmodel)
-    _refuse_other_model(side, checkout, bmodel)
+    refuse_other_model(side, checkout, bmodel)
     with Bmodel(bmodel) as opened:
         names = [net["name"] for net in opened.nets]
         weighty = [net["name"] for net in opened.nets if "coeff_mem" in net["parameter"][0]]

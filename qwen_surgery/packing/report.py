@@ -29,8 +29,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class NetReport:
-    """One net: its tensors and the bytes it takes. ``shared`` says that another net before it holds its
-    weights."""
+    """One net: its tensors and its bytes. ``shared``: a net before it holds its weights."""
 
     name: str
     inputs: tuple[TensorReport, ...]
@@ -45,8 +44,7 @@ class NetReport:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted times in milliseconds: the first token (prefill of S positions), each further one, and
-    tokens/s.
+    """Predicted milliseconds for the first token (prefill of S positions) and each further one; tokens/s.
 
     ``uncounted`` are the nets without a prediction of their own.
     """
@@ -58,7 +56,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Report:
+class BmodelReport:
     """A bmodel. ``contract`` lists every difference from the contract with the runtimes; empty means kept."""
 
     path: str
@@ -176,8 +174,7 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
 
 
 def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
-    """Predicted speed of a model of *layers* layers, greedy decoding; None without a prediction for its
-    blocks.
+    """Predicted speed of *layers* layers, decoding greedily; None without a prediction for the blocks.
 
     TPU-MLIR states no time for nets that are one memory copy (the embeddings): those are left out and named.
     """
@@ -203,7 +200,7 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
     return side, "yes"
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path) -> BmodelReport:
     """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel."""
     with Bmodel(path) as bmodel:
         seen: set[Region] = set()
@@ -211,7 +208,7 @@ def inspect(path: Path) -> Report:
         model, length = bmodel.model, bmodel.length
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
-    return Report(
+    return BmodelReport(
         path=str(path),
         size=length,
         chip=model["chip"],

@@ -4,8 +4,7 @@ Source of facts: the schema text that ``model_tool`` of TPU-MLIR carries and pri
 format 2.2). Fields stand in the order of their ids, which is also the order in which ``model_tool`` walks and
 packs them.
 
-A type is a scalar's name, ``string``, the name of a struct or table, or one of these in brackets for a
-vector.
+A type is a scalar's name, ``string``, the name of a struct or table, or a vector: one of these in brackets.
 """
 
 from __future__ import annotations

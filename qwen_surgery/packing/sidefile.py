@@ -14,31 +14,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from codemods.config.facts import ModelFacts
 from qwen_surgery.errors import Refused
+from qwen_surgery.files import replacing
 from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
-from qwen_surgery.packing.expand import Piece, replacing
-from qwen_surgery.packing.plans import Plan
+from qwen_surgery.packing.expand import Piece
+from qwen_surgery.packing.plans import PackPlan
 
 FORMAT = 1
 SUFFIX = ".side.json"
 
 #: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
-COMPILED_IN: dict[str, Any] = {
-    "layer_norm_epsilon": 1e-6,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "no_bias": True,
-    "use_logn_attn": False,
-    "use_dynamic_ntk": False,
-}
+COMPILED_IN = (
+    "layer_norm_epsilon",
+    "rotary_emb_base",
+    "rotary_pct",
+    "scale_attn_weights",
+    "no_bias",
+    "use_logn_attn",
+    "use_dynamic_ntk",
+)
 
 
 @dataclass(frozen=True)
 class NetWeights:
-    """The weights of one net: the index of its *plan*, and per slot the checkpoint tensor's name and
-    shape."""
+    """The weights of one net: the index of its *plan*; slot -> name and shape of the checkpoint tensor."""
 
     plan: int
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -56,16 +57,15 @@ class Prediction:
 class SideFile:
     """The content of a side file; see the module's text.
 
-    ``heads`` are the head digests of the bmodels it belongs to: one, but for moments while a refit replaces a
-    file.
-    ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and ``trained_length``.
-    ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is free text by name:
-    mode, TPU-MLIR version, what could not be packed and why.
+    ``heads`` are the head digests of the bmodels it belongs to: one, but for the moment in which a refit
+    replaces a file. ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and
+    ``trained_length``. ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is
+    free text by name: mode, TPU-MLIR version, what could not be packed and why.
     """
 
     heads: tuple[str, ...]
     geometry: Geometry
-    plans: tuple[Plan, ...]
+    plans: tuple[PackPlan, ...]
     nets: Mapping[str, NetWeights]
     config: Mapping[str, Any]
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
@@ -92,10 +92,9 @@ def head_digest(bmodel: Path) -> str:
         return hashlib.sha256(file.read(opened.base)).hexdigest()
 
 
-def compiled_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json that a refit cannot change, with upstream's defaults where it is silent."""
-    values = {name: config.get(name, default) for name, default in COMPILED_IN.items()}
-    return {**values, "trained_length": config.get("seq_length", 2048)}
+def compiled_in(facts: ModelFacts) -> dict[str, Any]:
+    """What a refit cannot change of a model."""
+    return {**{name: facts[name] for name in COMPILED_IN}, "trained_length": facts.trained_length}
 
 
 def describe(
@@ -109,9 +108,10 @@ def describe(
 ) -> SideFile:
     """The side file of *bmodel*, just written from *pieces*.
 
-    *config* is the unpatched config.json. Pieces without plan or tensors are recorded as not refittable.
+    *config* is the unpatched config.json with its silent keys written out. Pieces without plan or tensors
+    are recorded as not refittable.
     """
-    plans: list[Plan] = []
+    plans: list[PackPlan] = []
     nets = {}
     for piece in pieces:
         if piece.plan is None or piece.tensors is None:
@@ -125,7 +125,7 @@ def describe(
         geometry,
         tuple(plans),
         nets,
-        compiled_in(config),
+        compiled_in(ModelFacts.from_config(config)),
         predictions or {},
         notes or {},
     )
@@ -161,7 +161,7 @@ def heads_of(bmodel: Path) -> tuple[str, ...]:
 def _parse(data: dict[str, Any]) -> SideFile:
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']} is not known")
-    plans = tuple(Plan.from_json(plan) for plan in data["plans"])
+    plans = tuple(PackPlan.from_json(plan) for plan in data["plans"])
     nets = {}
     for name, net in data["nets"].items():
         tensors = {slot: (str(t[0]), tuple(t[1])) for slot, t in net["tensors"].items()}

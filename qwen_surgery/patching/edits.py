@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from codemods.base import Outcome, Status
+from codemods.config.facts import CONFIG, ModelFacts
 from codemods.source import SourceError
 from qwen_surgery.errors import Refused, Usage
 
-CONFIG = "config.json"
 #: The recipes that ship with the program.
 RECIPES = ("static", "documented")
 
@@ -47,8 +46,8 @@ def apply(
 ) -> Edited:
     """Run *recipe* on the file named *modeling* and on config.json, both in *files*; writes nothing.
 
-    *unpatched_config* is upstream's config.json when the one in *files* may be patched already (the trained
-    length is read from it). Raises Refused when config.json cannot be edited.
+    *unpatched_config* is upstream's config.json when the one in *files* may be patched already: it says what
+    the model is. Raises Refused when config.json cannot be edited.
     """
     import codemods
     import codemods.config
@@ -58,8 +57,8 @@ def apply(
     source_skip = [name for name in skip if name in registry.names()]
     source = codemods.run(files[modeling], chosen, skip=source_skip)
     try:
-        trained = _trained_length(unpatched_config) if unpatched_config is not None else None
-        config = codemods.config.run(files[CONFIG], chosen, seq_length, trained=trained, skip=skip)
+        facts = ModelFacts.from_files({**files, CONFIG: unpatched_config or files[CONFIG]})
+        config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None
     notes = tuple(
@@ -71,11 +70,6 @@ def apply(
         {modeling: tuple(source.outcomes), CONFIG: tuple(config.outcomes)},
         notes,
     )
-
-
-def _trained_length(config: bytes) -> int | None:
-    found = json.loads(config.decode("utf-8-sig")).get("seq_length")
-    return found if isinstance(found, int) else None
 
 
 def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) -> tuple[Outcome, ...]:
@@ -101,14 +95,6 @@ def era(data: bytes) -> str:
 
     found = codemods.identify(data)
     return "" if found is None else found.value
-
-
-def may_be_modeling(data: bytes) -> bool:
-    """A quick look at the text that spares parsing what cannot be Qwen v1 modeling code.
-
-    c_attn is a parameter's name, so that no derived model can be without it.
-    """
-    return b"c_attn" in data and b"class " in data
 
 
 def warm() -> None:
@@ -143,16 +129,5 @@ def config_labels(name: str) -> tuple[str, ...]:
     from codemods.config.base import ConfigContext
     from codemods.config.text import read
 
-    decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, 512))
+    decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, ModelFacts.from_config({})))
     return tuple(f"config:{decision.key}" for decision in decisions)
-
-
-def descriptions() -> dict[str, tuple[str, str]]:
-    """Codemod, as outcomes name it -> (what it does in one line, why)."""
-    from qwen_surgery.patching import explaining
-
-    return {
-        label: (page.title, page.why)
-        for name, page in explaining.everything().items()
-        for label in (page.outcomes or (name,))
-    }

@@ -99,3 +99,12 @@ def find(name: str) -> Page | None:
     """The page called *name*, by its own name or by what its outcomes are called."""
     pages = everything()
     return pages.get(name) or next((page for page in pages.values() if name in page.outcomes), None)
+
+
+def descriptions() -> dict[str, tuple[str, str]]:
+    """Codemod, as outcomes name it -> (what it does in one line, why)."""
+    return {
+        label: (page.title, page.why)
+        for name, page in everything().items()
+        for label in (page.outcomes or (name,))
+    }

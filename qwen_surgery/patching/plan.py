@@ -46,13 +46,13 @@ class Origin(str, Enum):
 class Declined(Refused):
     """A required edit was declined or failed; ``plan`` has the outcomes."""
 
-    def __init__(self, plan: Plan, message: str, *, hint: str = "") -> None:
+    def __init__(self, plan: Patch, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.plan = plan
 
 
 @dataclass(frozen=True)
-class Plan:
+class Patch:
     """A patch not yet written. ``current``, ``reference``, ``result`` hold all Python files and config.json.
 
     ``current`` is on disk now, ``reference`` the unpatched text, ``result`` the text after the patch.
@@ -141,7 +141,7 @@ def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
     return result
 
 
-def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Plan:
+def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Patch:
     """Plan the patch of *checkout*; writes nothing. Refused when an edit by hand would be lost."""
     receipt = Receipt.load(checkout.path)
     modeling = checkout.modeling_file.name
@@ -155,7 +155,7 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
             start[name] = reference[name] if origin is Origin.PATCHED else current[name]
     _keep_hand_edits(checkout, origins, receipt, recipe, seq_length, skip)
     done = edits.apply(modeling, start, recipe, seq_length, skip, reference[edits.CONFIG])
-    return Plan(
+    return Patch(
         checkout=checkout,
         recipe=recipe,
         seq_length=seq_length,
@@ -222,7 +222,7 @@ def _keep_hand_edits(
             )
 
 
-def refuse_declined(plan: Plan) -> None:
+def refuse_declined(plan: Patch) -> None:
     """Raise Declined when a required edit was declined or failed, naming the first and the count."""
     if not plan.blocking:
         return
@@ -236,7 +236,7 @@ def refuse_declined(plan: Plan) -> None:
     )
 
 
-def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str) -> Receipt:
+def next_receipt(plan: Patch, versions: dict[str, str], time: str, revision: str) -> Receipt:
     """The receipt of *plan* once it is written.
 
     Modes of files already patched stay as first recorded. A file edited by hand keeps its record, so that
@@ -259,7 +259,7 @@ def next_receipt(plan: Plan, versions: dict[str, str], time: str, revision: str)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
 
 
-def same_state(plan: Plan, receipt: Receipt) -> bool:
+def same_state(plan: Patch, receipt: Receipt) -> bool:
     """Whether the receipt on disk already says what *receipt* would say (times and versions aside)."""
     if plan.receipt is None:
         return not receipt.files

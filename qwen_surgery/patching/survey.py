@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from codemods.base import Outcome, Status
+from codemods.identity import may_be_modeling
 from qwen_surgery.patching import edits
-from qwen_surgery.patching.history import Item, Source
+from qwen_surgery.patching.history import Item, RevisionSource
 
 # Below this many different contents, starting processes costs more than it saves.
 _WORTH_PROCESSES = 4
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FileVerdict:
     """What a recipe makes of one content of a modeling file (and the config.json beside it, if any)."""
 
     sha256: str
@@ -27,11 +28,11 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Row:
+class SurveyRow:
     """One revision of one modeling file; ``missing`` when a partial clone lacks its content."""
 
     item: Item
-    verdict: Verdict | None
+    verdict: FileVerdict | None
 
     @property
     def missing(self) -> bool:
@@ -45,12 +46,12 @@ def looks_like_modeling(path: str) -> bool:
 
 
 def run(
-    source: Source,
+    source: RevisionSource,
     recipes: Sequence[str],
     seq_length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int | None = None,
-) -> list[Row]:
+) -> list[SurveyRow]:
     """Try *recipes* on every modeling file of *source*, judged by content; equal contents are tried once.
 
     *progress* is called with how many of how many contents are done. *workers* is the number of processes;
@@ -62,7 +63,7 @@ def run(
     config_texts = dict(source.read(sorted(configs)))
     items = [item for item in items if item.key in contents]
     pairs = sorted({(item.key, item.config or "") for item in items})
-    verdicts: dict[tuple[str, str], Verdict | None] = {}
+    verdicts: dict[tuple[str, str], FileVerdict | None] = {}
     jobs = [
         (pair, data, config_texts.get(pair[1]), item_name)
         for pair in pairs
@@ -83,26 +84,26 @@ def run(
 def _rows(
     items: Iterable[Item],
     contents: dict[str, bytes | None],
-    verdicts: dict[tuple[str, str], Verdict | None],
-) -> Iterable[Row]:
+    verdicts: dict[tuple[str, str], FileVerdict | None],
+) -> Iterable[SurveyRow]:
     for item in items:
         if contents[item.key] is None:
             if looks_like_modeling(item.path):
-                yield Row(item, None)
+                yield SurveyRow(item, None)
             continue
         verdict = verdicts[(item.key, item.config or "")]
         if verdict is not None:
-            yield Row(item, verdict)
+            yield SurveyRow(item, verdict)
 
 
 def _candidate(data: bytes | None) -> bool:
     """Whether a content may be Qwen v1 modeling code: spares parsing thousands of other files."""
-    return data is None or edits.may_be_modeling(data)
+    return data is None or may_be_modeling(data)
 
 
 def judge(
     data: bytes, config: bytes | None, name: str, recipes: tuple[str, ...], seq_length: int
-) -> Verdict | None:
+) -> FileVerdict | None:
     """Try *recipes* on one content; None when it is not Qwen v1 modeling code.
 
     A file called like modeling code that does not parse gets a ``failed`` outcome that says where.
@@ -115,10 +116,10 @@ def judge(
         if not looks_like_modeling(name):
             return None
         broken = Outcome("parse", Status.FAILED, str(error), error.line)
-        return Verdict(digest(data), "", dict.fromkeys(recipes, (broken,)))
+        return FileVerdict(digest(data), "", dict.fromkeys(recipes, (broken,)))
     if not era:
         return None
-    return Verdict(
+    return FileVerdict(
         digest(data),
         era,
         {recipe: edits.outcomes(data, config, recipe, seq_length) for recipe in recipes},

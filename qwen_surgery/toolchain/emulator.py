@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from qwen_surgery.chips import CHIPS
 from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.toolchain.environment import Toolchain
 from qwen_surgery.toolchain.preload import EMULATOR_YIELD
@@ -24,12 +25,8 @@ from qwen_surgery.toolchain.worker import Worker
 if TYPE_CHECKING:
     import numpy as np
 
-# chip name as the bmodel has it -> emulator library, by TPU-MLIR's naming (newer, 1.6)
-_EMULATORS = {
-    "BM1684X": ("libcmodel_bm1684x.so", "libcmodel_1684x.so"),
-    "BM1688": ("libcmodel_bm1688.so", "libcmodel_1688.so"),
-    "CV186X": ("libcmodel_bm1688.so", "libcmodel_1688.so"),
-}
+#: Chip name as the bmodel has it -> names of the emulator's library.
+_EMULATORS = {chip.name.upper(): chip.emulators for chip in CHIPS.values()}
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Verification: every stage of the road against the unpatched upstream model."""
+"""Verification: every stage against the unpatched upstream model."""

@@ -23,7 +23,7 @@ from qwen_surgery.nets import Geometry, NetKind
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qwen_surgery.checkout import Sources
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef
 
 #: Opened nets are kept up to this many bytes of weights.

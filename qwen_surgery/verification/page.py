@@ -255,8 +255,9 @@ def _decades(series: list[Series]) -> tuple[float, float]:
 def diffs(report: Report) -> str:
     """The patch that was verified, as a unified diff of every file that changed."""
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
 
-    sources = Checkout.open(report.checkout).sources(recipe=report.recipe, seq_length=report.seq_length)
+    sources = Sources.of(Checkout.open(report.checkout), recipe=report.recipe, seq_length=report.seq_length)
     lines: list[str] = []
     for name in sorted(sources.patched):
         before, after = (
@@ -280,7 +281,7 @@ def pass_counts(request: Request) -> list[PassCounts]:
     if raw is None or cleaned is None:
         return []
     from graph_passes.framework import registry
-    from qwen_surgery.cleaning import clean_template
+    from qwen_surgery.exporting.cleaning import clean_template
     from qwen_surgery.exporting.template import Template
 
     known = {one.name for one in registry.onnx_passes()}

@@ -17,14 +17,12 @@ from qwen_surgery.verification.runtime import Runtime
 from qwen_surgery.verification.session import versions
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.verification.cases import NetCase
     from qwen_surgery.verification.reference import ReferenceModel
     from qwen_surgery.weights import WeightIndex
 
-#: Stages of the road whose numbers are recorded; the last needs a toolchain.
-STAGES = ("torch", "onnxruntime", "tpu-mlir")
 _LIBRARY = {"torch": ("torch", "numpy"), "onnxruntime": ("onnxruntime", "numpy"), "tpu-mlir": ()}
 _SEQ_LENGTH = 32
 _STEPS = 4
@@ -65,11 +63,12 @@ _Tensors = tuple[dict[str, np.ndarray], dict[str, str]]
 
 def _open(checkout: Path) -> tuple[Sources, WeightIndex, Geometry, ReferenceModel]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.verification.reference import ReferenceModel
     from qwen_surgery.weights import WeightIndex
 
     opened = Checkout.open(checkout)
-    sources = opened.sources(seq_length=_SEQ_LENGTH)
+    sources = Sources.of(opened, seq_length=_SEQ_LENGTH)
     index = WeightIndex.open(checkout)
     reference = ReferenceModel(sources.reference, index, modeling=sources.modeling)
     return sources, index, opened.geometry(_SEQ_LENGTH), reference

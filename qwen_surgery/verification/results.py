@@ -38,6 +38,32 @@ class Check:
         """The net's name without its layer."""
         return self.net if self.layer is None else self.net.removesuffix(f"_{self.layer}")
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Check:
+        values = {key: math.nan if value is None else value for key, value in row["values"].items()}
+        fields = {key: value for key, value in row.items() if key != "passed"}
+        return cls(**{**fields, "values": values, "missed": tuple(row["missed"])})
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """One question's answer by two models: their tokens (without the end token) and their text."""
+
+    question: str
+    reference: tuple[int, ...]
+    candidate: tuple[int, ...]
+    reference_text: str
+    candidate_text: str
+
+    @property
+    def equal(self) -> bool:
+        return self.reference == self.candidate
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> AnswerPair:
+        reference, candidate = tuple(row["reference"]), tuple(row["candidate"])
+        return cls(row["question"], reference, candidate, row["reference_text"], row["candidate_text"])
+
 
 @dataclass
 class LevelResult:
@@ -49,6 +75,7 @@ class LevelResult:
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
     texts: dict[str, list[int]] = field(default_factory=dict)  # greedy tokens: reference and candidate
+    answers: list[AnswerPair] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -92,11 +119,37 @@ class Report:
                     "passed": level.passed,
                     "seconds": round(level.seconds, 3),
                     "greedy_tokens": level.texts,
+                    "answers": [{**asdict(answer), "equal": answer.equal} for answer in level.answers],
                     "checks": [{**_finite(asdict(check)), "passed": check.passed} for check in level.checks],
                 }
                 for level in self.levels
             ],
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_json` made *data* of; infinite numbers come back as not a number."""
+        report = cls(
+            data["checkout"],
+            data["seq_length"],
+            data["recipe"],
+            peak_rss=data["peak_rss_bytes"],
+            versions=data["versions"],
+        )
+        for level in data["levels"]:
+            checks = [Check.from_json(row) for row in level["checks"]]
+            report.levels.append(
+                LevelResult(
+                    level["level"],
+                    level["mode"],
+                    level["name"],
+                    checks,
+                    level["seconds"],
+                    level["greedy_tokens"],
+                    [AnswerPair.from_json(row) for row in level.get("answers", [])],
+                )
+            )
+        return report
 
 
 def _finite(value: Any) -> Any:

@@ -6,12 +6,14 @@ import importlib.metadata
 import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from golden import tolerances
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.verification import language
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
@@ -20,8 +22,9 @@ from qwen_surgery.verification.results import LevelResult, Report
 from qwen_surgery.verification.runtime import Sampling
 
 if TYPE_CHECKING:
-    from qwen_surgery.checkout import Sources
     from qwen_surgery.nets import Geometry
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip")
@@ -49,6 +52,9 @@ class Request:
     seed: int = 0
     toolchain: str | None = None
     trust_remote_code: bool = False
+    questions: tuple[str, ...] = ()
+    text: str = ""
+    text_tokens: int = 256
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -72,7 +78,7 @@ class Request:
 
 
 @dataclass
-class _Parts:
+class _Opened:
     """Everything the levels share."""
 
     request: Request
@@ -84,6 +90,30 @@ class _Parts:
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
     progress: Callable[[str], None]
     _kept: list[NetCase] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkout's, read as data."""
+        from qwen_surgery.tokenizer import Tokenizer
+
+        return Tokenizer.open(self.request.checkout)
+
+    @cached_property
+    def questions(self) -> list[language.Question]:
+        """The questions with the unpatched model's answers."""
+        self.progress("reference: answers")
+        return language.ask_reference(
+            self.reference, self.tokenizer, self.request.questions, self.geometry.seq_length
+        )
+
+    @cached_property
+    def readings(self) -> list[language.Reading]:
+        """The text as the unpatched model reads it."""
+        self.progress("reference: text")
+        tokens = self.tokenizer.encode(self.request.text)
+        return language.read_reference(
+            self.reference, tokens, self.geometry.seq_length, self.request.text_tokens
+        )
 
     def cases(self) -> Iterable[NetCase]:
         """Every case; made once, or, where all together take much memory, again for each level."""
@@ -135,8 +165,9 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 def _open(
     request: Request, levels: Sequence[str], progress: Callable[[str], None]
-) -> tuple[_Parts, list[OrtEngine]]:
+) -> tuple[_Opened, list[OrtEngine]]:
     from qwen_surgery.checkout import Checkout
+    from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
@@ -146,7 +177,7 @@ def _open(
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
-    sources = checkout.sources(recipe=recipe, seq_length=seq_length)
+    sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
     for folder in folders:
         _refuse_other_model(folder, sources)
     geometry = checkout.geometry(seq_length)
@@ -162,7 +193,7 @@ def _open(
         depth=selection.depth(geometry),
     )
     limits = tolerances.load()
-    return _Parts(request, sources, index, geometry, selection, reference, limits, progress), folders
+    return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
@@ -227,7 +258,7 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Parts, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+    parts: _Opened, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
@@ -257,11 +288,29 @@ def _level(
                 progress=lambda what: parts.progress(f"{level} {name}: {what}"),
             )
             result.checks += checks
+        if parts.whole:
+            _speak(parts, result, engine, limits)
 
     return timed(result, work)
 
 
-def _end_to_end_prompt(parts: _Parts) -> list[int]:
+def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
+    """Questions and text, where they were given."""
+
+    def say(what: str) -> None:
+        parts.progress(f"{result.level} {result.name}: {what}")
+
+    if parts.request.questions:
+        checks, answers = language.check_answers(
+            engine, parts.geometry, parts.tokenizer, limits, parts.questions, say
+        )
+        result.checks += checks
+        result.answers += answers
+    if parts.request.text:
+        result.checks += language.check_text(engine, parts.geometry, limits, parts.readings, say)
+
+
+def _end_to_end_prompt(parts: _Opened) -> list[int]:
     """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
@@ -274,7 +323,7 @@ def _end_to_end_prompt(parts: _Parts) -> list[int]:
     return max(fitting, key=len) if fitting else prompts[0][:room]
 
 
-def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
+def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel on the emulator, which is open only for this level."""
     from qwen_surgery.toolchain.emulator import ChipEngine
     from qwen_surgery.toolchain.environment import Toolchain
@@ -284,7 +333,7 @@ def _chip_level(parts: _Parts, bmodel: Path) -> LevelResult:
         return _level(parts, "chip", mode, chip.chip, chip, contract=True)
 
 
-def _mlir_level(parts: _Parts, folder: OrtEngine) -> LevelResult:
+def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
     """TPU-MLIR's own Top-level inference against onnxruntime on the same inputs."""
     from qwen_surgery.toolchain.environment import Toolchain
     from qwen_surgery.verification.mlir import MlirEngine

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codemods.base import Status
-from codemods.config import ConfigError, run
+from codemods.config import ConfigError, ModelFacts, run
 
 UPSTREAM = """{
   "architectures": ["QWenLMHeadModel"],
@@ -52,7 +52,7 @@ def test_only_values_change(form: str) -> None:
     for colon in (b'": ', b'":'):
         want = want.replace(b"bf16" + colon + b"false", b"bf16" + colon + b"true")
     assert result.text == want
-    again = run(result.text, "static", 512, trained=8192)
+    again = run(result.text, "static", 512, facts=ModelFacts.from_config({"seq_length": 8192}))
     assert again.text == result.text and not again.changed
 
 
@@ -108,7 +108,7 @@ def test_beyond_the_trained_length_the_feature_is_needed(key: str) -> None:
 
 def test_the_trained_length_of_a_patched_config_is_not_its_seq_length() -> None:
     patched = run(UPSTREAM, "documented", 512).text
-    longer = run(patched, "static", 1024, trained=8192)
+    longer = run(patched, "static", 1024, facts=ModelFacts.from_config({"seq_length": 8192}))
     assert not longer.declined
     assert run(patched, "static", 1024).declined  # taken alone, it says it was trained at 512
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from golden.eras import make_checkout
-from qwen_surgery.checkout import Checkout, Sources
+from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import export
 from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.nets import Geometry
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.weights import WeightIndex
 
 LENGTH = 24  # the export length of every tiny export
@@ -31,7 +32,7 @@ class Tiny:
     @classmethod
     def open(cls, path: Path, length: int = LENGTH, recipe: str = "static") -> Tiny:
         opened = Checkout.open(path)
-        return cls(path, opened.sources(recipe, length), WeightIndex.open(path), opened.geometry(length))
+        return cls(path, Sources.of(opened, recipe, length), WeightIndex.open(path), opened.geometry(length))
 
     def export(self, folder: Path, **options: Any) -> Manifest:
         return export(self.sources, self.index, self.geometry, folder, trust_remote_code=True, **options)

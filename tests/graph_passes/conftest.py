@@ -13,6 +13,7 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import trace_templates
 from qwen_surgery.exporting.template import Template
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.toolchain import Toolchain
 
 SEQ_LENGTH = 128
@@ -41,7 +42,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[
 def _trace(folder: Path, era: str) -> dict[NetKind, Template]:
     g = tiny()
     make_checkout(folder, era, 1, hidden=g.hidden, heads=g.heads, intermediate=g.intermediate, vocab=g.vocab)
-    sources = Checkout.open(folder).sources(recipe="static", seq_length=g.seq_length)
+    sources = Sources.of(Checkout.open(folder), recipe="static", seq_length=g.seq_length)
     kinds = [kind for kind in NetKind if kind is not NetKind.LM_HEAD_TOPK]
     return trace_templates(sources, g, kinds)
 

@@ -11,16 +11,16 @@ import pytest
 
 from golden import cycles
 from graph_passes.framework import recipe, registry
-from qwen_surgery import exactness
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
-from qwen_surgery.nets import Geometry, NetKind
-from qwen_surgery.predicting import (
-    Prediction,
+from qwen_surgery.measuring import accuracy
+from qwen_surgery.measuring.prediction import (
+    NetPrediction,
     compile_template,
     random_weights,
     templates_of,
 )
+from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from tests.graph_passes.conftest import SEQ_LENGTH
@@ -37,11 +37,11 @@ LENGTH = 40
 @pytest.fixture(scope="module")
 def compiled(
     templates: Templates, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[NetKind, str, bool], tuple[Path, Prediction]]:
+) -> Callable[[NetKind, str, bool], tuple[Path, NetPrediction]]:
     """A layer's net at the tiny geometry, cleaned or as exported, compiled once per run."""
-    made: dict[tuple[NetKind, str, bool], tuple[Path, Prediction]] = {}
+    made: dict[tuple[NetKind, str, bool], tuple[Path, NetPrediction]] = {}
 
-    def of(kind: NetKind, mode: str, cleaned: bool) -> tuple[Path, Prediction]:
+    def of(kind: NetKind, mode: str, cleaned: bool) -> tuple[Path, NetPrediction]:
         key = (kind, mode, cleaned)
         if key not in made:
             made[key] = compile_template(
@@ -59,7 +59,7 @@ def compiled(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_cleaned_nets_are_as_exact_as_exported_ones(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]],
     templates: Templates,
     toolchain: Toolchain,
     kind: NetKind,
@@ -67,13 +67,13 @@ def test_cleaned_nets_are_as_exact_as_exported_ones(
 ) -> None:
     """On the emulator, against float32: passes on the Top dialect have no other proof than this."""
     template = templates("sdpa")[kind]
-    inputs = exactness.inputs_of(template, LENGTH, seed=3)
-    wanted = exactness.reference(template, random_weights(template), inputs)
+    inputs = accuracy.inputs_of(template, LENGTH, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
     got = {}
     for cleaned in (False, True):
         with ChipEngine(compiled(kind, mode, cleaned)[0], toolchain) as chip:
             outputs = chip.run(kind.value, inputs)
-        got[cleaned] = exactness.cosines(kind, wanted, outputs, LENGTH)
+        got[cleaned] = accuracy.cosines(kind, wanted, outputs, LENGTH)
     for exported_one, cleaned_one in zip(got[False], got[True], strict=True):
         assert cleaned_one >= exported_one - 2e-6
         assert cleaned_one > {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}[mode]
@@ -82,7 +82,7 @@ def test_cleaned_nets_are_as_exact_as_exported_ones(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_net_needs_more_cycles_than_recorded(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]],
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]],
     toolchain: Toolchain,
     kind: NetKind,
     mode: str,
@@ -93,7 +93,7 @@ def test_no_net_needs_more_cycles_than_recorded(
 
 
 def test_block_and_block_cache_share_one_set_of_weights(
-    compiled: Callable[[NetKind, str, bool], tuple[Path, Prediction]], toolchain: Toolchain, tmp_path: Path
+    compiled: Callable[[NetKind, str, bool], tuple[Path, NetPrediction]], toolchain: Toolchain, tmp_path: Path
 ) -> None:
     """A pass that packs weights differently for prefill and decode would double the model's memory."""
     files = [compiled(kind, "int4", True)[0] for kind in KINDS]
@@ -116,14 +116,14 @@ def test_tpu_mlir_1_6_takes_cleaned_nets(
     if not found:
         pytest.skip("TPU-MLIR 1.6 is not installed: qwen-surgery toolchain install --version 1.6")
     template, old = templates("sdpa")[kind], found[0]
-    inputs = exactness.inputs_of(template, LENGTH, seed=3)
-    wanted = exactness.reference(template, random_weights(template), inputs)
+    inputs = accuracy.inputs_of(template, LENGTH, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
     options = CompileOptions(mode=mode, addr_mode="basic").resolved()
     reached = []
     for name, passes in (("raw", None), ("cleaned", recipe.without(registry.unfit(old.version)))):
         bmodel, _ = compile_template(template, passes, options, old, tmp_path / name)
         with ChipEngine(bmodel, old) as chip:
-            reached.append(exactness.cosines(kind, wanted, chip.run(kind.value, inputs), LENGTH))
+            reached.append(accuracy.cosines(kind, wanted, chip.run(kind.value, inputs), LENGTH))
     for raw, cleaned in zip(*reached, strict=True):
         assert cleaned >= raw - 2e-6 and cleaned > 0.98
 

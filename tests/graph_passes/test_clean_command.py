@@ -19,6 +19,7 @@ from qwen_surgery.commands.clean import command
 from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.exporting.export import export
 from qwen_surgery.exporting.manifest import Manifest
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.weights import WeightIndex
 from tests.graph_passes.conftest import tiny
 
@@ -59,7 +60,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab=g.vocab,
     )
     checkout = Checkout.open(folder / "checkout")
-    sources = checkout.sources(recipe="static", seq_length=g.seq_length)
+    sources = Sources.of(checkout, recipe="static", seq_length=g.seq_length)
     index = WeightIndex.open(folder / "checkout")
     export(sources, index, checkout.geometry(g.seq_length), folder / "onnx", trust_remote_code=True)
     return folder / "onnx"
@@ -119,7 +120,7 @@ def test_a_7b_export_is_cleaned_in_little_memory_and_time(tmp_path: Path) -> Non
         layers=32, hidden=sizes.hidden, heads=heads, intermediate=inner, vocab=vocab, sparse=True,
     )  # fmt: skip
     checkout = Checkout.open(tmp_path / "checkout")
-    sources = checkout.sources(recipe="static", seq_length=2048)
+    sources = Sources.of(checkout, recipe="static", seq_length=2048)
     index = WeightIndex.open(tmp_path / "checkout")
     export(sources, index, checkout.geometry(2048), tmp_path / "onnx", trust_remote_code=True)
     line = [sys.executable, "-m", "qwen_surgery", "clean", str(tmp_path / "onnx"), "--json"]
@@ -133,14 +134,14 @@ def test_a_7b_export_is_cleaned_in_little_memory_and_time(tmp_path: Path) -> Non
     assert usage.ru_utime + usage.ru_stime < 10
 
 
-def test_skip_and_recipe_switch_passes_off(exported: Path, tmp_path: Path) -> None:
+def test_skip_and_a_file_switch_passes_off(exported: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[passes]\njoint-mlp = false\n")
-    clean(exported, "--out", tmp_path / "cleaned", "--recipe", recipe, "--skip", "kv-join", "--json")
+    clean(exported, "--out", tmp_path / "cleaned", "--passes", recipe, "--skip", "kv-join", "--json")
     passes = Manifest.load(tmp_path / "cleaned").passes
     assert "joint-mlp" not in passes and "kv-join" not in passes and "rotary" in passes
     recipe.write_text('only = ["fold-constants"]\n')
-    clean(exported, "--out", tmp_path / "cleaned", "--recipe", recipe, "--json")
+    clean(exported, "--out", tmp_path / "cleaned", "--passes", recipe, "--json")
     assert Manifest.load(tmp_path / "cleaned").passes == ("fold-constants",)
 
 
@@ -157,7 +158,7 @@ def test_an_older_toolchain_loses_the_passes_it_cannot_take(exported: Path, tmp_
 def test_a_bad_recipe_is_a_usage_error(exported: Path, tmp_path: Path, recipe: str) -> None:
     (tmp_path / "recipe.toml").write_text(recipe)
     with pytest.raises(Usage, match=r"recipe\.toml"):
-        clean(exported, "--out", tmp_path / "cleaned", "--recipe", tmp_path / "recipe.toml")
+        clean(exported, "--out", tmp_path / "cleaned", "--passes", tmp_path / "recipe.toml")
     assert not (tmp_path / "cleaned").exists()
 
 

@@ -22,8 +22,9 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import export
 from qwen_surgery.exporting.manifest import Manifest, NetEntry
 from qwen_surgery.nets import NetKind
-from qwen_surgery.packing import Compiled, Piece, Plan, prove
+from qwen_surgery.packing import Compiled, PackPlan, Piece, prove
 from qwen_surgery.packing.container import Bmodel
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.weights import WeightIndex
 
@@ -87,7 +88,7 @@ class Model:
 
 def _export(checkout: Path, folder: Path) -> None:
     opened = Checkout.open(checkout)
-    sources = opened.sources(seq_length=SEQ_LENGTH)
+    sources = Sources.of(opened, seq_length=SEQ_LENGTH)
     index = WeightIndex.open(checkout)
     export(sources, index, opened.geometry(SEQ_LENGTH), folder, trust_remote_code=True)
 
@@ -161,7 +162,7 @@ class Bench:
         deploy = ["--mlir", f"{net}.mlir", *flags, "--model", f"{net}.bmodel"]
         self.toolchain.run("model_deploy", deploy, work, work / "deploy.log")
 
-    def plan(self, net: str) -> Plan:
+    def plan(self, net: str) -> PackPlan:
         return prove(self.compiled(net), self.model.template(net), self.model.entry(net).weights)
 
     def pieces(self, nets: Sequence[str] = NETS) -> list[Piece]:

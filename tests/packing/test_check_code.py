@@ -25,7 +25,7 @@ def test_small_sections_have_plain_sha256() -> None:
 
 @pytest.mark.parametrize("length", [0, 55, 56, 64, 1000])
 def test_the_cut_count_is_plain_sha256_where_nothing_is_cut(length: int) -> None:
-    """The other road (OpenSSL's library) on messages whose count fits: it must be SHA-256 there."""
+    """The other way (OpenSSL's library) on messages whose count fits: it must be SHA-256 there."""
     data = bytes(length)
     assert code(data, 1 << 29) == hashlib.sha256(data).digest()
 

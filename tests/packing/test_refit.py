@@ -18,7 +18,7 @@ from golden.eras import make_checkout
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.cli import main
 from qwen_surgery.errors import Refused
-from qwen_surgery.packing import Written, sidefile, write
+from qwen_surgery.packing import WrittenBmodel, sidefile, write
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.refit import refit
 from qwen_surgery.weights import WeightIndex
@@ -27,7 +27,7 @@ from tests.packing.conftest import LAYERS, VOCAB, Bench, Model, created
 pytestmark = pytest.mark.tpu
 
 
-def _build(bench: Bench, out: Path, time: str | None = None) -> Written:
+def _build(bench: Bench, out: Path, time: str | None = None) -> WrittenBmodel:
     """A bmodel with its side file, as a build leaves it."""
     pieces = bench.pieces()
     written = write(out, pieces, created=time)

@@ -14,6 +14,7 @@ from golden.eras import ERAS
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
 from qwen_surgery.patching import write
+from qwen_surgery.patching.sources import Sources
 from tests.patching.conftest import Result, snapshot
 
 Edit = Callable[[Path], object]
@@ -120,13 +121,13 @@ def test_geometry_refuses_a_missing_or_senseless_size(value: Any, checkout: Path
 def test_sources_are_the_same_before_and_after_patching_in_place(era: str, make: Callable[..., Path]) -> None:
     path = make(era)
     before = snapshot(path)
-    fresh = Checkout.open(path).sources("static", 512)
+    fresh = Sources.of(Checkout.open(path), "static", 512)
     assert snapshot(path) == before, "sources never writes"
     assert fresh.receipt is None
     assert fresh.reference["modeling_qwen.py"] == before["modeling_qwen.py"][0]
     assert fresh.patched["modeling_qwen.py"] != fresh.reference["modeling_qwen.py"]
     write.patch(path, "static", 512)
-    again = Checkout.open(path).sources("static", 512)
+    again = Sources.of(Checkout.open(path), "static", 512)
     assert again.receipt is not None
     assert (again.reference, again.patched) == (fresh.reference, fresh.patched)
     assert again.outcomes == fresh.outcomes
@@ -134,6 +135,6 @@ def test_sources_are_the_same_before_and_after_patching_in_place(era: str, make:
 
 
 def test_sources_of_a_patched_checkout_can_be_asked_for_another_length(checkout: Path) -> None:
-    wanted = Checkout.open(checkout).sources("static", 256).patched
+    wanted = Sources.of(Checkout.open(checkout), "static", 256).patched
     write.patch(checkout, "static", 512)
-    assert Checkout.open(checkout).sources("static", 256).patched == wanted
+    assert Sources.of(Checkout.open(checkout), "static", 256).patched == wanted

@@ -8,9 +8,10 @@ import pytest
 
 from golden import tolerances
 from golden.eras import make_checkout
-from qwen_surgery.checkout import Checkout, Sources
+from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import export
 from qwen_surgery.nets import Geometry
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection
 from qwen_surgery.verification.engines import Engine
 from qwen_surgery.verification.levels import check_end_to_end, check_nets
@@ -58,7 +59,7 @@ class Bench:
 def make_bench(root: Path, era: str) -> Bench:
     path = make_checkout(root / "checkout", era=era)
     opened = Checkout.open(path)
-    sources = opened.sources(seq_length=SEQ_LENGTH)
+    sources = Sources.of(opened, seq_length=SEQ_LENGTH)
     index = WeightIndex.open(path)
     geometry = opened.geometry(SEQ_LENGTH)
     reference = ReferenceModel(sources.reference, index)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from qwen_surgery.checkout import Sources
+from qwen_surgery.patching.sources import Sources
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from tests.verification.conftest import SEQ_LENGTH, Bench

@@ -1,0 +1,62 @@
+"""A checkout's files without and with the edits of a recipe, made in memory: what an export starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from codemods.base import Outcome
+from codemods.config.facts import ModelFacts
+from codemods.recipes import UnknownRecipe
+from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
+from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.patching import plan, write
+from qwen_surgery.patching.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A checkout's Python and config files, by name, without and with the edits; nothing here was written.
+
+    ``reference`` is the unpatched upstream text (from the receipt's originals when the checkout is patched in
+    place), ``patched`` the same files with *recipe* applied for *seq_length*. ``outcomes`` are all sites of
+    all files. ``modeling`` is the name of the modeling file.
+    """
+
+    modeling: str
+    reference: dict[str, bytes]
+    patched: dict[str, bytes]
+    recipe: str
+    seq_length: int
+    outcomes: tuple[Outcome, ...]
+    receipt: Receipt | None
+
+    @classmethod
+    def of(
+        cls, checkout: Checkout, recipe: str = DEFAULT_RECIPE, seq_length: int = DEFAULT_SEQ_LENGTH
+    ) -> Sources:
+        """The files without and with *recipe*, patched in memory; Refused when an edit is declined."""
+        if write.pending(checkout.path):
+            raise Refused(
+                f"an interrupted patch or restore of {checkout.path} waits to be finished",
+                hint="run `qwen-surgery patch` or `qwen-surgery restore` on it first",
+            )
+        try:
+            made = plan.make(checkout, recipe, seq_length)
+        except UnknownRecipe as error:
+            raise Usage(str(error)) from error
+        plan.refuse_declined(made)
+        return cls(
+            modeling=checkout.modeling_file.name,
+            reference=made.reference,
+            patched=made.result,
+            recipe=recipe,
+            seq_length=seq_length,
+            outcomes=tuple(o for found in made.outcomes.values() for o in found),
+            receipt=made.receipt,
+        )
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What the unpatched config.json means."""
+        return ModelFacts.from_files(self.reference)
