@@ -92,6 +92,8 @@ def command(
         finally:
             gc.enable()
     sources = patching()
+    from qwen_surgery.twin.twin import prove
+
     with console.progress_bars() as progress:
         manifest = export(
             sources,
@@ -102,7 +104,7 @@ def command(
             mode=WeightMode(weights) if weights else None,
             multi_device=multi_device,
             wanted=[name.strip() for name in wanted.split(",") if name.strip()],
-            twin=not no_twin,
+            prove=(lambda *_: {"skipped": "--no-twin"}) if no_twin else prove,
             announce=console.err().print,
             progress=progress,
         )

@@ -26,6 +26,9 @@ from qwen_surgery.weights import WeightIndex
 if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
 
+#: What a proof takes, and gives for the manifest; raises Refused where nets and model differ.
+Prove = Callable[["Sources", WeightIndex, Geometry], dict[str, Any]]
+
 
 def export(
     sources: Sources,
@@ -37,16 +40,16 @@ def export(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
-    twin: bool = True,
+    prove: Prove | None = None,
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Write every net of the contract into *onnx_path* (see :class:`ExportPlan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
-    being done with how much of how much. With *twin* the unpatched model's tiny twin is compared with the
-    nets first. Raises Usage without trust, Refused for input that does not fit or a twin that differs,
-    ToolFailed when the disk or torch fails.
+    being done with how much of how much. *prove* compares the unpatched model with the
+    nets first and gives what the manifest tells of it. Raises Usage without trust, Refused for input that
+    does not fit, ToolFailed when the disk or torch fails.
     """
     require_trust(trust_remote_code, "export")
     onnx_path = Path(onnx_path)
@@ -61,7 +64,7 @@ def export(
     )
     announce(todo.cost)
     require_space(todo, onnx_path)
-    proof = _prove(sources, index, geometry, twin, progress)
+    proof = prove(sources, index, geometry) if prove else {"skipped": "not asked for"}
     kinds = tuple(dict.fromkeys(binding.kind for binding in todo.bindings))
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
@@ -75,20 +78,6 @@ def export(
         twin=proof,
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
-
-
-def _prove(
-    sources: Sources, index: WeightIndex, geometry: Geometry, wished: bool, progress: Progress
-) -> dict[str, Any]:
-    """The twin's report for the manifest."""
-    from qwen_surgery.twin.twin import SKIPPED, check_twin
-
-    if not wished:
-        return SKIPPED
-    progress("twin", 0, 1)
-    report = check_twin(sources, index, geometry)
-    progress("twin", 1, 1)
-    return report.to_json()
 
 
 def trace_templates(
