@@ -143,7 +143,7 @@ def test_packed_loose_and_detached_refs_are_all_seen(repository: Path, cli: Cli)
     """What is on a branch, a tag or nowhere but under HEAD counts, as it does for git log --all."""
     first = survey(cli, repository)
     git("checkout", "-q", "-b", "side/branch", cwd=repository)
-    (repository / "modeling_qwen.py").write_text(modeling_source("tril"))
+    (repository / "modeling_qwen.py").write_text(modeling_source("late"))
     git("commit", "-q", "-am", "side", cwd=repository)
     git("tag", "-a", "v1", "-m", "one", cwd=repository)
     git("checkout", "-q", "--detach", cwd=repository)
