@@ -35,6 +35,7 @@ ROOMS = (
     "qwen_surgery.files",
     "qwen_surgery.chips",
     "qwen_surgery.nets",
+    "qwen_surgery.tokenizer",
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",
     "qwen_surgery.checkout",
@@ -151,8 +152,9 @@ def test_lower_packages_import_none_of_the_others(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["codemods", "golden"])
 def test_light_packages_know_no_torch_and_no_onnx(package: str) -> None:
-    """Codemods know Python source only; golden makes checkouts and holds data."""
-    assert _imports_of(package, HEAVY) == {}
+    """Codemods know Python source only; golden holds data, makes checkouts, and trained one small model."""
+    found = _imports_of(package, HEAVY)
+    assert set(found) <= {"golden.speaking.train"}, found
 
 
 def test_passes_know_no_torch_and_no_transformers() -> None:

@@ -208,6 +208,9 @@ def test_demo_checkout_command_refuses_a_folder_that_is_in_use(tmp_path: Path) -
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(SystemExit) as stop:
         main(["demo-checkout", str(tmp_path / "new"), "--era", "late", "--layers", "3"])
+    assert stop.value.code == 2, "the trained model has two layers: more are only to be had at random"
+    with pytest.raises(SystemExit) as stop:
+        main(["demo-checkout", str(tmp_path / "new"), "--era", "late", "--layers", "3", "--random"])
     assert stop.value.code == 0
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["model_type"] == "qwen"

@@ -70,7 +70,7 @@ class Tokenizer:
     def open(cls, folder: Path | str) -> Tokenizer:
         """From a folder that holds ``qwen.tiktoken``. Raises Refused when that is missing or damaged."""
         folder = Path(folder)
-        extras = _read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
+        extras = read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
         return cls(read_ranks(folder / VOCABULARY), int(extras))
 
     @cached_property
@@ -121,7 +121,8 @@ class Tokenizer:
         return [*ids, self.special[START], *self.encode("assistant\n")]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in *path*, empty when there is none; Refused for a file that is no JSON."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,10 +142,10 @@ def check(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise Refused(f"{folder / name} is missing", hint="it is beside config.json upstream")
     tokenizer = Tokenizer.open(folder)
-    rows = _read_json(folder / "config.json").get("vocab_size")
+    rows = read_json(folder / "config.json").get("vocab_size")
     if isinstance(rows, int) and tokenizer.size > rows:
         raise Refused(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model {rows} rows")
-    end = _read_json(folder / "generation_config.json").get("eos_token_id")
+    end = read_json(folder / "generation_config.json").get("eos_token_id")
     if isinstance(end, int) and end not in tokenizer.special.values():
         raise Refused(
             f"{folder / 'generation_config.json'}: eos_token_id {end} is no special token of the vocabulary",
