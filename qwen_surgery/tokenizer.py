@@ -84,7 +84,7 @@ class Tokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise ToolFailed("this needs tiktoken", hint="pip install 'qwen-surgery[chat]'") from None
+            raise ToolFailed("this needs tiktoken", hint="pip install tiktoken") from None
         return tiktoken.Encoding(
             "qwen", pat_str=_CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
         )

@@ -152,7 +152,7 @@ def test_lower_packages_import_none_of_the_others(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["codemods", "golden"])
 def test_light_packages_know_no_torch_and_no_onnx(package: str) -> None:
-    """Codemods know Python source only; golden holds data, makes checkouts, and trained one small model."""
+    """Codemods know Python source only; golden makes checkouts and holds data, and the training script."""
     found = _imports_of(package, HEAVY)
     assert set(found) <= {"golden.speaking.train"}, found
 

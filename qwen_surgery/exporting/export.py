@@ -37,13 +37,15 @@ def export(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
+    twin: bool = True,
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Write every net of the contract into *onnx_path* (see :class:`ExportPlan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
-    being done with how much of how much. Raises Usage without trust, Refused for input that does not fit,
+    being done with how much of how much. With *twin* the unpatched model's tiny twin is compared with the
+    nets first. Raises Usage without trust, Refused for input that does not fit or a twin that differs,
     ToolFailed when the disk or torch fails.
     """
     require_trust(trust_remote_code, "export")
@@ -59,6 +61,7 @@ def export(
     )
     announce(todo.cost)
     require_space(todo, onnx_path)
+    proof = _prove(sources, index, geometry, twin, progress)
     kinds = tuple(dict.fromkeys(binding.kind for binding in todo.bindings))
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
@@ -69,8 +72,23 @@ def export(
         trained_length=sources.facts.trained_length,
         sources={"reference": _hashes(sources.reference), "patched": _hashes(sources.patched)},
         config=sources.facts.written_out(),
+        twin=proof,
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
+
+
+def _prove(
+    sources: Sources, index: WeightIndex, geometry: Geometry, wished: bool, progress: Progress
+) -> dict[str, Any]:
+    """The twin's report for the manifest."""
+    from qwen_surgery.twin.twin import SKIPPED, check_twin
+
+    if not wished:
+        return SKIPPED
+    progress("twin", 0, 1)
+    report = check_twin(sources, index, geometry)
+    progress("twin", 1, 1)
+    return report.to_json()
 
 
 def trace_templates(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from golden import tolerances
+from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.verification import language
@@ -311,7 +312,11 @@ def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str
 
 
 def _end_to_end_prompt(parts: _Opened) -> list[int]:
-    """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
+    """The longest prompt that leaves room for the decode steps; a shortened one when none does.
+
+    It is text where the checkout has its tokenizer: on random tokens a trained model sees nothing it knows,
+    and its distribution, which is then compared, hangs on little.
+    """
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
     if room < 1:
@@ -320,7 +325,19 @@ def _end_to_end_prompt(parts: _Opened) -> list[int]:
             hint="use fewer --steps",
         )
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    return max(fitting, key=len) if fitting else prompts[0][:room]
+    prompt = max(fitting, key=len) if fitting else prompts[0][:room]
+    return _text_tokens(parts)[: len(prompt)] or prompt
+
+
+def _text_tokens(parts: _Opened) -> list[int]:
+    """Tokens of the text, else of one that comes with this program; none without a tokenizer that fits."""
+    try:
+        tokenizer = parts.tokenizer
+    except Refused:
+        return []
+    if tokenizer.size > parts.geometry.vocab:
+        return []
+    return tokenizer.encode(parts.request.text or TEXT.read_text(encoding="utf-8"))
 
 
 def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
