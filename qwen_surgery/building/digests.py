@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from qwen_surgery.building.resources import cores
 
 if TYPE_CHECKING:
-    from qwen_surgery.weights import TensorRef
+    from qwen_surgery.parsing import DATA_ERRORS
+from qwen_surgery.weights import TensorRef
 
 _CHUNK = 1 << 22
 
@@ -103,10 +104,13 @@ def _load(cache: Path) -> dict[str, dict]:
     try:
         data = json.loads(cache.read_text())
         return {
-            str(file): {"stamp": entry["stamp"], "tensors": dict(entry["tensors"])}
+            str(file): {
+                "stamp": entry["stamp"],
+                "tensors": {name: said for name, said in entry["tensors"].items() if isinstance(said, str)},
+            }
             for file, entry in data.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, *DATA_ERRORS):
         return {}
 
 

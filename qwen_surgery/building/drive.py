@@ -28,6 +28,7 @@ from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions, refuse_uncleaned
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import NetKind
+from qwen_surgery.parsing import DATA_ERRORS, build
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -40,6 +41,18 @@ STATE = ".build"
 FINALS = "finals.json"
 UNFINISHED = "unfinished.json"
 SIDE = ".side.json"
+
+
+@dataclass(frozen=True)
+class _Final:
+    """What is known of a finished bmodel: its path below the output folder, the result that made it, net ->
+    signature, and every result of its build.
+    """
+
+    path: str
+    key: str
+    nets: dict[str, str]
+    keys: list[str]
 
 
 @dataclass(frozen=True)
@@ -337,9 +350,8 @@ class Builder:
         """File name -> what is known of the build that made it; empty when that record is damaged."""
         try:
             data = json.loads((self.state / FINALS).read_text())
-            whole = all(set(entry) >= {"path", "key", "nets", "keys"} for entry in data.values())
-            return data if whole else {}
-        except (OSError, ValueError, AttributeError, TypeError):
+            return {name: asdict(build(_Final, entry)) for name, entry in data.items()}
+        except (OSError, *DATA_ERRORS):
             return {}
 
     def _previous(self) -> dict[str, roadmap.Previous]:
@@ -411,7 +423,7 @@ class Builder:
         try:
             data = json.loads((self.state / UNFINISHED).read_text())
             return {str(name): [str(key) for key in keys] for name, keys in data.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, *DATA_ERRORS):
             return {}
 
     @contextmanager

@@ -14,11 +14,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import ToolFailed
+from qwen_surgery.parsing import DATA_ERRORS, build
 
 DONE = "done.json"
 #: Changes when an action's result changes for equal parameters: everything is then made anew.
@@ -120,8 +121,8 @@ class Store:
         """The record of a finished task, None when it is not finished or its record is damaged."""
         try:
             data = json.loads((self.folder(key) / DONE).read_text())
-            return Done(data["info"], data["seconds"], data["peak_rss"], data["size"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return build(Done, {field.name: data[field.name] for field in fields(Done)})
+        except (OSError, *DATA_ERRORS):
             return None
 
     def has_outputs(self, key: str) -> bool:
@@ -131,7 +132,7 @@ class Store:
         try:
             data = json.loads((self.folder(key) / DONE).read_text())
             return all(_stamp(self.folder(key) / name) == stamp for name, stamp in data["files"].items())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, *DATA_ERRORS):
             return False
 
     def begin(self, key: str) -> Path:
