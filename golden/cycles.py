@@ -92,6 +92,8 @@ def load(path: Path = FILE) -> dict[tuple[str, str, int, str, str], Record]:
         for record in records:
             require(record.kind, str, record.geometry, record.kind, record.mode, record.toolchain)
             require(record.kind, int, record.seq_length, record.cycles, record.nodes, record.top_ops)
+            if not 0 < record.cycles < 1 << 63:
+                raise ValueError(f"{record.kind} takes {record.cycles!r:.100} cycles")
             require(record.kind, (int, float), record.milliseconds, record.bmodel_bytes)
         return {record.key: record for record in records}
 

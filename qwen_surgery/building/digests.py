@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qwen_surgery.building.resources import cores
+from qwen_surgery.parsing import DATA_ERRORS
 
 if TYPE_CHECKING:
-    from qwen_surgery.parsing import DATA_ERRORS
-from qwen_surgery.weights import TensorRef
+    from qwen_surgery.weights import TensorRef
 
 _CHUNK = 1 << 22
 

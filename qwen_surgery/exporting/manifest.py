@@ -105,6 +105,7 @@ class Manifest:
             inner_path(name)
         for entry in manifest.templates.values():
             inner_path(entry["file"])
+            entry["sha256"]
         return manifest
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +182,9 @@ def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
 
 
 def _ref_from_json(data: dict[str, Any], folder: Path) -> TensorRef:
-    if not isinstance(data["file"], str) or not all(map(is_plain_name, Path(data["file"]).parts[1:])):
+    if not isinstance(data["file"], str) or not data["file"].startswith("/"):
+        inner_path(data["file"])
+    elif not all(part in ("", "..") or is_plain_name(part) for part in data["file"].split("/")):
         raise ValueError(f"{data['file']!r:.100} is no file of weights")
     return TensorRef(
         str(data["tensor"]),

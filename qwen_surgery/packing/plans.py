@@ -151,7 +151,7 @@ def _placement(data: dict[str, Any]) -> Placement:
         formats.STORAGE[placement.target]
     elif data["kind"] == "quantised":
         placement = build(Quantised, fields)
-        _check_form(placement.form, placement.shape[1])
+        _check_form(placement.form, placement.stop - placement.start, placement.shape[1])
     else:
         raise ValueError(f"unknown placement {data['kind']!r:.100}")
     rows, _columns = sizes(placement.shape)
@@ -160,10 +160,11 @@ def _placement(data: dict[str, Any]) -> Placement:
     return placement
 
 
-def _check_form(form: formats.Quantisation, columns: int) -> None:
+def _check_form(form: formats.Quantisation, rows: int, columns: int) -> None:
     formats.STORAGE[form.scale]
-    if form.bits not in (4, 8) or form.group < 1 or form.lanes < 1 or columns % form.group:
-        raise ValueError(f"no such quantisation of {columns} columns: {form}")
+    known = form.bits in (4, 8) and form.group > 0 and form.lanes > 0
+    if not known or columns % form.group or rows % form.lanes:
+        raise ValueError(f"no such quantisation of {rows} rows of {columns}: {form!s:.200}")
 
 
 class Matrix:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from qwen_surgery.parsing import build, parsing, read_json, whole
 FORMAT = 1
 #: Bytes. A plan takes some KB, but a constant inside an expression may have a million numbers.
 _LARGEST = 64 << 20
+_LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
 
 #: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
@@ -173,6 +173,6 @@ def _parse(data: dict[str, Any]) -> SideFile:
         raise ValueError("it does not say what is compiled in")
     whole(side.config["trained_length"], 1)
     for prediction in side.predictions.values():
-        if not (whole(prediction.cycles) and 0 < prediction.milliseconds < math.inf):
+        if not (whole(prediction.cycles) and 0 < prediction.milliseconds < _LONGEST):
             raise ValueError("a prediction is no time")
     return side

@@ -343,9 +343,9 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
     """Byte offset of the entry's data. The local header's lengths decide; the directory's may differ."""
     with file.open("rb") as stream:
-        stream.seek(entry.header_offset)
+        stream.seek(max(0, entry.header_offset))
         local = stream.read(30)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+    if entry.header_offset < 0 or len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise Refused(f"{file}: damaged zip entry {entry.filename}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     return entry.header_offset + 30 + name_length + extra_length
