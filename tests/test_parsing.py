@@ -1,6 +1,6 @@
 """What damaged files once did, each as the smallest file that did it.
 
-If these fail, a file from outside ends in "a bug", in gigabytes or in a hang, not in one line and exit code 3.
+If these fail, a file from outside ends in "a bug", in gigabytes or in a hang, not in one line with exit 3.
 """
 
 from __future__ import annotations
@@ -251,9 +251,9 @@ def _repeating() -> bytes:
     packer = flat._Packer()
     shape = packer.table("Shape", {"dim": [1 << 40] * 2000})
 
-    def table(name: str, **children: int) -> int:
-        places = [children.get(field.name) for field in TABLES[name]]
-        return packer.table_of(name, {}, places)
+    def table(kind: str, **children: int) -> int:
+        places = [children.get(field.name) for field in TABLES[kind]]
+        return packer.table_of(kind, {}, places)
 
     tensor = table("Tensor", name=packer.string("x"), shape=packer.offsets([shape] * 3000))
     parameter = table("NetParameter", input_tensor=packer.offsets([tensor]), output_tensor=packer.offsets([]))

@@ -13,7 +13,7 @@ from typing import Any
 from qwen_surgery.packing.schema import SCALARS, STRUCTS, TABLES, Field
 
 Dict = dict[str, Any]
-#: Values in one bmodel. One of 80 layers has under half a million; as Python values these take 500 MB.
+#: Values in one bmodel. A net has about 500; as Python values these take 500 MB.
 MOST_VALUES = 5_000_000
 
 
