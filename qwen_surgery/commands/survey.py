@@ -13,7 +13,7 @@ from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH
 from qwen_surgery.errors import Missed, Refused
 
 if TYPE_CHECKING:
-    from qwen_surgery.patching.survey import Row
+    from qwen_surgery.patching.survey import SurveyRow
 
 
 @click.command("survey")
@@ -82,7 +82,7 @@ def command(
     return _verdict(rows, recipe, fail_on)
 
 
-def _verdict(rows: list[Row], recipe: str, fail_on: tuple[str, ...]) -> int:
+def _verdict(rows: list[SurveyRow], recipe: str, fail_on: tuple[str, ...]) -> int:
     from qwen_surgery.patching import matrix
 
     hits = matrix.having(rows, recipe, fail_on)

@@ -16,18 +16,18 @@ from qwen_surgery.patching.edits import blocks
 from qwen_surgery.patching.plan import by_codemod
 from qwen_surgery.patching.receipt import outcome_json
 from qwen_surgery.patching.report import STYLES
-from qwen_surgery.patching.survey import Row
+from qwen_surgery.patching.survey import SurveyRow
 
 # The worst first: what a cell shows, and what colours it, when a codemod has several sites.
 _WORST = (Status.FAILED, Status.DECLINED, Status.APPLIED, Status.ALREADY, Status.ABSENT)
 
 
-def outcomes(row: Row, recipe: str) -> tuple[Outcome, ...]:
+def outcomes(row: SurveyRow, recipe: str) -> tuple[Outcome, ...]:
     """The sites of one row; none for a missing content."""
     return row.verdict.outcomes[recipe] if row.verdict else ()
 
 
-def columns(rows: Iterable[Row], recipe: str) -> list[str]:
+def columns(rows: Iterable[SurveyRow], recipe: str) -> list[str]:
     """Every codemod that has an outcome, in the recipe's order; all config edits share ``config``."""
     found: dict[str, None] = {}
     for row in rows:
@@ -43,7 +43,7 @@ def _column(outcome: Outcome) -> str:
     return _CONFIG if outcome.codemod.startswith("config:") else outcome.codemod
 
 
-def cell(row: Row, recipe: str, column: str) -> tuple[str, Status | None]:
+def cell(row: SurveyRow, recipe: str, column: str) -> tuple[str, Status | None]:
     """A cell's text, e.g. ``applied x2`` or ``declined, applied``, and its worst status."""
     found = Counter(o.status for o in outcomes(row, recipe) if _column(o) == column)
     parts = [f"{s.value} x{found[s]}" if found[s] > 1 else s.value for s in _WORST if found[s]]
@@ -51,17 +51,17 @@ def cell(row: Row, recipe: str, column: str) -> tuple[str, Status | None]:
     return ", ".join(parts) or "-", worst
 
 
-def label(row: Row) -> str:
+def label(row: SurveyRow) -> str:
     """What a row is called: short commit and path, or the path alone."""
     return f"{row.item.revision[:7]} {row.item.path}".strip()
 
 
-def _head(row: Row) -> tuple[str, str, str]:
+def _head(row: SurveyRow) -> tuple[str, str, str]:
     era = "missing in this clone" if row.verdict is None else row.verdict.era or "?"
     return label(row), row.item.date[:10], era
 
 
-def show(rows: Sequence[Row], recipe: str) -> None:
+def show(rows: Sequence[SurveyRow], recipe: str) -> None:
     """Print the matrix and, below it, why anything was declined or failed."""
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +82,7 @@ def show(rows: Sequence[Row], recipe: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def to_markdown(rows: Sequence[Row], recipe: str) -> str:
+def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:
     """The matrix as a Markdown table, with the reasons of what was declined or failed below it."""
     names = columns(rows, recipe)
     lines = ["| " + " | ".join(("revision", "date", "era", *names)) + " |", "|---" * (3 + len(names)) + "|"]
@@ -93,7 +93,7 @@ def to_markdown(rows: Sequence[Row], recipe: str) -> str:
     return "\n".join([*lines, "", *reasons, *([""] if reasons else []), summary(rows, recipe)])
 
 
-def _reasons(rows: Sequence[Row], recipe: str) -> list[str]:
+def _reasons(rows: Sequence[SurveyRow], recipe: str) -> list[str]:
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for o in outcomes(row, recipe):
@@ -106,7 +106,7 @@ def _reasons(rows: Sequence[Row], recipe: str) -> list[str]:
     ]
 
 
-def summary(rows: Sequence[Row], recipe: str) -> str:
+def summary(rows: Sequence[SurveyRow], recipe: str) -> str:
     """One line: how many revisions, how many are known, how many can be patched."""
     catalogue = _catalogue()
     present = [row.verdict for row in rows if row.verdict]
@@ -124,7 +124,7 @@ def _catalogue() -> dict[str, revisions.Revision]:
         raise ToolFailed(str(error)) from None
 
 
-def to_json(rows: Sequence[Row], recipe: str, seq_length: int) -> dict[str, Any]:
+def to_json(rows: Sequence[SurveyRow], recipe: str, seq_length: int) -> dict[str, Any]:
     """Everything a survey found, as plain JSON values."""
     catalogue = _catalogue()
     return {
@@ -135,7 +135,7 @@ def to_json(rows: Sequence[Row], recipe: str, seq_length: int) -> dict[str, Any]
     }
 
 
-def _row_json(row: Row, recipe: str, catalogue: dict[str, revisions.Revision]) -> dict[str, Any]:
+def _row_json(row: SurveyRow, recipe: str, catalogue: dict[str, revisions.Revision]) -> dict[str, Any]:
     verdict = row.verdict
     return {
         "revision": row.item.revision or None,
@@ -150,7 +150,9 @@ def _row_json(row: Row, recipe: str, catalogue: dict[str, revisions.Revision]) -
     }
 
 
-def having(rows: Iterable[Row], recipe: str, statuses: Sequence[str]) -> list[tuple[Row, Outcome]]:
+def having(
+    rows: Iterable[SurveyRow], recipe: str, statuses: Sequence[str]
+) -> list[tuple[SurveyRow, Outcome]]:
     """The sites with one of *statuses*; what the user asked to skip does not count as declined."""
     return [
         (row, o)
@@ -160,7 +162,7 @@ def having(rows: Iterable[Row], recipe: str, statuses: Sequence[str]) -> list[tu
     ]
 
 
-def record(rows: Iterable[Row], origin: str) -> str:
+def record(rows: Iterable[SurveyRow], origin: str) -> str:
     """Add *rows* to the catalogue in use, with today's outcomes as the expected ones; says what it did."""
     path = revisions.path()
     new = [

@@ -28,7 +28,7 @@ class FileVerdict:
 
 
 @dataclass(frozen=True)
-class Row:
+class SurveyRow:
     """One revision of one modeling file; ``missing`` when a partial clone lacks its content."""
 
     item: Item
@@ -51,7 +51,7 @@ def run(
     seq_length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int | None = None,
-) -> list[Row]:
+) -> list[SurveyRow]:
     """Try *recipes* on every modeling file of *source*, judged by content; equal contents are tried once.
 
     *progress* is called with how many of how many contents are done. *workers* is the number of processes;
@@ -85,15 +85,15 @@ def _rows(
     items: Iterable[Item],
     contents: dict[str, bytes | None],
     verdicts: dict[tuple[str, str], FileVerdict | None],
-) -> Iterable[Row]:
+) -> Iterable[SurveyRow]:
     for item in items:
         if contents[item.key] is None:
             if looks_like_modeling(item.path):
-                yield Row(item, None)
+                yield SurveyRow(item, None)
             continue
         verdict = verdicts[(item.key, item.config or "")]
         if verdict is not None:
-            yield Row(item, verdict)
+            yield SurveyRow(item, verdict)
 
 
 def _candidate(data: bytes | None) -> bool:
