@@ -15,6 +15,10 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+#: Bytes; upstream's files have about 60,000. Parsing takes a hundred times as much memory.
+LARGEST = 4 << 20
+#: Levels of nesting; upstream's trees are 25 deep. Beyond a few thousand, parsers run out of stack.
+DEEPEST = 250
 _NEWLINE = re.compile("\r\n|\r|\n")
 _SKIP = re.compile(r"qwen-surgery:\s*skip\[([^\]]*)\]")
 
@@ -74,8 +78,13 @@ class Source:
         return "".join([*out, *self.lines[at - 1 :]])
 
     def encode(self, text: str) -> bytes:
-        """``text`` in this file's encoding, with its byte order mark."""
-        return self.bom + text.encode(self.encoding)
+        """``text`` in this file's encoding, with its byte order mark. Raises :class:`SourceError` where the
+        encoding cannot hold it.
+        """
+        data = _encoded(text, self.encoding)
+        if data is None:
+            raise SourceError(f"the edited text cannot be written in the file's encoding, {self.encoding}")
+        return self.bom + data
 
 
 def parse(text: str) -> Source:
@@ -83,23 +92,55 @@ def parse(text: str) -> Source:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in upstream's strings are upstream's business
         try:
-            return Source(text, ast.parse(text))
+            tree = ast.parse(text)
         except SyntaxError as error:
             raise SourceError(f"does not parse: {error.msg} (line {error.lineno})", error.lineno) from error
-        except (ValueError, RecursionError, MemoryError) as error:
+        except (RecursionError, MemoryError) as error:
+            raise SourceError("does not parse: it is nested too deeply") from error
+        except ValueError as error:
             raise SourceError(f"does not parse: {error}") from error
+    _refuse_depth(tree)
+    return Source(text, tree)
+
+
+def _refuse_depth(tree: ast.Module) -> None:
+    """Raise :class:`SourceError` for a tree that the recursive readers of this program could not walk."""
+    level: list[ast.AST] = [tree]
+    for _ in range(DEEPEST):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return
+    line = next((node.lineno for node in level if isinstance(node, ast.stmt | ast.expr)), None)
+    raise SourceError(f"is nested more than {DEEPEST} levels deep (line {line})", line)
+
+
+def _encoded(text: str, encoding: str) -> bytes | None:
+    """``text`` in ``encoding``, line by line; None where that is not what the encoding reads as ``text``.
+
+    Some codecs (utf-7, unicode_escape, iso2022_jp) do not give back the bytes that they have read, or make a
+    line's bytes depend on the lines before it: with these an edit would change more than its lines.
+    """
+    try:
+        data = b"".join(line.encode(encoding) for line in text.splitlines(keepends=True))
+        return data if data.decode(encoding) == text else None
+    except (UnicodeError, LookupError):
+        return None
 
 
 @lru_cache(maxsize=4)  # a patch asks what a file is, then edits it: one parse serves both
 def read(data: bytes) -> Source:
     """Decode and parse ``data``; raises :class:`SourceError` for what is no Python text. Do not edit it."""
+    if len(data) > LARGEST:
+        raise SourceError(f"is larger than any modeling file: more than {LARGEST:,} bytes")
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         bom = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
         encoding = "utf-8" if bom else encoding
         text = data[len(bom) :].decode(encoding)
-    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+    except (SyntaxError, UnicodeError, LookupError) as error:
         raise SourceError(f"not readable as Python text: {error}") from error
+    if _encoded(text, encoding) != data[len(bom) :]:
+        raise SourceError(f"is encoded as {encoding}, which does not give back the bytes it was read from")
     source = parse(text)
     source.encoding, source.bom = encoding, bom
     return source

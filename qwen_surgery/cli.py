@@ -7,13 +7,14 @@ must stay free of heavy imports so that ``--help`` answers at once.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
 
 import click
 
-from qwen_surgery import __version__
+from qwen_surgery import __version__, console
 from qwen_surgery.errors import SurgeryError, ToolFailed
 
 # name -> (module under qwen_surgery.commands, one-line help). The order is that of the work.
@@ -66,10 +67,10 @@ def root(ctx: click.Context, debug: bool) -> None:
 
 def _report(error: BaseException) -> None:
     hint = getattr(error, "hint", "")
-    click.echo(f"error: {error}" + (f"  ({hint})" if hint else ""), err=True)
+    console.line(f"error: {error}" + (f"  ({hint})" if hint else ""), err=True)
     tail = getattr(error, "log_tail", "")
     if tail:
-        click.echo(tail, err=True)
+        console.text(tail, err=True)
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -83,10 +84,12 @@ def main(argv: list[str] | None = None) -> Any:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        console.text(usage.getvalue().rstrip("\n"), err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written is left behind", err=True)
+        console.line("interrupted; nothing half-written is left behind", err=True)
         sys.exit(130)
     except SurgeryError as error:
         if "--debug" in args:

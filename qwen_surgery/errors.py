@@ -37,10 +37,14 @@ class Refused(SurgeryError):
 
 
 class ToolFailed(SurgeryError):
-    """A tool of the chain (TPU-MLIR, git, the disk) failed. ``log_tail`` holds the log's last lines."""
+    """A tool of the chain (TPU-MLIR, git, the disk) failed. ``log_tail`` holds the log's last lines,
+    ``signal`` is that which killed it (9 often means that the machine ran out of memory)."""
 
     exit_code = 4
 
-    def __init__(self, message: str, *, hint: str = "", log_tail: str = "") -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", log_tail: str = "", signal: int | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.log_tail = log_tail
+        self.signal = signal

@@ -20,6 +20,7 @@ from typing import BinaryIO
 from qwen_surgery.errors import Refused, ToolFailed
 
 SUFFIX = ".qwen-surgery-tmp"
+_OLD = ".old"
 
 
 def digest(data: bytes) -> str:
@@ -50,13 +51,17 @@ def cannot_write(error: OSError, what: str, path: Path | None = None) -> ToolFai
     return ToolFailed(f"cannot write{f' {where}' if where else ''}: {explain(error)}; {what}")
 
 
-def require_disk(folder: Path, needed: int, what: str = "this") -> None:
-    """Raise ToolFailed when the disk of *folder* has less than *needed* bytes free."""
-    free = shutil.disk_usage(folder).free
+def require_disk(
+    folder: Path, needed: int, what: str = "this", hint: str = "free some space or choose another folder"
+) -> None:
+    """Raise ToolFailed when the disk of *folder*, made or not yet, has fewer than *needed* bytes free."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise ToolFailed(
-            f"{what} needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free",
-            hint="free some space or choose another folder",
+            f"{what} needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free", hint=hint
         )
 
 
@@ -68,6 +73,9 @@ def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes | Non
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
+        kind = stat.S_IFMT(path.stat(follow_symlinks=follow).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFLNK):  # opening alone rewinds a tape or starts a watchdog
+            raise Refused(f"{path} is not read: it is no regular file")
         descriptor = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -134,7 +142,8 @@ def replacing(path: Path, needed: int, before: Callable[[Path], None] | None = N
     require_disk(path.parent, needed, path.name)
     temporary = temporary_of(path)
     try:
-        with temporary.open("w+b", buffering=0) as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x+b", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
         if before is not None:
@@ -150,34 +159,52 @@ def replacing(path: Path, needed: int, before: Callable[[Path], None] | None = N
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside *folder*; on success it takes that name, on any error it is removed.
 
-    What was there under that name is replaced as one step: callers have asked whether it may be. Raises
-    ToolFailed when the disk is full.
+    What was there under that name is replaced: callers have asked whether it may be. What a killed run left
+    beside it is removed first; a kill between the two renames leaves the old folder aside, and the next run
+    brings it back. Raises ToolFailed when the disk is full.
     """
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        work.chmod(0o777 & ~_umask())
-        yield work
-        _swap(work, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}{SUFFIX}-", dir=folder.parent))
+        try:
+            with locked(work):
+                work.chmod(0o777 & ~_umask())
+                yield work
+                _swap(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise cannot_write(error, "nothing was changed", folder) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary folders of killed runs; those of runs that still work are locked and stay."""
+    prefix = f".{folder.name}{SUFFIX}-"
+    for stale in [p for p in folder.parent.iterdir() if p.name.startswith(prefix)]:
+        if stale.is_symlink() or not stale.is_dir():
+            continue
+        with contextlib.suppress(ToolFailed, FileNotFoundError), locked(stale):
+            if stale.name.endswith(_OLD) and not folder.exists():
+                stale.rename(folder)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _swap(work: Path, folder: Path) -> None:
     if not folder.exists():
         work.rename(folder)
         return
-    old = work.with_name(work.name + ".old")
-    folder.rename(old)
-    try:
-        work.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    old = work.with_name(work.name + _OLD)
+    with locked(folder):  # not swept as a killed run's while it stands aside
+        folder.rename(old)
+        try:
+            work.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -191,7 +218,7 @@ def put(source: Path, target: Path) -> None:
     temp = temporary_of(target)
     temp.unlink(missing_ok=True)
     try:
-        os.link(source, temp)
+        os.link(source.resolve(), temp)
     except OSError:
         shutil.copyfile(source, temp)
     try:
@@ -201,15 +228,15 @@ def put(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str = "") -> Iterator[None]:
+def locked(path: Path, busy: str = "", *, wait: bool = False) -> Iterator[None]:
     """Hold *path*, a folder or a file, against other runs (an flock: it leaves nothing behind).
 
-    Raises ToolFailed when another run holds it; *busy* says so in the caller's words.
+    When another run holds it, *wait* waits for that to end; else ToolFailed says so, in the words of *busy*.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ToolFailed(
                 busy or f"another qwen-surgery is writing to {path}",

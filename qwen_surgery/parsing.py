@@ -134,17 +134,17 @@ def _of_type(kind: Any, value: Any, name: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_of_type(arguments[0], item, name) for item in value]
     if origin in (types.UnionType, typing.Union):
-        kind = next((part for part in arguments if _fits(part, value)), arguments[0])
+        kind = next((part for part in arguments if fits(part, value)), arguments[0])
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build(kind, value)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return kind(value)
-    if isinstance(kind, type) and _fits(kind, value):
+    if isinstance(kind, type) and fits(kind, value):
         return value
     raise TypeError(f"{name} is {value!r:.100}")
 
 
-def _fits(kind: Any, value: Any) -> bool:
+def fits(kind: Any, value: Any) -> bool:
     """Whether *value* is of the plain type *kind*; a whole number is a float too, a truth value no number."""
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)

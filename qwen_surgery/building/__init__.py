@@ -1,1 +1,1 @@
-"""The whole road as a graph of tasks that resumes, spreads and cleans up after itself."""
+"""A build as a graph of tasks that resumes, spreads over machines and cleans up after itself."""

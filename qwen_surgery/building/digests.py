@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from qwen_surgery.building.resources import cores
+from qwen_surgery.building.step import decode, encode
+from qwen_surgery.files import write_whole
 from qwen_surgery.parsing import DATA_ERRORS
 
 if TYPE_CHECKING:
@@ -24,9 +29,9 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22
 
 
-def _stamp(file: Path) -> list[int]:
+def _stamp(file: Path) -> tuple[int, ...]:
     stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
 #: What a tensor's bytes are known by while a build runs, whichever link of the shard it is read through.
@@ -39,16 +44,26 @@ def identity(ref: TensorRef) -> Identity:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, ref.offset, ref.dtype, ref.shape
 
 
-def read_early(refs: Iterable[TensorRef], stop: threading.Event) -> dict[Identity, str]:
-    """Digests of *refs* by identity, read on one thread beside other work; as many as there are when *stop*
-    is set.
+@contextmanager
+def reading_early(refs: Iterable[TensorRef]) -> Iterator[Callable[[], dict[Identity, str]]]:
+    """Read *refs* on one thread beside the block's own work.
+
+    When that is done, call what this gives: it stops the reading and has the digests so far, by identity.
     """
-    found = {}
-    for ref in refs:
-        if stop.is_set():
-            break
-        found[identity(ref)] = _digest(ref)
-    return found
+    stop = threading.Event()
+
+    with ThreadPoolExecutor(1) as pool:
+        more = takewhile(lambda _: not stop.is_set(), refs)
+        reading = pool.submit(lambda: {identity(ref): _digest(ref) for ref in more})
+
+        def found() -> dict[Identity, str]:
+            stop.set()
+            return reading.result()
+
+        try:
+            yield found
+        finally:
+            stop.set()
 
 
 def _digest(ref: TensorRef) -> str:
@@ -63,27 +78,32 @@ def _digest(ref: TensorRef) -> str:
     return digest.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """What is remembered of a file: how it was when it was read, and the digest of each tensor."""
+
+    stamp: tuple[int, ...]
+    tensors: dict[str, str]
+
+
 def tensor_digests(
     refs: Iterable[TensorRef],
     cache: Path,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     early: Mapping[Identity, str] = MappingProxyType({}),
 ) -> dict[TensorRef, str]:
-    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file, read and rewritten. *early*
-    are digests that this build has read already.
-    """
+    """Digest of every tensor's dtype, shape and bytes; *cache* is a JSON file, read and rewritten, *early*
+    are digests that this build has already."""
     refs = list(dict.fromkeys(refs))
-    known = _load(cache)
     stamps = {str(file): _stamp(file) for file in {ref.file for ref in refs}}
-    fresh = {file: entry["tensors"] for file, entry in known.items() if stamps.get(file) == entry["stamp"]}
+    known = {file: shard for file, shard in _load(cache).items() if shard.stamp == stamps.get(file)}
     found: dict[TensorRef, str] = {}
-    missing = []
     for ref in refs:
-        digest = fresh.get(str(ref.file), {}).get(_label(ref)) or early.get(identity(ref))
-        if digest is None:
-            missing.append(ref)
-        else:
+        shard = known.get(str(ref.file))
+        digest = (shard and shard.tensors.get(_label(ref))) or early.get(identity(ref))
+        if digest:
             found[ref] = digest
+    missing = [ref for ref in refs if ref not in found]
     if missing:
         total, done = sum(ref.nbytes for ref in missing), 0
         with ThreadPoolExecutor(cores()) as pool:
@@ -92,7 +112,11 @@ def tensor_digests(
                 done += ref.nbytes
                 progress("read weights", done, total)
     if missing or early:
-        _save(cache, stamps, found)
+        shards = {file: _Shard(stamp, {}) for file, stamp in stamps.items()}
+        for ref, digest in found.items():
+            shards[str(ref.file)].tensors[_label(ref)] = digest
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cache, json.dumps(encode(shards)).encode())
     return found
 
 
@@ -100,25 +124,9 @@ def _label(ref: TensorRef) -> str:
     return f"{ref.name}@{ref.offset}"
 
 
-def _load(cache: Path) -> dict[str, dict]:
+def _load(cache: Path) -> dict[str, _Shard]:
     try:
-        data = json.loads(cache.read_text())
-        return {
-            str(file): {
-                "stamp": entry["stamp"],
-                "tensors": {name: said for name, said in entry["tensors"].items() if isinstance(said, str)},
-            }
-            for file, entry in data.items()
-        }
+        shards: dict[str, _Shard] = decode(dict[str, _Shard], json.loads(cache.read_text()))
     except (OSError, *DATA_ERRORS):
         return {}
-
-
-def _save(cache: Path, stamps: dict[str, list[int]], found: dict[TensorRef, str]) -> None:
-    entries: dict[str, dict] = {file: {"stamp": stamp, "tensors": {}} for file, stamp in stamps.items()}
-    for ref, digest in found.items():
-        entries[str(ref.file)]["tensors"][_label(ref)] = digest
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(cache.name + ".part")
-    temporary.write_text(json.dumps(entries))
-    temporary.replace(cache)
+    return shards

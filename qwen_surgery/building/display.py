@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qwen_surgery import console
@@ -12,7 +11,7 @@ from qwen_surgery import console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qwen_surgery.building.run import Progress, State
+    from qwen_surgery.building.runner import Progress, State
 
 _MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -44,7 +43,6 @@ class Display:
 
     def __init__(self) -> None:
         self._live: Any = None
-        self._bars: dict[str, int] = {}
         self._tty = sys.stderr.isatty()
 
     def __enter__(self) -> Display:
@@ -55,18 +53,16 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._live is not None:
             self._live.stop()
 
     def say(self, text: str) -> None:
         """A note."""
-        console.err().print(text, markup=False)
+        console.err().print(text)
 
     def __call__(self, progress: Progress, event: str) -> None:
-        """What :class:`~.run.Runner` calls."""
+        """What :class:`~.runner.Runner` calls."""
         if self._live is not None:
             self._live.update(_table(progress))
         elif event:
@@ -110,7 +106,9 @@ def _table(progress: Progress) -> RenderableType:
     for state in _shown(states):
         elapsed = time.monotonic() - state.started if state.state == "running" else state.seconds
         memory = size(state.peak_rss) if state.peak_rss else ""
-        table.add_row(state.name, _MARKS[state.state], clock(elapsed) if elapsed else "", memory)
+        table.add_row(
+            state.name, console.styled(_MARKS[state.state]), clock(elapsed) if elapsed else "", memory
+        )
     waiting = sum(state.state == "waiting" for state in states)
     foot = f"{len(done)} of {len(states)} done, {waiting} waiting, {clock(progress.eta())} to go"
     return Group(table, ProgressBar(total=len(states), completed=len(done), width=60), foot)

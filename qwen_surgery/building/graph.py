@@ -1,9 +1,13 @@
-"""Tasks, their keys, and the store of what they made.
+"""Tasks, their keys, the graph that they make up, and the store of what they made.
 
-A task's key is a hash of everything that decides its result: its action, its parameters, digests of its
+A task's key is a hash of everything that decides its result: its step, the step's parameters, digests of its
 inputs, and the keys of the tasks it needs. Its outputs live in ``STORE/<key>/``; that folder appears by one
-rename, after everything in it is written, so a folder that is there is whole. Outputs that nothing needs
-any more are dropped, the marker stays.
+rename, after everything in it is written, so a folder that is there is whole. Outputs that nothing needs any
+more are dropped, the record stays.
+
+Not all of a build's tasks are known when it starts. An :class:`Expansion` waits for some tasks and makes more
+from what they found, as doit's ``calc_dep`` and snakemake's checkpoints do. It sees nothing but their records
+and outputs, so a build that was killed grows the same graph again without running anything twice.
 """
 
 from __future__ import annotations
@@ -13,55 +17,89 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_surgery.errors import ToolFailed
-from qwen_surgery.parsing import DATA_ERRORS, build
+from qwen_surgery.building.step import Step, decode, encode
+from qwen_surgery.parsing import DATA_ERRORS
 
 DONE = "done.json"
-#: Changes when an action's result changes for equal parameters: everything is then made anew.
+#: Changes when a step's result changes for equal parameters: everything is then made anew.
 FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Task:
-    """One step. ``action`` names a function ``module:function`` (see :mod:`.worker`) that gets ``params``.
+class Cost:
+    """What a task takes: bytes of memory, bytes on disk (both at most), and about how many seconds."""
 
-    ``inputs`` are digests of what it reads from outside the graph; ``places`` say where that is and how to
-    run (folders, the toolchain's location) and are no part of the key; ``needs`` names other tasks.
-    ``memory`` and ``disk`` are what it takes at most, in bytes, ``seconds`` how long it is thought to take.
-    ``keep``: its outputs stay after the build; others are deleted once every task that needs them is done.
-    """
-
-    name: str
-    action: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    places: Mapping[str, Any] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
     memory: int = 0
     disk: int = 0
     seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step in a graph.
+
+    ``inputs`` are digests of what it reads from outside the graph, ``needs`` names of other tasks. ``keep``:
+    its outputs stay after the build; others are deleted once every task that needs them is done. ``command``
+    is what ``--dry-run`` shows; ``expected`` is the answer that a plan takes for granted.
+    """
+
+    name: str
+    step: Step
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    cost: Cost = Cost()
     keep: bool = False
-    command: str = ""  # for --dry-run: what it runs
+    command: str = ""
+    expected: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a finished task: what it said, and the folder of its outputs. ``planned``: it has not
+    run, and this is what a plan expects."""
+
+    info: Mapping[str, Any]
+    folder: Path
+    planned: bool = False
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Tasks (and further expansions) that follow once all of *after* are done, from what those answered."""
+
+    after: tuple[str, ...]
+    grow: Callable[[Mapping[str, Answer]], Iterable[Task | Expansion]]
 
 
 class Graph:
-    """Tasks by name, checked to be whole and free of cycles, in an order that respects needs."""
+    """Tasks by name, in an order that respects needs, and expansions that wait to add more."""
 
-    def __init__(self, tasks: Iterable[Task]) -> None:
+    def __init__(self, items: Iterable[Task | Expansion]) -> None:
         self.tasks: dict[str, Task] = {}
-        for task in tasks:
-            if task.name in self.tasks:
-                raise ValueError(f"two tasks are called {task.name}")
-            self.tasks[task.name] = task
-        self.order = self._sorted()
         self.keys: dict[str, str] = {}
+        self.order: tuple[str, ...] = ()
+        self._waiting: list[Expansion] = []
+        self.add(items)
+
+    def add(self, items: Iterable[Task | Expansion]) -> None:
+        """Take on *items*. Raises ValueError for a name that is taken, a need that is no task, a circle."""
+        for item in items:
+            if isinstance(item, Expansion):
+                self._waiting.append(item)
+            elif item.name in self.tasks:
+                raise ValueError(f"two tasks are called {item.name}")
+            else:
+                self.tasks[item.name] = item
+        self.order = self._sorted()
         for name in self.order:
-            self.keys[name] = self._key(self.tasks[name])
+            if name not in self.keys:
+                self.keys[name] = self._key(self.tasks[name])
 
     def _sorted(self) -> tuple[str, ...]:
         from graphlib import CycleError, TopologicalSorter
@@ -80,30 +118,59 @@ class Graph:
             {
                 "format": FORMAT,
                 "name": task.name,
-                "action": task.action,
-                "params": task.params,
-                "inputs": task.inputs,
+                "action": task.step.action,
+                "params": task.step.decisive,
+                "inputs": dict(task.inputs),
                 "needs": {need: self.keys[need] for need in task.needs},
             },
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    def grow(self, store: Store, *, plan: bool = False) -> bool:
+        """Add what follows from the tasks that are done; whether that was anything.
+
+        With *plan*, tasks that are not done count as done, with the answer that is expected of them.
+        """
+        for expansion in self._waiting:
+            answers = {name: self._answer(name, store, plan) for name in expansion.after}
+            known = {name: answer for name, answer in answers.items() if answer is not None}
+            if len(known) == len(answers):
+                self._waiting.remove(expansion)
+                self.add(expansion.grow(known))
+                self.grow(store, plan=plan)
+                return True
+        return False
+
+    def _answer(self, name: str, store: Store, plan: bool) -> Answer | None:
+        key, expected = self.keys[name], self.tasks[name].expected
+        return store.answer(key) or (Answer(expected, store.folder(key), planned=True) if plan else None)
+
     def users(self, name: str) -> tuple[str, ...]:
         """The tasks that need *name*."""
         return tuple(task.name for task in self.tasks.values() if name in task.needs)
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The tasks whose outputs are wanted: those that no other needs or that expansions wait for."""
+        needed = {need for task in self.tasks.values() for need in task.needs} - self.awaited
+        return tuple(name for name in self.order if name not in needed)
+
+    @property
+    def awaited(self) -> set[str]:
+        """The tasks that expansions wait for."""
+        return {name for expansion in self._waiting for name in expansion.after}
+
 
 @dataclass(frozen=True)
 class Done:
-    """What a finished task left: what it said, its wall seconds, peak RSS in bytes, and bytes it left in
-    the store.
-    """
+    """The record of a finished task: what it said, its wall seconds, its peak RSS in bytes, and the size and
+    time of each of its files."""
 
     info: dict[str, Any]
     seconds: float
     peak_rss: int
-    size: int
+    files: dict[str, tuple[int, int]]
 
 
 class Store:
@@ -120,20 +187,24 @@ class Store:
     def done(self, key: str) -> Done | None:
         """The record of a finished task, None when it is not finished or its record is damaged."""
         try:
-            data = json.loads((self.folder(key) / DONE).read_text())
-            return build(Done, {field.name: data[field.name] for field in fields(Done)})
+            done: Done = decode(Done, json.loads((self.folder(key) / DONE).read_text()))
         except (OSError, *DATA_ERRORS):
             return None
+        return done
 
     def has_outputs(self, key: str) -> bool:
-        """Whether the task is finished and its outputs are still there, each with the size and the time it
-        had. (A finished bmodel has a second name, under which somebody may have written into it.)
-        """
+        """Whether the task is finished and its outputs are as it left them. (A finished bmodel has a second
+        name, under which somebody may have written into it.)"""
+        return self.answer(key) is not None
+
+    def answer(self, key: str) -> Answer | None:
+        """What the task *key* gives to an expansion; None when it is not finished or its outputs are gone."""
+        done, folder = self.done(key), self.folder(key)
         try:
-            data = json.loads((self.folder(key) / DONE).read_text())
-            return all(_stamp(self.folder(key) / name) == stamp for name, stamp in data["files"].items())
-        except (OSError, *DATA_ERRORS):
-            return False
+            whole = done is not None and all(_stamp(folder / name) == was for name, was in done.files.items())
+        except (OSError, ValueError):  # a name that no folder can hold
+            return None
+        return Answer(done.info, folder) if done and whole else None
 
     def begin(self, key: str) -> Path:
         """A fresh folder for a task to work in, on the store's own disk."""
@@ -147,16 +218,9 @@ class Store:
             for path in sorted(work.rglob("*"))
             if path.is_file() and not path.is_symlink()
         }
-        record = {
-            "info": info,
-            "seconds": seconds,
-            "peak_rss": peak_rss,
-            "size": sum(size for size, _ in files.values()),
-            "files": files,
-        }
         marker = work / DONE
         with marker.open("w") as stream:
-            json.dump(record, stream)
+            json.dump(encode(Done(info, seconds, peak_rss, files)), stream)
             stream.flush()
             os.fsync(stream.fileno())
         target = self.folder(key)
@@ -192,55 +256,40 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> tuple[int, int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return stat.st_size, stat.st_mtime_ns
 
 
-def stale(graph: Graph, store: Store, targets: Iterable[str]) -> tuple[str, ...]:
-    """The tasks that must run for *targets* to have their outputs, in order.
+def stale(graph: Graph, store: Store) -> tuple[str, ...]:
+    """The tasks that must run for all that *graph* wants to be there, in order.
 
     A finished task whose outputs were dropped runs again only if a task that must run needs them.
     """
     wanted = set()
-    stack = [name for name in targets if not store.has_outputs(graph.keys[name])]
+    stack = list(graph.targets)
     while stack:
         name = stack.pop()
-        if name in wanted:
-            continue
-        wanted.add(name)
-        stack += [need for need in graph.tasks[name].needs if not store.has_outputs(graph.keys[need])]
+        if name not in wanted and not store.has_outputs(graph.keys[name]):
+            wanted.add(name)
+            stack += graph.tasks[name].needs
     return tuple(name for name in graph.order if name in wanted)
 
 
 def peak_disk(graph: Graph, names: Iterable[str]) -> int:
-    """The most bytes the store holds at one time when *names* run one after the other, outputs dropped as
-    they go.
+    """The most bytes in the store at one time when *names* run one by one and outputs are dropped as they go.
 
-    Running side by side can only bring forward what a task writes, by at most what runs at one time; the
-    two largest tasks are added for that.
+    Running side by side only brings forward what a task writes; the largest task is added for that.
     """
     todo = list(names)
+    users = Counter(need for name in todo for need in graph.tasks[name].needs)
     held: dict[str, int] = {}
     peak = 0
-    finished: set[str] = set()
     for name in todo:
-        held[name] = graph.tasks[name].disk
+        held[name] = graph.tasks[name].cost.disk
         peak = max(peak, sum(held.values()))
-        finished.add(name)
         for need in graph.tasks[name].needs:
-            users = [user for user in graph.users(need) if user in todo]
-            if need in held and not graph.tasks[need].keep and all(user in finished for user in users):
-                del held[need]
-    largest = sorted((graph.tasks[name].disk for name in todo), reverse=True)
-    return peak + sum(largest[:1])
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    """Raise :class:`ToolFailed` when the disk of *folder* has less than *needed* bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ToolFailed(
-            f"the build needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free",
-            hint="free some space or choose another --out",
-        )
+            users[need] -= 1
+            if not users[need] and not graph.tasks[need].keep:
+                held.pop(need, None)
+    return peak + max((graph.tasks[name].cost.disk for name in todo), default=0)

@@ -1,4 +1,4 @@
-"""What this machine has: cores and memory free for a build."""
+"""What this machine has free for a build: cores and memory."""
 
 from __future__ import annotations
 

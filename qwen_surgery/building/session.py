@@ -1,48 +1,60 @@
-"""What ``build`` and ``compile`` have in common around a run: the display, the executor, interrupts, the
-plan.
-"""
+"""What ``build`` and ``compile`` have in common around a run: the display, the executor, the plan."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qwen_surgery import console
+from qwen_surgery.building import resources
 from qwen_surgery.building.display import Display, clock, size
-from qwen_surgery.building.drive import Running
 from qwen_surgery.building.graph import Graph, Store, peak_disk, stale
+from qwen_surgery.building.request import RunRequest
+from qwen_surgery.building.runner import MEMORY_SHARE, Watcher
+from qwen_surgery.building.step_export import CLEAN, EXPORT
 from qwen_surgery.errors import ToolFailed, Usage
 
 
-def planned(given: Mapping[str, Any]) -> Running:
-    """How a run with a command's parameters would go: for plans, which start nothing."""
-    if given["no_pack"] and given["prove"]:
-        raise Usage("--prove has no use with --no-pack: every layer is compiled")
-    return Running(
-        jobs=given["jobs"], memory=given["memory"], pack=not given["no_pack"], prove=given["prove"]
-    )
+@dataclass(frozen=True)
+class Running:
+    """How to run: what was asked for, and an executor with its number of workers (None: this machine).
+
+    ``watch`` sees tasks start and end, ``say`` gets notes, ``progress`` how much of the weights is read.
+    """
+
+    request: RunRequest = field(default_factory=RunRequest)
+    executor: Executor | None = None
+    workers: int | None = None
+    watch: Watcher = lambda progress, event: None
+    say: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    @property
+    def jobs(self) -> int:
+        """How many tasks run side by side. (Whether two fit in memory is looked at as they start.)"""
+        return self.request.jobs or self.workers or resources.cores()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that tasks may take together. Elsewhere only the user knows."""
+        if self.request.memory is not None:
+            return self.request.memory
+        return 1 << 62 if self.workers else int(resources.free_memory() * MEMORY_SHARE)
 
 
 @contextmanager
-def running(given: dict[str, Any]) -> Iterator[tuple[Running, Display]]:
-    """How to run, from a command's parameters, with a display that is up while the block runs."""
-    with executor(given["scheduler"]) as (chosen, workers), Display() as display:
-        run = replace(
-            planned(given),
-            executor=chosen,
-            workers=workers,
-            watch=display,
-            say=display.say,
-            progress=display.reading,
-        )
-        yield run, display
+def running(request: RunRequest) -> Iterator[Running]:
+    """How to run as *request* says, with a display that is up while the block runs."""
+    with executor(request.scheduler) as (chosen, workers), Display() as display:
+        yield Running(request, chosen, workers, display, display.say, display.reading)
 
 
 @contextmanager
-def executor(scheduler: str | None) -> Iterator[tuple[Any, int | None]]:
+def executor(scheduler: str | None) -> Iterator[tuple[Executor | None, int | None]]:
     """A Dask cluster's executor and its number of workers; nothing for this machine."""
     if scheduler is None:
         yield None, None
@@ -67,29 +79,23 @@ def executor(scheduler: str | None) -> Iterator[tuple[Any, int | None]]:
         yield client.get_executor(pure=False, retries=2), workers
 
 
-def plan_of(graph: Graph, store: Store, targets: list[str], jobs: int) -> dict[str, Any]:
-    """What a run of *targets* would do, as JSON: a row per task that must run, and totals in bytes and
-    seconds.
-    """
-    todo = sorted(stale(graph, store, targets), key=lambda name: name not in ("export", "clean"))
+def plan_of(graph: Graph, store: Store, jobs: int) -> dict[str, Any]:
+    """What a run of *graph* would do, as JSON: a row per task to run, and totals in bytes and seconds."""
+    todo = sorted(stale(graph, store), key=lambda name: name not in (EXPORT, CLEAN))
     tasks = [graph.tasks[name] for name in todo]
-    memory = sorted((task.memory for task in tasks), reverse=True)[:jobs]
+    memory = sorted((task.cost.memory for task in tasks), reverse=True)[:jobs]
+    rows = [
+        {"task": task.name, **asdict(replace(task.cost, seconds=round(task.cost.seconds, 1)))}
+        | {"command": task.command}
+        for task in tasks
+    ]
     return {
-        "tasks": [
-            {
-                "task": task.name,
-                "memory": task.memory,
-                "disk": task.disk,
-                "seconds": round(task.seconds, 1),
-                "command": task.command,
-            }
-            for task in tasks
-        ],
+        "tasks": rows,
         "up_to_date": len(graph.order) - len(todo),
         "jobs": jobs,
         "memory": sum(memory),
         "disk": peak_disk(graph, todo),
-        "seconds": round(sum(task.seconds for task in tasks) / max(1, jobs), 1),
+        "seconds": round(sum(task.cost.seconds for task in tasks) / max(1, jobs), 1),
     }
 
 
@@ -102,7 +108,7 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     width = max((len(row["task"]) for row in plan["tasks"]), default=0)
     for row in plan["tasks"]:
         cells = f"{size(row['memory']):>8}  {size(row['disk']):>7}  {clock(row['seconds']):>6}"
-        out.print(f"{row['task']:{width}}  {cells}  {row['command']}", markup=False, soft_wrap=True)
+        out.print(f"{row['task']:{width}}  {cells}  {row['command']}", soft_wrap=True)
     out.print(
         f"{len(plan['tasks'])} tasks to run, {plan['up_to_date']} up to date; {plan['jobs']} side by side: "
         f"about {clock(plan['seconds'])}, {size(plan['memory'])} of memory and {size(plan['disk'])} of disk",

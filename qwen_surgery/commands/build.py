@@ -1,4 +1,4 @@
-"""``qwen-surgery build CHECKOUT --out DIR``: the whole road."""
+"""``qwen-surgery build CHECKOUT --out DIR``: all steps, from a checkout to verified bmodels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qwen_surgery.compiling.flags import compile_options, options_from, run_opti
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from qwen_surgery.building.road import Outcome
+    from qwen_surgery.building.builder import BuildResult
 
 
 @click.command(
     "build",
-    help="Walk the whole road: patch (in memory), export, clean, compile, verify. CHECKOUT is never written.",
+    help="Do all steps: patch (in memory), export, clean, compile, verify. CHECKOUT is never written.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("checkout", type=click.Path(path_type=Path))
@@ -51,42 +51,56 @@ if TYPE_CHECKING:
 @compile_options
 @run_options
 def command(checkout: Path, out: Path, **given: Any) -> None:
-    from qwen_surgery.building import road, session
+    from qwen_surgery.building import build, session
+    from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.exporting.remote_code import require_trust
 
     require_trust(given["trust_remote_code"], "build")
+    request = BuildRequest(
+        checkout=checkout,
+        out=out,
+        options=options_from(given, checkout.absolute().name.lower()),
+        seq_length=given["seq_length"],
+        recipe=given["recipe"],
+        skip=given["skip"],
+        clean=not given["no_clean"],
+        verify=given["depth"],
+        steps=given["steps"],
+        trust_remote_code=given["trust_remote_code"],
+        toolchain=given["toolchain"],
+        run=RunRequest.of(given),
+    )
     if given["dry_run"]:
-        plan = road.plan(checkout, out, options_from(given, checkout.absolute().name.lower()), given)
-        session.show_plan(plan, given["as_json"])
+        session.show_plan(build.plan(request), given["as_json"])
         return
-    outcome = road.walk(checkout, out, options_from(given, checkout.absolute().name.lower()), given)
-    _show(outcome, given["as_json"])
-    if not outcome.passed:
+    result = build.build(request)
+    _show(result, given["as_json"])
+    if not result.passed:
         raise Missed(
             "the verification missed a tolerance", hint="the bmodel is there; the table says where it differs"
         )
 
 
-def _show(outcome: Outcome, as_json: bool) -> None:
+def _show(result: BuildResult, as_json: bool) -> None:
     from qwen_surgery.building.display import size
 
     if as_json:
-        console.print_json(outcome.to_json())
+        console.print_json(result.to_json())
         return
-    if outcome.depth == "contract" and outcome.report is not None:
-        for problem in outcome.report["problems"]:
-            console.err().print(f"missed: {problem}", markup=False)
-        if outcome.passed:
-            console.out().print(f"{outcome.report['nets']} nets as the runtimes count them")
-    elif outcome.report is not None:
-        from qwen_surgery.building.verifying import restored
+    if result.depth == "contract" and result.report is not None:
+        for problem in result.report["problems"]:
+            console.err().print(f"missed: {problem}")
+        if result.passed:
+            console.out().print(f"{result.report['nets']} nets as the runtimes count them")
+    elif result.report is not None:
+        from qwen_surgery.verification.results import Report
         from qwen_surgery.verification.table import make_table, misses, token_lines
 
-        report = restored(outcome.report)
+        report = Report.from_json(result.report)
         console.out().print(make_table(report))
         for line in token_lines(report):
-            console.out().print(line, markup=False, soft_wrap=True)
+            console.out().print(line, soft_wrap=True)
         for line in misses(report):
-            console.err().print(f"missed: {line}", markup=False)
-    for path in outcome.built.bmodels:
-        console.out().print(f"{path} ({size(path.stat().st_size)})", markup=False)
+            console.err().print(f"missed: {line}")
+    for path in result.bmodels:
+        console.out().print(f"{path} ({size(path.stat().st_size)})")

@@ -103,17 +103,16 @@ def _explain_kind(kind: KindReport) -> None:
 
     known = {p.name: p for p in registry.onnx_passes()}
     out = console.out()
-    out.print(f"\n[bold]{kind.kind.value}[/bold]")
+    out.print(console.styled(f"\n[bold]{kind.kind.value}[/bold]"))
     for report in kind.passes:
         if not report.changed:
             continue
         ops = ", ".join(f"{op} {a}->{b}" for op, (a, b) in report.ops.items())
-        out.print(
-            f"  [cyan]{report.name}[/cyan]: {len(report.sites)} site(s); {ops or 'same ops, other places'}"
-        )
-        out.print(f"    {escape(known[report.name].summary)}")
-        out.print(f"    why: {escape(known[report.name].why)}")
-        out.print(f"    at: {escape(_short(report.sites))}")
+        what = f"{len(report.sites)} site(s); {ops or 'same ops, other places'}"
+        out.print(console.styled(f"  [cyan]{escape(report.name)}[/cyan]: {escape(what)}"))
+        out.print(f"    {known[report.name].summary}")
+        out.print(f"    why: {known[report.name].why}")
+        out.print(f"    at: {_short(report.sites)}")
 
 
 def _explain_compile_passes(names: tuple[str, ...]) -> None:
@@ -121,9 +120,10 @@ def _explain_compile_passes(names: tuple[str, ...]) -> None:
 
     passes = registry.select(registry.mlir_passes(), names)
     if passes:
-        console.out().print("\n[bold]while compiling, on the Top dialect[/bold]")
+        console.out().print("\nwhile compiling, on the Top dialect", style="bold")
     for one in passes:
-        console.out().print(f"  [cyan]{one.name}[/cyan]: {escape(one.summary)}\n    why: {escape(one.why)}")
+        console.out().print(console.styled(f"  [cyan]{escape(one.name)}[/cyan]: {escape(one.summary)}"))
+        console.out().print(f"    why: {one.why}")
 
 
 def _explain_passes(names: tuple[str, ...]) -> None:
@@ -131,9 +131,9 @@ def _explain_passes(names: tuple[str, ...]) -> None:
 
     for one in registry.select(registry.all_passes(), names):
         out = console.out()
-        out.print(f"[bold cyan]{one.name}[/bold cyan]: {escape(one.summary)}")
-        out.print(f"  why: {escape(one.why)}")
-        out.print(f"  only where: {escape(one.precondition)}")
+        out.print(console.styled(f"[bold cyan]{escape(one.name)}[/bold cyan]: {escape(one.summary)}"))
+        out.print(f"  why: {one.why}")
+        out.print(f"  only where: {one.precondition}")
 
 
 def _short(sites: tuple[str, ...], limit: int = 4) -> str:

@@ -23,35 +23,26 @@ from qwen_surgery.compiling.flags import compile_options, options_from, run_opti
 @compile_options
 @run_options
 def command(onnx_dir: Path, out: Path, **given: Any) -> None:
-    from qwen_surgery.building import session
-    from qwen_surgery.building.drive import (
-        Builder,
-        compile_exported,
-        open_export,
-        proof_targets,
-    )
+    from qwen_surgery.building import build, session
+    from qwen_surgery.building.display import size
+    from qwen_surgery.building.request import CompileRequest, RunRequest
     from qwen_surgery.exporting.manifest import Manifest
-    from qwen_surgery.toolchain import Toolchain
 
-    manifest = Manifest.load(onnx_dir)
-    name = Path(manifest.checkout).name.lower() or "qwen"
-    options = options_from(given, name).resolved(manifest.geometry)
+    name = Path(Manifest.load(onnx_dir).checkout).name.lower() or "qwen"
+    options = options_from(given, name)
+    request = CompileRequest(onnx_dir, out, options, given["toolchain"], RunRequest.of(given))
     if given["dry_run"]:
-        toolchain = Toolchain.find(given["toolchain"])
-        builder = Builder(out, options, toolchain, session.planned(given))
-        compiling = open_export(builder, onnx_dir)
-        graph = builder.whole_graph(compiling, manifest.config)
-        session.show_plan(
-            session.plan_of(graph, builder.store, proof_targets(graph), builder.jobs), given["as_json"]
-        )
+        session.show_plan(build.plan(request), given["as_json"])
         return
-    toolchain = Toolchain.find(given["toolchain"])
-    with session.running(given) as (running, _):
-        built = compile_exported(onnx_dir, out, options, toolchain, running)
+    result = build.build(request)
     if given["as_json"]:
         console.print_json(
-            {"bmodels": [str(path) for path in built.bmodels], "unpacked": built.unpacked, "ran": built.ran}
+            {
+                "bmodels": [str(path) for path in result.bmodels],
+                "unpacked": result.unpacked,
+                "ran": result.ran,
+            }
         )
         return
-    for path in built.bmodels:
-        console.out().print(f"{path} ({session.size(path.stat().st_size)})", markup=False)
+    for path in result.bmodels:
+        console.out().print(f"{path} ({size(path.stat().st_size)})")

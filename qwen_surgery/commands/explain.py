@@ -41,13 +41,13 @@ def command(codemod: str | None, as_json: bool) -> int:
 def _list(found: dict[str, Page]) -> None:
     width = max(len(name) for name in found)
     for name, page in found.items():
-        click.echo(f"{name:<{width}}  {page.title}")
+        console.line(f"{name:<{width}}  {page.title}")
 
 
 def _show(page: Page) -> None:
     text = page.to_text()
     if not sys.stdout.isatty():
-        click.echo(text)
+        console.text(text)
         return
     from rich.markdown import Markdown
 

@@ -32,7 +32,7 @@ def _lines(net: NetReport) -> Iterator[str]:
     weights = "weights shared" if net.shared else f"weights {_size(net.weight_bytes)}"
     flags = "".join(f", {name}" for name, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on)
     yield (
-        f"[bold]{net.name}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
+        f"[bold]{escape(net.name)}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
         f"runtime memory {_size(net.runtime_bytes)}{flags}"
     )
     for arrow, tensors in (("in ", net.inputs), ("out", net.outputs)):
@@ -58,7 +58,7 @@ def _print(report: BmodelReport, every: bool) -> None:
         f"{report.layers} layers, {len(report.nets)} nets, TPU-MLIR format {report.version}, {report.created}"
     )
     for line in _nets(report, every):
-        out.print(line)
+        out.print(console.styled(line))
     if report.speed:
         out.print(
             f"predicted by TPU-MLIR: first token {report.speed.first_token_ms:.2f} ms, then "

@@ -113,7 +113,7 @@ def _report(
     report.show(plan.shown, stream)
     stream.flush()
     for note in (plan.revision_line(), *plan.notes, *notes, _last_line(plan, written)):
-        click.echo(note, err=True)
+        console.line(note, err=True)
 
 
 def _last_line(plan: Patch, written: bool) -> str:

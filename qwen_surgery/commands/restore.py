@@ -36,12 +36,12 @@ def command(checkout: Path, as_json: bool, quiet: bool) -> int:
     if quiet:
         return 0
     if done is None:
-        click.echo(f"nothing to restore: {checkout} holds no receipt of a patch", err=True)
+        console.line(f"nothing to restore: {checkout} holds no receipt of a patch", err=True)
         return 0
     for note in done.notes:
-        click.echo(note, err=True)
+        console.line(note, err=True)
     for name in files:
-        click.echo(f"restored {checkout / name}")
+        console.line(f"restored {checkout / name}")
     for name in untouched:
-        click.echo(f"{checkout / name} is the original already")
+        console.line(f"{checkout / name} is the original already")
     return 0

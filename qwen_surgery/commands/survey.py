@@ -74,11 +74,11 @@ def command(
     if as_json:
         console.print_json(matrix.to_json(rows, recipe, seq_length))
     elif markdown:
-        click.echo(matrix.to_markdown(rows, recipe))
+        console.text(matrix.to_markdown(rows, recipe))
     else:
         matrix.show(rows, recipe)
     if record is not None:
-        click.echo(matrix.record(rows, record), err=True)
+        console.line(matrix.record(rows, record), err=True)
     return _verdict(rows, recipe, fail_on)
 
 

@@ -71,7 +71,7 @@ def doctor(version: str | None, as_json: bool) -> None:
     else:
         for finding in findings:
             mark = "ok  " if finding.ok else "FAIL"
-            console.out().print(f"{mark} {finding.what}: {finding.text}", markup=False)
+            console.out().print(f"{mark} {finding.what}: {finding.text}")
     bad = [finding.what for finding in findings if not finding.ok]
     if bad:
         raise ToolFailed(f"not well: {', '.join(bad)}", hint="each line above says what to do")

@@ -130,10 +130,10 @@ def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
         return
     console.out().print(make_table(report, every_net=every_net))
     for line in token_lines(report):
-        console.out().print(line, markup=False, soft_wrap=True)
+        console.out().print(line, soft_wrap=True)
     seconds = ", ".join(
         f"{level.level} {level.mode} {level.name} {level.seconds:.1f} s" for level in report.levels
     )
     console.err().print(f"{seconds}; largest process {report.peak_rss / 2**20:.0f} MiB")
     for line in misses(report):
-        console.err().print(f"missed: {line}", markup=False)
+        console.err().print(f"missed: {line}")

@@ -214,7 +214,9 @@ def _refuse_too_large_inline(
 
 def require_space(todo: ExportPlan, onnx_path: Path) -> None:
     """Raise ToolFailed when the disk of *onnx_path* is too full for *todo*."""
-    folder = onnx_path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    require_disk(folder, todo.weight_bytes + todo.graph_bytes, "the export")
+    require_disk(
+        onnx_path.absolute().parent,
+        todo.weight_bytes + todo.graph_bytes,
+        "the export",
+        "free some space, choose another disk, or use --weights link, which copies nothing",
+    )

@@ -32,7 +32,7 @@ def element_size(type_: str) -> int:
     return _struct_size(type_) if type_ in STRUCTS else 4
 
 
-class _Reader:
+class _Buffer:
     """Reads values out of *data*, at most :data:`MOST_VALUES`: offsets may lead to one table many times."""
 
     def __init__(self, data: bytes) -> None:
@@ -120,7 +120,7 @@ def read(data: bytes) -> Dict:
     Scalars that are absent get their default; absent strings, vectors, structs and tables are left out.
     Raises :class:`Damaged`.
     """
-    reader = _Reader(data)
+    reader = _Buffer(data)
     try:
         return reader.table("Model", reader.unpack("I", 0))
     except RecursionError as error:  # offsets that lead back to themselves

@@ -1,4 +1,10 @@
-"""Where a survey's revisions come from: a git repository's objects, a folder, or one file. Reads only."""
+"""Where a survey's revisions come from: a git repository's objects, a folder, or one file. Reads only.
+
+Of a git repository only objects and refs are used. git runs in a repository of this program's own, made anew
+in a temporary folder, whose objects are those of the surveyed one: so nothing that the surveyed repository,
+the user or the system configures is in force (programs for signatures, filters, text conversion, monitors,
+remotes to fetch from), and replacements and grafts do not count. Refs are read here, as text.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +12,27 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 from qwen_surgery.checkout import CONFIG
 from qwen_surgery.errors import Refused, ToolFailed, Usage
+from qwen_surgery.files import read_regular
 from qwen_surgery.patching.receipt import STATE
 
 _GITLINK = "160000"
-# Set inside git hooks (pre-commit runs in one); they would point git at another repository.
-_GIT_LOCATIONS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+_HASH = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+#: Names that git itself takes for a ref, less the exotic ones; refs/replace would change what objects hold.
+_REF = re.compile(r"refs/(?!replace/)[\w.+@/#=,%-]+")
+#: A ref file, or a list of them, is not larger than this; nor are there more of them.
+_LARGEST_REFS, _MOST_REFS = 64 << 20, 200_000
+#: What is read of one file of a revision; a modeling file has about 60,000 bytes.
+LARGEST_FILE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -104,26 +117,27 @@ class FolderSource:
 
 @dataclass
 class GitSource:
-    """A git repository, with or without a work tree; only its objects are read, nothing is fetched."""
+    """A git repository, with or without a work tree: its objects and refs are read, nothing is fetched."""
 
     path: Path
     since: str | None = None
 
     def items(self) -> list[Item]:
-        raw = self._git(*self._log_arguments())
-        changes = list(_parse_log(raw))
-        changes.reverse()
-        configs = self._configs(changes)
+        with self._reader() as git:
+            changes = list(_parse_log(git.run(*self._log_arguments(git))))
+            changes.reverse()
+            configs = _configs(git, changes)
         return [
             Item(c.commit, c.date, c.path, c.blob, configs.get((c.commit, c.path)))
             for c in _without_repeats(changes)
         ]
 
-    def _log_arguments(self) -> list[str]:
+    def _log_arguments(self, git: _Git) -> list[str]:
         arguments = ["log", "--all", "--date-order", "-z", "--raw", "--no-abbrev", "--no-renames", "-m"]
+        arguments += ["--no-show-signature", "--no-ext-diff", "--no-textconv"]
         arguments += ["--diff-filter=AMT", "--format=%x01%H%x02%cI%x02%P"]
         if self.since is not None:
-            known = self._run(
+            known = git.try_run(
                 "rev-parse", "--verify", "--quiet", "--end-of-options", self.since + "^{commit}"
             )
             if known.returncode:
@@ -131,27 +145,11 @@ class GitSource:
             arguments += ["--not", known.stdout.decode().strip()]
         return [*arguments, "--", "*.py"]
 
-    def _configs(self, changes: list[_Change]) -> dict[tuple[str, str], str]:
-        """(commit, path) -> blob of the config.json in the same folder at that commit."""
-        wanted = sorted({(c.commit, c.path) for c in changes})
-        names = [f"{commit}:{PurePosixPath(path).with_name(CONFIG)}" for commit, path in wanted]
-        usable = [i for i, name in enumerate(names) if "\n" not in name]
-        with _lines_file(names[i] for i in usable) as stdin, self._objects_only() as only:
-            answer = self._git("cat-file", "--batch-check", stdin=stdin, extra=only).decode(
-                "utf-8", "replace"
-            )
-        found = {}
-        for i, line in zip(usable, answer.splitlines(), strict=True):
-            parts = line.split(" ")
-            if len(parts) == 3 and parts[1] == "blob":
-                found[wanted[i]] = parts[0]
-        return found
-
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         with (
+            self._reader() as git,
             _lines_file(keys) as stdin,
-            self._objects_only() as only,
-            self._start("cat-file", "--batch", stdin=stdin, extra=only) as process,
+            git.start("cat-file", "--batch", stdin=stdin) as process,
         ):
             assert process.stdout is not None
             while header := process.stdout.readline():
@@ -159,41 +157,152 @@ class GitSource:
                 if len(parts) != 3 or parts[1] in ("missing", "ambiguous"):
                     yield parts[0], None
                     continue
-                data = process.stdout.read(int(parts[2]))
+                yield parts[0], _bounded(process.stdout, int(parts[2]))
                 process.stdout.read(1)
-                yield parts[0], data
-
-    def _command(self, *arguments: str) -> list[str]:
-        return ["git", "-C", str(self.path), "--no-pager", *arguments]
 
     @contextlib.contextmanager
-    def _objects_only(self) -> Iterator[dict[str, str]]:
-        """The environment that makes git see this repository's objects and nothing of its configuration.
-
-        In a partial clone git would otherwise ask the remote for each object it lacks, or die trying.
-        """
-        objects = self.path / self._git("rev-parse", "--git-path", "objects").decode().strip("\n")
-        form = self._git("rev-parse", "--show-object-format").decode().strip()
+    def _reader(self) -> Iterator[_Git]:
+        """git in a repository of our own that has this one's objects and refs."""
+        store = _store_of(self.path)
+        refs = _refs(store)
+        head = _head(self.path, store, refs)
+        form = "sha256" if any(len(commit) == 64 for commit in (*refs.values(), head)) else "sha1"
         with tempfile.TemporaryDirectory(prefix="qwen-surgery-") as bare:
-            self._git("init", "--quiet", "--bare", "--template=", f"--object-format={form}", bare)
-            yield {"GIT_DIR": bare, "GIT_OBJECT_DIRECTORY": str(objects.absolute())}
+            git = _Git(self.path, Path(bare), store / "objects")
+            git.run("init", "--quiet", "--bare", "--template=", f"--object-format={form}", bare)
+            lines = [f"{commit} {name}\n" for name, commit in sorted(refs.items())]
+            Path(bare, "packed-refs").write_text("# pack-refs with: sorted\n" + "".join(lines), "utf-8")
+            if head:
+                Path(bare, "HEAD").write_text(f"{head}\n", "utf-8")
+            shallow = _hashes(store / "shallow")
+            if shallow:
+                Path(bare, "shallow").write_text("".join(f"{commit}\n" for commit in shallow), "utf-8")
+            yield git
 
-    def _start(self, *arguments: str, stdin: int, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
+
+def _bounded(stream: IO[bytes], size: int) -> bytes:
+    """The next *size* bytes; of a giant just more than :data:`LARGEST_FILE`, the rest passed over."""
+    data = stream.read(min(size, LARGEST_FILE + 1))
+    left = size - len(data)
+    while left > 0 and (skipped := stream.read(min(left, 1 << 20))):
+        left -= len(skipped)
+    return data
+
+
+def _configs(git: _Git, changes: list[_Change]) -> dict[tuple[str, str], str]:
+    """(commit, path) -> blob of the config.json in the same folder at that commit."""
+    wanted = sorted({(c.commit, c.path) for c in changes})
+    names = [f"{commit}:{PurePosixPath(path).with_name(CONFIG)}" for commit, path in wanted]
+    usable = [i for i, name in enumerate(names) if "\n" not in name]
+    with _lines_file(names[i] for i in usable) as stdin:
+        answer = git.run("cat-file", "--batch-check", stdin=stdin).decode("utf-8", "replace")
+    found = {}
+    for i, line in zip(usable, answer.splitlines(), strict=True):
+        parts = line.split(" ")
+        if len(parts) == 3 and parts[1] == "blob":
+            found[wanted[i]] = parts[0]
+    return found
+
+
+def _git_folder(path: Path) -> Path:
+    """Where the repository at *path* keeps itself: PATH/.git, what a .git file names, or *path* if bare."""
+    dot = path / ".git"
+    if dot.is_dir():
+        return dot
+    text = read_regular(dot, 1 << 16)
+    if text is None:
+        return path
+    named = text.decode("utf-8", "surrogateescape").strip()
+    if not named.startswith("gitdir:") or "\0" in named:
+        raise Refused(f"{dot} names no repository")
+    return path / named.removeprefix("gitdir:").strip()
+
+
+def _store_of(path: Path) -> Path:
+    """The folder with the objects and refs: of a linked work tree that of its main repository."""
+    folder = _git_folder(path)
+    text = read_regular(folder / "commondir", 1 << 16)
+    store = folder if text is None else folder / text.decode("utf-8", "surrogateescape").strip("\n\0")
+    if not (store / "objects").is_dir():
+        raise Refused(f"{path} is no whole git repository: {store} has no objects")
+    if (store / "reftable").is_dir():
+        raise Refused(
+            f"{path} keeps its refs in reftable format, which is not read",
+            hint="survey a clone of it: `git clone --ref-format=files`",
+        )
+    return store
+
+
+def _text(file: Path) -> str:
+    return (read_regular(file, _LARGEST_REFS) or b"").decode("utf-8", "surrogateescape")
+
+
+def _hashes(file: Path) -> list[str]:
+    return [line for line in _text(file).split() if _HASH.fullmatch(line)]
+
+
+def _refs(store: Path) -> dict[str, str]:
+    """Name -> commit (or tag) of every ref; a loose one counts before a packed one. Symbolic refs are left
+    out: what they stand for is there under its own name.
+    """
+    found: dict[str, str] = {}
+
+    def add(name: str, commit: str) -> None:
+        usable = _REF.fullmatch(name) and ".." not in name and "//" not in name
+        if usable and not name.endswith((".", "/", ".lock")) and _HASH.fullmatch(commit):
+            found[name] = commit
+
+    for line in _text(store / "packed-refs").splitlines():
+        commit, _, name = line.partition(" ")
+        add(name, commit)
+    for number, file in enumerate(_files_below(store / "refs")):
+        if number > _MOST_REFS:
+            raise Refused(f"{store / 'refs'} holds more than {_MOST_REFS:,} refs")
+        add(
+            file.relative_to(store).as_posix(), (read_regular(file, 1 << 16) or b"").decode("latin-1").strip()
+        )
+    return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (file for name in names if not (file := Path(root, name)).is_symlink())
+
+
+def _head(path: Path, store: Path, refs: Mapping[str, str]) -> str:
+    """The commit that HEAD is at; empty where it is at none."""
+    said = _text(_git_folder(path) / "HEAD").strip()
+    commit = refs.get(said.removeprefix("ref:").strip(), "") if said.startswith("ref:") else said
+    return commit if _HASH.fullmatch(commit) else ""
+
+
+@dataclass(frozen=True)
+class _Git:
+    """git, run in the repository *own* on the objects in *objects*; *path* is named in errors."""
+
+    path: Path
+    own: Path
+    objects: Path
+
+    def start(self, *arguments: str, stdin: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             self._command(*arguments),
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**_environment(), **extra},
+            env=self._environment(),
+            cwd=self.own,
         )
 
-    def _run(
-        self, *arguments: str, stdin: int = subprocess.DEVNULL, extra: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[bytes]:
-        environment = {**_environment(), **(extra or {})}
+    def try_run(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
         try:
             return subprocess.run(
-                self._command(*arguments), stdin=stdin, capture_output=True, env=environment, check=False
+                self._command(*arguments),
+                stdin=stdin,
+                capture_output=True,
+                env=self._environment(),
+                cwd=self.own,
+                check=False,
             )
         except FileNotFoundError:
             raise ToolFailed(
@@ -201,25 +310,33 @@ class GitSource:
                 hint="install git, or survey a folder of files",
             ) from None
 
-    def _git(
-        self, *arguments: str, stdin: int = subprocess.DEVNULL, extra: Mapping[str, str] | None = None
-    ) -> bytes:
-        done = self._run(*arguments, stdin=stdin, extra=extra)
+    def run(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> bytes:
+        done = self.try_run(*arguments, stdin=stdin)
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
             raise ToolFailed(f"git {arguments[0]} failed in {self.path}: {said[0]}")
         return done.stdout
 
+    def _command(self, *arguments: str) -> list[str]:
+        return ["git", "--no-pager", *arguments]
 
-def _environment() -> dict[str, str]:
-    """git's surroundings: the repository that PATH is, whatever GIT_DIR says; no prompt, no lock taken."""
-    return {
-        **{name: value for name, value in os.environ.items() if name not in _GIT_LOCATIONS},
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_OPTIONAL_LOCKS": "0",
-        "LC_ALL": "C",
-    }
+    def _environment(self) -> dict[str, str]:
+        """Nothing of git's surroundings is passed on: no configuration, no other repository, no tracing."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        return kept | {
+            "GIT_DIR": str(self.own),
+            "GIT_OBJECT_DIRECTORY": str(self.objects.absolute()),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_SYSTEM": os.devnull,
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_ATTR_NOSYSTEM": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_NO_LAZY_FETCH": "1",
+            "GIT_ALLOW_PROTOCOL": "none",
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_OPTIONAL_LOCKS": "0",
+            "LC_ALL": "C",
+        }
 
 
 @contextlib.contextmanager

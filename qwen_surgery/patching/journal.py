@@ -133,7 +133,7 @@ class _Step:
         if self.after is None:
             if found == self.before:
                 self.target.unlink(missing_ok=True)
-        elif found == self.before and os.path.lexists(self.temp):
+        elif found == self.before and _digest_of(self.temp) == self.after:
             self.temp.replace(self.target)
         self.temp.unlink(missing_ok=True)
 
@@ -230,6 +230,8 @@ def commit(root: Path, actions: Iterable[Write | Remove]) -> None:
     for action, step in zip(todo, steps, strict=True):
         if isinstance(action, Write) and action.expect is not None and action.expect != step.before:
             raise Refused(f"{action.path} was changed by someone else meanwhile; nothing was changed")
+    for path in (root / STATE / JOURNAL, *(action.path for action in todo)):
+        _refuse_folder(temporary_of(path))
     old = [_Old.of(step) for step in steps]
     done: list[int] = []
     try:
@@ -256,6 +258,11 @@ def commit(root: Path, actions: Iterable[Write | Remove]) -> None:
         raise
 
 
+def _refuse_folder(temp: Path) -> None:
+    if temp.is_dir() and not temp.is_symlink():
+        raise Refused(f"{temp} is a folder, where this program writes a file", hint="move it away")
+
+
 def refuse_foreign_state(root: Path) -> None:
     """Raise Refused when the state folder of *root* cannot be one that this program made."""
     for folder in (root / STATE, root / STATE / ORIGINALS):
@@ -275,6 +282,7 @@ def recover(root: Path) -> str:
     """Finish or undo what a killed run began in *root*; says which in one line, '' for nothing to do."""
     refuse_foreign_state(root)
     journal = root / STATE / JOURNAL
+    _refuse_folder(temporary_of(journal))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         temporary_of(journal).unlink()
     text = read_regular(journal, LARGEST)

@@ -10,7 +10,7 @@ from typing import Any
 
 from codemods.base import Outcome, Status
 from golden import revisions
-from qwen_surgery import files
+from qwen_surgery import console, files
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.patching.edits import blocks
 from qwen_surgery.patching.plan import by_codemod
@@ -63,7 +63,6 @@ def _head(row: SurveyRow) -> tuple[str, str, str]:
 
 def show(rows: Sequence[SurveyRow], recipe: str) -> None:
     """Print the matrix and, below it, why anything was declined or failed."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -76,10 +75,10 @@ def show(rows: Sequence[SurveyRow], recipe: str) -> None:
         cells = [cell(row, recipe, name) for name in names]
         table.add_row(*_head(row), *(Text(text, STYLES[s] if s else "dim") for text, s in cells))
     wide = None if narrow else 10_000  # a pipe has no width: never fold there
-    console = Console(highlight=False, width=wide)
-    console.print(table)
+    printer = console.on(sys.stdout, width=wide)
+    printer.print(table)
     for line in (*_reasons(rows, recipe), summary(rows, recipe)):
-        console.print(line, markup=False, soft_wrap=True)
+        printer.print(line, soft_wrap=True)
 
 
 def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:

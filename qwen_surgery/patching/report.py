@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from codemods.base import Outcome, Status
-from qwen_surgery import __version__
+from qwen_surgery import __version__, console
 from qwen_surgery.patching.edits import blocks
 from qwen_surgery.patching.receipt import outcome_json
 
@@ -52,11 +52,11 @@ def show(outcomes: Outcomes, stream: TextIO | None = None) -> None:
     for name, sites in outcomes.items():
         for o in sites:
             reason = f"{o.where}: {o.reason}" if o.where not in ("", name) else o.reason
-            stream.write(f"{o.status.value:<8}  {o.codemod:<{width}}  {place(name, o)}: {reason}\n")
+            said = f"{o.status.value:<8}  {o.codemod:<{width}}  {place(name, o)}: {reason}"
+            stream.write(console.printable(said).replace("\n", "\\n") + "\n")
 
 
 def _table(outcomes: Outcomes, stream: TextIO) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -67,25 +67,26 @@ def _table(outcomes: Outcomes, stream: TextIO) -> None:
         for o in sites:
             where = place(name, o) + (f"\n{o.where}" if o.where not in ("", name) else "")
             table.add_row(Text(o.status.value, STYLES[o.status]), o.codemod, Text(where), Text(o.reason))
-    Console(file=stream, highlight=False).print(table)
+    console.on(stream).print(table)
 
 
 def show_diff(diff: bytes, stream: TextIO | None = None) -> None:
-    """Write a diff: its very bytes into a pipe, coloured on a terminal."""
+    """Write a diff: its very bytes into a pipe, where it is data for ``git apply``; on a terminal coloured,
+    and printable.
+    """
     stream = stream or sys.stdout
     if not stream.isatty():
         stream.flush()
         stream.buffer.write(diff)
         stream.flush()
         return
-    from rich.console import Console
     from rich.text import Text
 
     styles = {"+": "green", "-": "red", "@": "cyan"}
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    printer = console.on(stream)
     for line in diff.decode("utf-8", "replace").splitlines():
         style = "bold" if line.startswith(("+++", "---")) else styles.get(line[:1], "")
-        console.print(Text(line, style), soft_wrap=True)
+        printer.print(Text(console.printable(line), style), soft_wrap=True)
 
 
 def to_json(outcomes: Outcomes) -> dict[str, list[dict[str, Any]]]:

@@ -131,13 +131,26 @@ def _commit(plan: planning.Patch, receipt: Receipt) -> None:
             actions.append(Write(stored, plan.reference[name], 0o600))
             _keep_links(root / name, stored)
     for name in plan.changed:
-        expect = digest(plan.current[name])
-        actions.append(Write(root / name, plan.result[name], expect=expect))
+        actions.append(_changed(plan, receipt, name))
     if receipt.files:
         actions.append(Write(state / RECEIPT, receipt.to_bytes()))
     else:
         actions.append(Remove(state / RECEIPT))
     journal.commit(root, actions)
+
+
+def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> Write:
+    """The new content of *name*; other options that leave it unpatched bring its mode and links back too."""
+    path, result, expect = plan.checkout.path / name, plan.result[name], digest(plan.current[name])
+    old = plan.receipt.files.get(name) if plan.receipt else None
+    if old is None or name in receipt.files or digest(result) != old.before:
+        return Write(path, result, expect=expect)
+    return _back(plan.checkout.path, name, old, result, expect)
+
+
+def _back(root: Path, name: str, record: FileRecord, original: bytes, expect: str | None) -> Write:
+    link = _linked(root / STATE / record.stored(name))
+    return Write(root / name, original, record.mode, expect, link if link.exists() else None, record.symlink)
 
 
 def _linked(stored: Path) -> Path:
@@ -166,11 +179,7 @@ def _to_restore(path: Path, receipt: Receipt) -> tuple[list[Write], tuple[str, .
         if now == record.before and _stands_as_before(target, record):
             untouched.append(name)
             continue
-        link = _linked(path / STATE / record.stored(name))
-        original = receipt.original(path, name)
-        back.append(
-            Write(target, original, record.mode, now, link if link.exists() else None, record.symlink)
-        )
+        back.append(_back(path, name, record, receipt.original(path, name), now))
     return back, tuple(untouched)
 
 

@@ -275,7 +275,12 @@ def _failure(tool: str, net: str, command: Sequence[str], log: Path, status: int
     hint = f"log: {log}"
     if status == -9:
         hint = f"signal 9 often means the machine ran out of memory; fewer --jobs need less; {hint}"
-    return ToolFailed(f"{subject}{tool} {how}: {shlex.join(command)}", hint=hint, log_tail=log_tail(log))
+    return ToolFailed(
+        f"{subject}{tool} {how}: {shlex.join(command)}",
+        hint=hint,
+        log_tail=log_tail(log),
+        signal=-status if status < 0 else None,
+    )
 
 
 _live: set[subprocess.Popen[bytes]] = set()

@@ -7,7 +7,6 @@ is swept by the next one. A lock file keeps two installs of one version apart.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_surgery.errors import ToolFailed, Usage
+from qwen_surgery.files import locked, require_disk
 from qwen_surgery.toolchain import python310, standins
 from qwen_surgery.toolchain.environment import RECORD, Toolchain, log_tail, run_guarded, toolchains_dir
 from qwen_surgery.toolchain.pins import BUNDLED_GLIBC, BUNDLED_GLIBC_VERSION, DEFAULT_VERSION, PINS, Pin
@@ -57,8 +57,9 @@ def _pin(version: str) -> Pin:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of *folder*'s version; a second install waits for the first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.touch()
+    with locked(lock, wait=True):
         yield
 
 
@@ -79,7 +80,12 @@ def install(
             return next(chain for chain in Toolchain.installed() if chain.version == version)
         python = python310.find()
         kind = "full" if full else "lean"
-        _check_space(folder.parent, _NEEDS[kind])
+        require_disk(
+            folder.parent,
+            _NEEDS[kind],
+            f"TPU-MLIR {version}",
+            "free some space or set QWEN_SURGERY_HOME to a larger disk",
+        )
         started = time.monotonic()
         # The record goes first, so that a kill from here on leaves nothing that looks whole.
         (folder / RECORD).unlink(missing_ok=True)
@@ -134,15 +140,6 @@ def _step(command: list[str], log: Path, what: str) -> None:
             f"{what} failed with status {status}: {' '.join(command)}",
             hint=f"log: {log}",
             log_tail=log_tail(log),
-        )
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ToolFailed(
-            f"{folder} has {free / 1e9:.1f} GB free and the toolchain needs {needed / 1e9:.1f} GB",
-            hint="free some space or set QWEN_SURGERY_HOME to a larger disk",
         )
 
 

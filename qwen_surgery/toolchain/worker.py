@@ -130,7 +130,8 @@ class Worker:
         self._errors.seek(0)
         tail = "\n".join(self._errors.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return ToolFailed(f"{self._what} {how} on {self._subject}", log_tail=tail)
+        signal = -status if status < 0 else None
+        return ToolFailed(f"{self._what} {how} on {self._subject}", log_tail=tail, signal=signal)
 
     def close(self) -> None:
         """End the process and delete its scratch folder; safe to call twice."""

@@ -38,6 +38,12 @@ class Check:
         """The net's name without its layer."""
         return self.net if self.layer is None else self.net.removesuffix(f"_{self.layer}")
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Check:
+        values = {key: math.nan if value is None else value for key, value in row["values"].items()}
+        fields = {key: value for key, value in row.items() if key != "passed"}
+        return cls(**{**fields, "values": values, "missed": tuple(row["missed"])})
+
 
 @dataclass
 class LevelResult:
@@ -97,6 +103,30 @@ class Report:
                 for level in self.levels
             ],
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_json` made *data* of; infinite numbers come back as not a number."""
+        report = cls(
+            data["checkout"],
+            data["seq_length"],
+            data["recipe"],
+            peak_rss=data["peak_rss_bytes"],
+            versions=data["versions"],
+        )
+        for level in data["levels"]:
+            checks = [Check.from_json(row) for row in level["checks"]]
+            report.levels.append(
+                LevelResult(
+                    level["level"],
+                    level["mode"],
+                    level["name"],
+                    checks,
+                    level["seconds"],
+                    level["greedy_tokens"],
+                )
+            )
+        return report
 
 
 def _finite(value: Any) -> Any:

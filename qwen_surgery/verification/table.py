@@ -44,6 +44,7 @@ def make_table(report: Report, *, every_net: bool = False) -> Table:
     variation between the two distributions."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     title = f"verify {report.checkout}, S={report.seq_length}, recipe {report.recipe}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -54,13 +55,13 @@ def make_table(report: Report, *, every_net: bool = False) -> Table:
         table.add_column(HEADINGS.get(name, name), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for level in report.levels:
-        table.add_row(f"[bold]{level.level} {level.mode} {level.name}[/bold]")
+        table.add_row(Text(f"{level.level} {level.mode} {level.name}", "bold"))
         if not level.checks:
-            table.add_row("-", "-", "0", *[""] * len(COLUMNS), "[red]nothing was compared[/red]")
+            table.add_row("-", "-", "0", *[""] * len(COLUMNS), Text("nothing was compared", "red"))
         for (net, phase), checks in rows_of(level, every_net=every_net).items():
             worst = worst_of(checks)
             failed = [check for check in checks if not check.passed]
-            verdict = "[green]ok[/green]" if not failed else f"[red]{len(failed)} missed[/red]"
+            verdict = Text("ok", "green") if not failed else Text(f"{len(failed)} missed", "red")
             numbers = (number(name, worst.get(name)) for name in COLUMNS)
             table.add_row(net, phase, str(len(checks)), *numbers, verdict)
         table.add_section()

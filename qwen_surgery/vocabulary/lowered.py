@@ -120,7 +120,7 @@ def run_steps(
     try:
         toolchain.run(command[0], command[1:], full, log, net=net, preload=sparse)
     except ToolFailed as error:
-        if sparse is None or "signal 9" in str(error):
+        if sparse is None or error.signal == 9:
             raise
         toolchain.run(command[0], command[1:], full, log, net=net)
     return arrays

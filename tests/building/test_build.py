@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from golden.eras import make_checkout
-from qwen_surgery.building.compare import differences
+from qwen_surgery.building.step_assemble import differences
 from qwen_surgery.packing.container import Bmodel
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,13 @@ from distributed import Client, LocalCluster
 
 from qwen_surgery.building import session
 from qwen_surgery.building.graph import Graph, Store, Task
-from qwen_surgery.building.run import Runner
-
-WRITE = "tests.building.actions:write"
+from qwen_surgery.building.runner import Runner
+from tests.building.actions import Write
 
 
 def make_graph() -> Graph:
-    tasks = [Task(f"t{i}", WRITE, {"text": str(i), "sleep": 0.7}, seconds=1.0) for i in range(8)]
-    return Graph([*tasks, Task("all", WRITE, {"text": "all"}, needs=tuple(t.name for t in tasks), keep=True)])
+    tasks = [Task(f"t{i}", Write(str(i), sleep=0.7)) for i in range(8)]
+    return Graph([*tasks, Task("all", Write("all"), needs=tuple(t.name for t in tasks), keep=True)])
 
 
 def test_a_build_survives_the_death_of_a_worker(tmp_path: Path) -> None:
@@ -39,9 +38,7 @@ def test_a_build_survives_the_death_of_a_worker(tmp_path: Path) -> None:
         with session.executor(cluster.scheduler_address) as (executor, workers):
             assert workers == 2
             timer.start()
-            Runner(graph, store, tmp_path / "logs", jobs=workers, memory=1 << 40, executor=executor).run(
-                ["all"]
-            )
+            Runner(graph, store, tmp_path / "logs", jobs=workers, memory=1 << 40, executor=executor).run()
         timer.join()
         assert killed, "the build was over before a worker was killed"
     text = (store.folder(graph.keys["all"]) / "out.txt").read_text()

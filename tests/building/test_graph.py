@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from qwen_surgery.building.graph import DONE, Graph, Store, Task, peak_disk, require_disk, stale
-from qwen_surgery.building.run import Progress, Runner
+from qwen_surgery.building.graph import DONE, Answer, Cost, Expansion, Graph, Store, Task, peak_disk, stale
+from qwen_surgery.building.runner import Progress, Runner
+from qwen_surgery.building.step import Step
 from qwen_surgery.errors import Refused, SurgeryError, ToolFailed
-
-WRITE = "tests.building.actions:write"
+from qwen_surgery.files import require_disk
+from tests.building.actions import Crash, Die, Fail, Overlap, Refuse, Write
 
 
 def chain(count: Path | None = None, **texts: str) -> Graph:
@@ -20,8 +22,8 @@ def chain(count: Path | None = None, **texts: str) -> Graph:
     text = {"a": "a", "b": "b", "c": "c", "d": "d", **texts}
 
     def task(name: str, *needs: str, keep: bool = False) -> Task:
-        params = {"text": text[name], "count": str(count) if count else ""}
-        return Task(name, WRITE, params, needs=needs, disk=100, keep=keep)
+        step = Write(text[name], count=str(count) if count else "")
+        return Task(name, step, needs=needs, cost=Cost(disk=100), keep=keep)
 
     return Graph([task("d", "b", "c", keep=True), task("b", "a"), task("c", "a", keep=True), task("a")])
 
@@ -40,13 +42,13 @@ def output(graph: Graph, tmp_path: Path, name: str) -> Path:
 
 def test_a_graph_runs_in_order_and_gives_each_task_its_needs(tmp_path: Path) -> None:
     graph = chain()
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     assert output(graph, tmp_path, "d").read_text() == "d+b+a+c+a"
 
 
 def test_intermediates_go_as_soon_as_used_and_kept_ones_stay(tmp_path: Path) -> None:
     graph = chain()
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     assert not output(graph, tmp_path, "a").exists()
     assert not output(graph, tmp_path, "b").exists()
     assert output(graph, tmp_path, "c").exists()
@@ -56,17 +58,17 @@ def test_intermediates_go_as_soon_as_used_and_kept_ones_stay(tmp_path: Path) -> 
 
 def test_a_second_run_runs_nothing(tmp_path: Path) -> None:
     count = tmp_path / "count"
-    runner(chain(count), tmp_path).run(["d"])
+    runner(chain(count), tmp_path).run()
     assert counted(count) == ["a", "b", "c", "d"]
-    runner(chain(count), tmp_path).run(["d"])
+    runner(chain(count), tmp_path).run()
     assert counted(count) == ["a", "b", "c", "d"]
 
 
 def test_a_change_runs_only_what_depends_on_it(tmp_path: Path) -> None:
     count = tmp_path / "count"
-    runner(chain(count), tmp_path).run(["d"])
+    runner(chain(count), tmp_path).run()
     graph = chain(count, b="B")
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     # b's need a was dropped, so a runs again; c is kept and does not.
     assert counted(count) == ["B", "a", "a", "b", "c", "d", "d"]
     assert output(graph, tmp_path, "d").read_text() == "d+B+a+c+a"
@@ -74,28 +76,28 @@ def test_a_change_runs_only_what_depends_on_it(tmp_path: Path) -> None:
 
 def test_a_lost_or_cut_output_is_made_again(tmp_path: Path) -> None:
     graph = chain()
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     final = output(graph, tmp_path, "d")
     final.write_text("d+")
-    assert stale(graph, Store(tmp_path / "store"), ["d"])[-1] == "d"
-    runner(graph, tmp_path).run(["d"])
+    assert stale(graph, Store(tmp_path / "store"))[-1] == "d"
+    runner(graph, tmp_path).run()
     assert final.read_text() == "d+b+a+c+a"
 
 
 def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
     graph = chain()
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     marker = Store(tmp_path / "store").folder(graph.keys["d"]) / DONE
     marker.write_text(marker.read_text()[:20])
     assert Store(tmp_path / "store").done(graph.keys["d"]) is None
-    runner(graph, tmp_path).run(["d"])
+    runner(graph, tmp_path).run()
     assert json.loads(marker.read_text())["info"] == {"length": 3}
 
 
 def test_places_do_not_change_a_key_and_params_do() -> None:
-    base = Task("a", WRITE, {"text": "a"}, places={"sleep": 0.0})
-    moved = Task("a", WRITE, {"text": "a"}, places={"sleep": 0.1})
-    other = Task("a", WRITE, {"text": "b"})
+    base = Task("a", Write("a", sleep=0.0))
+    moved = Task("a", Write("a", sleep=0.1))
+    other = Task("a", Write("b"))
     key = Graph([base]).keys["a"]
     assert Graph([moved]).keys["a"] == key
     assert Graph([other]).keys["a"] != key
@@ -104,9 +106,9 @@ def test_places_do_not_change_a_key_and_params_do() -> None:
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ([Task("a", WRITE, needs=("b",)), Task("b", WRITE, needs=("a",))], "circle"),
-        ([Task("a", WRITE, needs=("x",))], "no task"),
-        ([Task("a", WRITE), Task("a", WRITE)], "two tasks"),
+        ([Task("a", Write("a"), needs=("b",)), Task("b", Write("b"), needs=("a",))], "circle"),
+        ([Task("a", Write("a"), needs=("x",))], "no task"),
+        ([Task("a", Write("a")), Task("a", Write("b"))], "two tasks"),
     ],
 )
 def test_a_graph_that_cannot_be_is_refused(tasks: list[Task], message: str) -> None:
@@ -115,25 +117,25 @@ def test_a_graph_that_cannot_be_is_refused(tasks: list[Task], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("action", "kind", "text"),
+    ("step", "kind", "text"),
     [
-        ("refuse", Refused, "the input is bad"),
-        ("fail", ToolFailed, "model_deploy failed"),
-        ("die", ToolFailed, "killed by signal 9"),
-        ("missing", SurgeryError, "missing"),
+        (Refuse(), Refused, "the input is bad"),
+        (Fail(), ToolFailed, "model_deploy failed"),
+        (Die(), ToolFailed, "killed by signal 9"),
+        (Crash(), SurgeryError, "missing"),
     ],
 )
 def test_a_failing_task_raises_its_error_and_leaves_nothing(
-    tmp_path: Path, action: str, kind: type[SurgeryError], text: str
+    tmp_path: Path, step: Step, kind: type[SurgeryError], text: str
 ) -> None:
     graph = Graph(
         [
-            Task("a", f"tests.building.actions:{action}", keep=True),
-            Task("b", WRITE, {"text": "b"}, needs=("a",)),
+            Task("a", step, keep=True),
+            Task("b", Write("b"), needs=("a",)),
         ]
     )
     with pytest.raises(kind, match=text) as caught:
-        runner(graph, tmp_path).run(["b"])
+        runner(graph, tmp_path).run()
     assert caught.value.exit_code == kind.exit_code
     store = Store(tmp_path / "store")
     assert store.done(graph.keys["a"]) is None
@@ -142,10 +144,17 @@ def test_a_failing_task_raises_its_error_and_leaves_nothing(
 
 
 def test_a_tools_last_words_reach_the_user(tmp_path: Path) -> None:
-    graph = Graph([Task("a", "tests.building.actions:fail")])
+    graph = Graph([Task("a", Fail())])
     with pytest.raises(ToolFailed) as caught:
-        runner(graph, tmp_path).run(["a"])
+        runner(graph, tmp_path).run()
     assert caught.value.log_tail == "last words"
+    assert caught.value.signal == 7
+
+
+def test_a_task_that_the_kernel_kills_says_which_signal_it_was(tmp_path: Path) -> None:
+    with pytest.raises(ToolFailed) as caught:
+        runner(Graph([Task("a", Die())]), tmp_path).run()
+    assert caught.value.signal == 9
 
 
 def test_a_failure_stops_what_runs_beside_it(tmp_path: Path) -> None:
@@ -153,13 +162,13 @@ def test_a_failure_stops_what_runs_beside_it(tmp_path: Path) -> None:
 
     graph = Graph(
         [
-            Task("slow", WRITE, {"text": "s", "sleep": 60}, seconds=99),
-            Task("bad", "tests.building.actions:fail"),
+            Task("slow", Write("s", sleep=60), cost=Cost(seconds=99)),
+            Task("bad", Fail()),
         ]
     )
     started = time.monotonic()
     with pytest.raises(ToolFailed):
-        runner(graph, tmp_path).run(["slow", "bad"])
+        runner(graph, tmp_path).run()
     assert time.monotonic() - started < 30
 
 
@@ -168,17 +177,10 @@ def test_tasks_that_do_not_fit_in_memory_together_run_one_by_one(tmp_path: Path)
         place = tmp_path / f"place{memory}"
         place.mkdir()
         tasks = [
-            Task(
-                f"t{i}-{memory}",
-                "tests.building.actions:overlap",
-                {"place": str(place)},
-                memory=memory,
-                keep=True,
-            )
-            for i in range(3)
+            Task(f"t{i}-{memory}", Overlap(place), cost=Cost(memory=memory), keep=True) for i in range(3)
         ]
         graph = Graph(tasks)
-        done = runner(graph, tmp_path, jobs=3, memory=100).run(list(graph.order))
+        done = runner(graph, tmp_path, jobs=3, memory=100).run()
         return [done[name].info["seen"] for name in graph.order]
 
     assert seen(60) == [1, 1, 1], "60 and 60 do not go into 100"
@@ -194,7 +196,7 @@ def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> Non
         events.append(event)
         etas.append(progress.eta())
 
-    runner(chain(), tmp_path, watch=watch, jobs=1).run(["d"])
+    runner(chain(), tmp_path, watch=watch, jobs=1).run()
     names = [event.split()[1] for event in events if event.startswith("start")]
     assert (names[0], {*names[1:3]}, names[3]) == ("a", {"b", "c"}, "d")
     assert [event for event in events if event] == [
@@ -206,18 +208,18 @@ def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> Non
 
 def test_peak_disk_counts_what_is_held_at_one_time() -> None:
     long = Graph(
-        [Task(f"t{i}", WRITE, {"text": "x"}, needs=(f"t{i - 1}",) if i else (), disk=100) for i in range(9)]
+        [Task(f"t{i}", Write("x"), needs=(f"t{i - 1}",) if i else (), cost=Cost(disk=100)) for i in range(9)]
     )
     assert peak_disk(long, long.order) == 300, "a chain holds two links; one more may be under way"
-    kept = Graph([Task(f"t{i}", WRITE, disk=100, keep=True) for i in range(9)])
+    kept = Graph([Task(f"t{i}", Write("x"), cost=Cost(disk=100), keep=True) for i in range(9)])
     assert peak_disk(kept, kept.order) == 1000
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_runs(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    graph = Graph([Task("a", WRITE, {"text": "a"}, disk=free * 2)])
+    graph = Graph([Task("a", Write("a"), cost=Cost(disk=free * 2))])
     with pytest.raises(ToolFailed, match="MB free"):
-        runner(graph, tmp_path).run(["a"])
+        runner(graph, tmp_path).run()
     assert not (tmp_path / "logs").exists()
     with pytest.raises(ToolFailed, match="disk"):
         require_disk(tmp_path, free * 2)
@@ -225,9 +227,103 @@ def test_a_disk_that_is_too_small_is_said_before_anything_runs(tmp_path: Path) -
 
 def test_results_of_earlier_inputs_are_retired(tmp_path: Path) -> None:
     old, new = chain(), chain(b="B")
-    runner(old, tmp_path).run(["d"])
-    runner(new, tmp_path).run(["d"])
+    runner(old, tmp_path).run()
+    runner(new, tmp_path).run()
     store = Store(tmp_path / "store")
     store.retire(new.keys.values())
     assert not store.folder(old.keys["d"]).exists()
     assert output(new, tmp_path, "d").exists()
+
+
+def growing(count: Path, first: str = "x") -> Graph:
+    """``probe``, which is known; ``next`` follows from what it says, and ``last`` from what that says."""
+
+    def after(name: str, needs: str, more: list[Expansion]) -> Expansion:
+        def grow(answers: Mapping[str, Answer]) -> list[Task | Expansion]:
+            (answer,) = answers.values()
+            text = f"{name}{answer.info['length']}"
+            made = Task(
+                name, Write(text, count=str(count)), needs=(needs,), cost=Cost(disk=100), keep=True,
+                expected={"length": 9},
+            )  # fmt: skip
+            return [made, *more]
+
+        return Expansion((needs,), grow)
+
+    probe = Task(
+        "probe", Write(first, count=str(count)), cost=Cost(disk=100), keep=True, expected={"length": 9}
+    )
+    return Graph([probe, after("next", "probe", [after("last", "next", [])])])
+
+
+def test_a_finished_task_adds_tasks_and_these_add_others(tmp_path: Path) -> None:
+    graph = growing(tmp_path / "count")
+    done = runner(graph, tmp_path).run()
+    assert list(done) == ["probe", "next", "last"]
+    assert output(graph, tmp_path, "last").read_text() == "last2+next1+x"
+
+
+def test_a_grown_graph_grows_again_from_the_records_and_runs_nothing(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    first, second = growing(count), growing(count)
+    runner(first, tmp_path).run()
+    done = runner(second, tmp_path).run()
+    assert second.keys == first.keys
+    assert list(done) == ["probe", "next", "last"]
+    assert counted(count) == ["last2", "next1", "x"]
+
+
+def test_a_lost_result_in_the_middle_of_a_grown_graph_is_made_again_and_no_other(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    graph = growing(count)
+    runner(graph, tmp_path).run()
+    output(graph, tmp_path, "next").unlink()
+    runner(growing(count), tmp_path).run()
+    assert counted(count) == ["last2", "next1", "next1", "x"]
+
+
+def test_a_plan_knows_what_will_grow_and_takes_records_for_what_is_done(tmp_path: Path) -> None:
+    store, count = Store(tmp_path / "store"), tmp_path / "count"
+    graph = growing(count)
+    assert graph.grow(store) is False, "nothing has run: nothing is known"
+    graph.grow(store, plan=True)
+    assert graph.order == ("probe", "next", "last")
+    assert peak_disk(graph, stale(graph, store)) == 400
+    assert counted(count) == []
+    made = growing(count)
+    runner(made, tmp_path).run()
+    output(made, tmp_path, "last").unlink()
+    again = growing(count)
+    again.grow(store, plan=True)
+    assert stale(again, store) == ("last",), "with the key that the record of the task before gives it"
+
+
+def test_tasks_are_announced_before_they_run(tmp_path: Path) -> None:
+    """Whoever retires old results must know of them by then."""
+    count = tmp_path / "count"
+    seen: list[tuple[int, list[str]]] = []
+    runner(growing(count), tmp_path, grown=lambda g: seen.append((len(g.keys), counted(count)))).run()
+    assert seen == [(1, []), (2, ["x"]), (3, ["next1", "x"])]
+
+
+def test_a_dropped_output_that_a_grown_task_needs_is_made_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+
+    def more(answers: Mapping[str, Answer]) -> list[Task | Expansion]:
+        return [Task("late", Write("late", count=str(count)), needs=("a",), keep=True)]
+
+    tasks = [
+        Task("a", Write("a", count=str(count))),
+        Task("b", Write("b", count=str(count)), needs=("a",), keep=True),
+    ]
+    graph = Graph([*tasks, Expansion(("b",), more)])
+    runner(graph, tmp_path).run()
+    assert output(graph, tmp_path, "late").read_text() == "late+a"
+    assert counted(count)[-2:] == ["b", "late"]
+
+
+def test_an_expansion_that_asks_for_nonsense_is_refused(tmp_path: Path) -> None:
+    again = Expansion(("a",), lambda answers: [Task("a", Write("b"))])
+    graph = Graph([Task("a", Write("a"), keep=True), again])
+    with pytest.raises(ValueError, match="two tasks are called a"):
+        runner(graph, tmp_path).run()

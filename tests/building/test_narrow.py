@@ -1,4 +1,4 @@
-"""Nets of the vocabulary compiled narrow and widened: the bmodel must be the one that compiling them whole
+"""Nets of the vocabulary compiled narrow and extended: the bmodel must be the one that compiling them whole
 gives, to the byte."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from golden.eras import make_checkout
-from qwen_surgery.building import vocabulary
+from qwen_surgery.building import step_narrow
 from qwen_surgery.cli import root
 
 pytestmark = pytest.mark.tpu
@@ -58,19 +58,19 @@ def log(out: Path, name: str) -> str:
     ],
     ids=lambda flags: "-".join(flag.strip("-") for flag in flags),
 )
-def test_widened_nets_equal_those_compiled_whole(
+def test_extended_nets_equal_those_compiled_whole(
     exported: dict[bool, Path], tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnx = exported["sophon-demo-2024.1" in flags]
     whole = compiled(onnx, tmp_path / "whole", *flags)
     assert not tasks(tmp_path / "whole", "narrow"), "too small to be worth it"
-    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0)
+    monkeypatch.setattr(step_narrow, "WORTHWHILE", 0)
     if "int8" in flags:  # also on machines whose C compiler makes nothing of use
         (tmp_path / "cc").write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo cut > "$2"\n')
         (tmp_path / "cc").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
     wide = compiled(onnx, tmp_path / "wide", *flags)
-    assert "widened on its own" not in log(tmp_path / "wide", "narrow.embedding_cache.log")
+    assert "extended on its own" not in log(tmp_path / "wide", "narrow.embedding_cache.log")
     assert tasks(tmp_path / "wide", "narrow") == {"embedding", "embedding_cache", "lm_head"}
     assert tasks(tmp_path / "whole", "prove") - tasks(tmp_path / "wide", "prove") == tasks(
         tmp_path / "wide", "narrow"
@@ -87,7 +87,7 @@ def test_a_net_that_cannot_be_narrowed_is_compiled_whole_and_said_so(
     make_checkout(tmp_path / "Qwen-short", layers=1, hidden=128, heads=2, vocab=320, seed=3)
     flags = ["--onnx-path", str(tmp_path / "onnx"), "--seq-length", "32", "--trust-remote-code"]
     run("export", str(tmp_path / "Qwen-short"), *flags)
-    monkeypatch.setattr(vocabulary, "WORTHWHILE", 0)
+    monkeypatch.setattr(step_narrow, "WORTHWHILE", 0)
     done = CliRunner().invoke(
         root, ["compile", str(tmp_path / "onnx"), "--out", str(tmp_path / "out"), "--name", "t", "--json"]
     )

@@ -109,14 +109,20 @@ def test_clean_refuses_a_template_that_the_compiler_would_miscompile() -> None:
 
 def test_compiling_an_export_that_was_never_cleaned_is_refused_before_tpu_mlir_starts(tmp_path: Path) -> None:
     """With its own simplification off or on, TPU-MLIR would take this and compute something else."""
-    from qwen_surgery.building.actions import toolchain_place, transform_net
+    from qwen_surgery.building.step_compile import Transform
+    from qwen_surgery.nets import Net
 
     onnx.save(half_split(), str(tmp_path / "block_0.onnx"))
-    place = toolchain_place(Toolchain(tmp_path / "no-python", tmp_path, "1.30.2"))
-    params = {"net": "block_0", "kind": "block", "layer": 0, "passes": []}
-    params |= {"onnx": str(tmp_path / "block_0.onnx"), "toolchain": place, "logs": str(tmp_path)}
+    step = Transform(
+        net=Net("block_0", NetKind.BLOCK, 0),
+        passes=(),
+        code="",
+        onnx=tmp_path / "block_0.onnx",
+        toolchain=Toolchain(tmp_path / "no-python", tmp_path, "1.30.2"),
+        logs=tmp_path,
+    )
     with pytest.raises(Refused, match="block_0: node y: rotary over half-split") as caught:
-        transform_net(params, {}, tmp_path)
+        step.run({}, tmp_path)
     assert "Concat" in caught.value.hint
 
 

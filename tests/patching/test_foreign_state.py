@@ -245,6 +245,38 @@ def test_a_set_uid_file_does_not_stay_one(checkout: Path, cli: Callable[..., Res
     assert (checkout / "modeling_qwen.py").stat().st_mode & 0o7777 == 0o755
 
 
+@pytest.mark.parametrize("name", ["config.json", "modeling_qwen.py", f"{STATE}/journal.json"])
+def test_a_folder_in_place_of_a_temporary_is_refused_and_blocks_nothing_later(
+    name: str, checkout: Path, cli: Callable[..., Result]
+) -> None:
+    """It once left a journal that neither patch nor restore could ever get rid of."""
+    file = checkout / name
+    shipped = file.with_name(f".{file.name}.qwen-surgery-tmp")
+    shipped.mkdir(parents=True)
+    before = snapshot(checkout)
+    for _ in range(2):
+        result = cli("patch", checkout)
+        assert result.code in (3, 4) and result.err.count("\n") <= 12 and "Traceback" not in result.err
+        assert snapshot(checkout).items() >= before.items()
+    assert not (checkout / STATE / "journal.json").exists()
+    shipped.rmdir()
+    assert cli("patch", checkout).code == 0
+
+
+def test_a_journal_moves_only_the_bytes_that_it_names_into_place(
+    checkout: Path, cli: Callable[..., Result]
+) -> None:
+    """A temporary that came with the checkout, or was damaged, does not become the model's code."""
+    file = checkout / "modeling_qwen.py"
+    old = file.read_bytes()
+    (checkout / STATE).mkdir()
+    (checkout / ".modeling_qwen.py.qwen-surgery-tmp").write_bytes(b"import evil\n")
+    step = {"target": file.name, "before": digest(old), "after": digest(b"something else\n")}
+    (checkout / STATE / "journal.json").write_text(json.dumps({"phase": "commit", "steps": [step]}))
+    cli("restore", checkout)
+    assert file.read_bytes() == old
+
+
 @pytest.mark.parametrize("kind", ["dangling", "folder", "pipe", "loop"])
 def test_a_name_that_leads_to_no_file_is_refused_in_one_line(
     kind: str, checkout: Path, tmp_path: Path

@@ -399,6 +399,29 @@ def test_a_hub_cache_keeps_its_blobs_and_its_other_snapshots(
     assert json.loads(cli("patch", checkout, "--json").out)["notes"]
 
 
+def test_options_that_leave_a_file_unpatched_bring_its_links_back(
+    checkout: Path, cli: Callable[..., Result]
+) -> None:
+    """The receipt forgets the file then, so restore could not bring the link back any more."""
+    blobs = _hub(checkout)
+    kept, links, before = snapshot(blobs), _links(checkout), snapshot(checkout)
+    assert cli("patch", checkout).code == 0 and not _links(checkout)
+    every = [word for name in edits.descriptions() for word in ("--skip", name)]
+    assert cli("patch", checkout, *every).code == 0
+    assert (snapshot(checkout), _links(checkout), snapshot(blobs)) == (before, links, kept)
+
+
+def test_options_that_leave_a_file_unpatched_join_its_hard_links(
+    checkout: Path, cli: Callable[..., Result]
+) -> None:
+    other = checkout.parent / "other.py"
+    other.hardlink_to(checkout / "modeling_qwen.py")
+    assert cli("patch", checkout).code == 0
+    every = [word for name in edits.descriptions() for word in ("--skip", name)]
+    assert cli("patch", checkout, *every).code == 0
+    assert other.samefile(checkout / "modeling_qwen.py")
+
+
 def test_a_link_that_leads_elsewhere_since_is_restored_as_a_file(
     checkout: Path, cli: Callable[..., Result]
 ) -> None:

@@ -1,0 +1,186 @@
+"""``build`` and ``compile`` as functions: from a checkout, or an exported folder, to bmodels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_surgery.building import session
+from qwen_surgery.building.builder import Builder, BuildResult, Early
+from qwen_surgery.building.digests import reading_early
+from qwen_surgery.building.graph import Answer, Expansion, Graph, Task, peak_disk, stale
+from qwen_surgery.building.inputs import source_digests
+from qwen_surgery.building.request import BuildRequest, CompileRequest
+from qwen_surgery.building.session import Running
+from qwen_surgery.building.step_export import ONNX, export_tasks
+from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
+from qwen_surgery.compiling.options import refuse_uncleaned
+from qwen_surgery.errors import Refused
+from qwen_surgery.files import require_disk
+from qwen_surgery.toolchain import Toolchain
+
+if TYPE_CHECKING:
+    from qwen_surgery.weights import TensorRef
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A build that has been checked; nothing has run.
+
+    The tasks ``exporting`` leave exported folders, of which the last is compiled; where there are none,
+    ``folder`` is. ``passes`` clean it. ``config`` is the unpatched config.json, ``weights`` are all tensors.
+    """
+
+    builder: Builder
+    passes: tuple[str, ...]
+    config: dict[str, Any]
+    folder: Path = Path()
+    exporting: tuple[Task, ...] = ()
+    verifying: tuple[Task, ...] = ()
+    weights: tuple[TensorRef, ...] = ()
+    depth: str = "none"
+
+    def graph(self, early: Early = dict, say: Callable[[str], None] = lambda text: None) -> Graph:
+        """What has to be done before the verification. *early* is asked, once the export is there, for
+        digests of weights that are known already."""
+
+        exports = tuple(task.name for task in self.exporting)
+
+        def exported(answers: Mapping[str, Answer]) -> Iterable[Task | Expansion]:
+            folder, planned = self.folder, False
+            if exports:
+                folder, planned = answers[exports[-1]].folder / ONNX, answers[exports[-1]].planned
+            inputs = self.builder.inputs(folder, self.passes, None if planned else early)
+            return self.builder.tasks(inputs, self.config, say)
+
+        return Graph([*self.exporting, Expansion(exports, exported)])
+
+    def planned(self) -> Graph:
+        """The same as it will be if all goes as expected."""
+        graph = self.graph()
+        graph.grow(self.builder.outputs.store, plan=True)
+        return graph
+
+
+def build(request: BuildRequest | CompileRequest) -> BuildResult:
+    """Make the bmodels that *request* asks for, and verify them if it asks for that.
+
+    Raises Usage and Refused before anything runs, ToolFailed when a tool fails; what was done stays done.
+    """
+    with session.running(request.run) as running:
+        opened = _open(request, running)
+        outputs = opened.builder.outputs
+        with outputs.alone():
+            new = bool(stale(opened.graph(), outputs.store))
+            if new:
+                graph = opened.planned()
+                require_disk(outputs.state, peak_disk(graph, graph.order), "the build")
+            with reading_early(opened.weights if new else ()) as early:
+                graph = opened.graph(early, running.say)
+                result = opened.builder.make(graph)
+            _verify(opened, graph, result)
+            outputs.retire()  # last: what the verification left is part of the build
+        if isinstance(request, BuildRequest):
+            for note in _notes(request, opened, result):
+                running.say(note)
+    return result
+
+
+def plan(request: BuildRequest | CompileRequest) -> dict[str, Any]:
+    """What :func:`build` would do, as :func:`.session.plan_of` gives it. Before the first export the compile
+    steps are planned from the checkout alone."""
+    opened = _open(request, Running(request.run))
+    graph = opened.planned()
+    graph.add(opened.verifying)
+    return session.plan_of(graph, opened.builder.outputs.store, opened.builder.running.jobs)
+
+
+def _open(request: BuildRequest | CompileRequest, running: Running) -> Opened:
+    """Open and check everything; raises for whatever cannot work before anything runs."""
+    if isinstance(request, BuildRequest):
+        return _open_checkout(request, running)
+    return _open_exported(request, running)
+
+
+def _open_checkout(request: BuildRequest, running: Running) -> Opened:
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.exporting.cleaning import chosen_passes
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.weights import WeightIndex
+
+    checkout = Checkout.open(request.checkout)
+    geometry = checkout.geometry(request.seq_length)
+    options = request.options.resolved(geometry)
+    toolchain = Toolchain.find(request.toolchain)
+    sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
+    index = WeightIndex.open(request.checkout)
+    builder = Builder(request.out, geometry, options, toolchain, running)
+    version = toolchain.version if toolchain.version != "unknown" else None
+    passes = chosen_passes(skip=request.skip, toolchain=version) if request.clean else ()
+    refuse_uncleaned(options, passes)
+    digests = source_digests(sources, index)
+    exporting = export_tasks(request, digests, geometry, passes, fused_head=options.fused_head)
+    depth = depth_for(request.verify, geometry, options, request.steps)
+    inputs, exports = builder.inputs(Path(), passes), tuple(task.name for task in exporting)
+    made = zip(options.cores, builder.bmodels(), strict=True) if depth != "none" else ()
+    return Opened(
+        builder,
+        passes,
+        config=sources.facts.written_out(),
+        exporting=tuple(exporting),
+        verifying=tuple(verify_task(inputs, cores, task, exports, request, depth) for cores, task in made),
+        weights=tuple(ref for _, ref in index.items()),
+        depth=depth,
+    )
+
+
+def _open_exported(request: CompileRequest, running: Running) -> Opened:
+    """Raises Refused when the folder's parts are not those of its manifest, or its nets not those wanted."""
+    from qwen_surgery.exporting.manifest import Manifest
+
+    folder = request.onnx.absolute()
+    manifest = Manifest.load(folder)
+    manifest.check(folder)
+    options = request.options.resolved(manifest.geometry)
+    builder = Builder(request.out, manifest.geometry, options, Toolchain.find(request.toolchain), running)
+    refuse_uncleaned(options, manifest.passes)
+    have = {net.name: net.kind for net in manifest.nets}
+    for net in options.nets(manifest.geometry.layers):
+        if have.get(net.name) is not net.kind:
+            raise Refused(
+                f"{folder} lacks net {net.name} ({net.kind.value}), which --runtime {options.runtime} needs",
+                hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
+            )
+    return Opened(builder, manifest.passes, manifest.config, folder)
+
+
+def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
+    """Verify the bmodels, which are in their place whatever comes out."""
+    if not opened.verifying:
+        return
+    graph.add(opened.verifying)
+    verified = opened.builder.make(graph)
+    result.done, result.ran = verified.done, [*result.ran, *verified.ran]
+    folders = [opened.builder.outputs.store.folder(graph.keys[task.name]) for task in opened.verifying]
+    reports = [load_report(folder) for folder in folders]
+    result.report = next((report for report in reports if not report["passed"]), reports[0])
+    result.depth = opened.depth
+
+
+def _notes(request: BuildRequest, opened: Opened, result: BuildResult) -> Iterator[str]:
+    """What the user should know of how the bmodels were verified."""
+    if opened.depth == "none" and request.verify != "none":
+        yield "not verified: the emulator is one chip, this bmodel needs several"
+    elif 2 in opened.builder.options.cores:
+        yield (
+            "the two-core bmodel is checked for nets, shapes and types only: on two cores, TPU-MLIR's "
+            "emulator gives other numbers from run to run"
+        )
+    if opened.depth == "contract" and request.verify == "auto":
+        yield (
+            "verified: nets, shapes and types. The emulator would need long for this size; sample it with "
+            f"`qwen-surgery verify {request.checkout} --bmodel {result.bmodels[0]} "
+            "--layers 0 --nets block_cache`"
+        )

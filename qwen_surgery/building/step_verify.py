@@ -1,0 +1,147 @@
+"""Verify a bmodel against the unpatched model, at the depth that this machine can afford."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.building.graph import Cost, Task
+from qwen_surgery.building.inputs import Inputs, code_digest, task_name
+from qwen_surgery.building.request import BuildRequest
+from qwen_surgery.building.sizes import MB, weights_of
+from qwen_surgery.building.step import PLACE, Info, Needs, Step
+from qwen_surgery.building.step_export import ONNX
+from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.errors import Usage
+from qwen_surgery.nets import Geometry, Net, NetKind
+from qwen_surgery.nets import inputs as net_inputs
+from qwen_surgery.toolchain.preload import c_compiler
+
+#: What the emulator takes, measured: a 1.8B prefill block at S=512 is 5 minutes; the smallest net 0.05
+#: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).
+EMULATED_RATE = 7e7  # multiply-adds a second
+EMULATED_START, EMULATED_START_BUSY = 0.05, 0.9  # seconds a forward
+#: Seconds of emulation that a build spends unasked.
+UNASKED = 240.0
+
+_REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Verify(Step):
+    """Verify the bmodel that the task *made* left. Leaves the report. ``full`` runs everything against the
+    unpatched model; ``contract`` reads what the bmodel says of its nets.
+
+    *exports* are the tasks with the exported folders, *toolchain* is TPU-MLIR's version where known.
+    """
+
+    file: str
+    made: str
+    exports: tuple[str, ...]
+    depth: str
+    steps: int
+    recipe: str
+    mode: str
+    geometry: Geometry
+    nets: tuple[Net, ...]
+    code: str
+    checkout: Path = field(metadata=PLACE)
+    trust_remote_code: bool = field(metadata=PLACE)
+    toolchain: str | None = field(metadata=PLACE)
+
+    def run(self, needs: Needs, work: Path) -> Info:
+        bmodel = needs[self.made] / self.file
+        if self.depth == "contract":
+            report = self._contract(bmodel)
+        else:
+            report = self._full(bmodel, tuple(needs[task] / ONNX for task in self.exports))
+        (work / _REPORT).write_text(json.dumps(report))
+        return {"passed": report["passed"]}
+
+    def _full(self, bmodel: Path, exported: tuple[Path, ...]) -> dict[str, Any]:
+        from qwen_surgery.verification.session import Request, verify
+
+        length = self.geometry.seq_length
+        request = Request(
+            checkout=self.checkout,
+            onnx=exported,
+            bmodels=(bmodel,),
+            # A prompt of a third of S, which leaves room for decoding, and one that fills it.
+            prompt_lengths=(length // 3 + 1, length),
+            steps=self.steps,
+            recipe=self.recipe,
+            mode=self.mode,
+            toolchain=self.toolchain,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return verify(request, progress=lambda what: print(what, flush=True)).to_json()
+
+    def _contract(self, bmodel: Path) -> dict[str, Any]:
+        """Names, order, shapes and types of every net, against the contract and this model's sizes."""
+        from qwen_surgery.packing.report import inspect
+
+        report = inspect(bmodel)
+        problems = list(report.contract)
+        if [net.name for net in report.nets] != [net.name for net in self.nets]:
+            problems.append("the nets are not those that were asked for, or in another order")
+        for net, wanted in zip(report.nets, self.nets, strict=False):
+            shapes = [tensor.shape for tensor in net.inputs]
+            expected = [tensor.shape for tensor in net_inputs(wanted.kind, self.geometry)]
+            if shapes != expected:
+                problems.append(f"{net.name}: inputs of {shapes}, this model has {expected}")
+        return {"passed": not problems, "depth": "contract", "nets": len(report.nets), "problems": problems}
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """The report that :class:`Verify` left in *folder*, as JSON."""
+    return dict(json.loads((folder / _REPORT).read_text()))
+
+
+def depth_for(asked: str, geometry: Geometry, options: CompileOptions, steps: int) -> str:
+    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``contract``;
+    ``none`` for several chips, which the emulator does not have. Raises Usage when that was asked for."""
+    if options.num_device > 1 and asked not in ("auto", "none"):
+        raise Usage(f"--verify {asked} is impossible: the emulator is one chip", hint="use --verify none")
+    if options.num_device > 1:
+        return "none"
+    if asked != "auto":
+        return asked
+    # two prompt lengths net by net, and end to end greedy and sampled; the decode steps cost their starts
+    prefill = 4 * geometry.layers * geometry.seq_length * weights_of(NetKind.BLOCK, geometry)
+    forwards = (4 + 2 * steps) * (geometry.layers + 5)
+    start = EMULATED_START if c_compiler() else EMULATED_START_BUSY
+    return "full" if prefill / EMULATED_RATE + forwards * start < UNASKED else "contract"
+
+
+def verify_task(
+    inputs: Inputs, cores: int, made: str, exports: tuple[str, ...], request: BuildRequest, depth: str
+) -> Task:
+    """Verify the bmodel for *cores*, which the task *made* makes, at *depth*. *exports*: see :class:`Verify`.
+
+    On two cores TPU-MLIR's emulator gives other numbers from run to run: there it is the contract only.
+    """
+    file, version = inputs.bmodel(cores).name, inputs.toolchain.version
+    return Task(
+        task_name("verify", file),
+        Verify(
+            file=file,
+            made=made,
+            exports=exports,
+            depth="contract" if cores > 1 else depth,
+            steps=request.steps,
+            recipe=request.recipe,
+            mode=inputs.options.mode,
+            geometry=inputs.geometry,
+            nets=inputs.nets,
+            code=code_digest("qwen_surgery.verification", "qwen_surgery.nets", "golden"),
+            checkout=request.checkout.absolute(),
+            trust_remote_code=request.trust_remote_code,
+            toolchain=None if version == "unknown" else version,
+        ),
+        needs=(*exports, made),
+        cost=Cost(2000 * MB, MB, 30.0),
+        keep=True,
+        command=f"verify {file} against the unpatched model",
+    )
