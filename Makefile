@@ -33,9 +33,12 @@ toolchain: $(VENV)/.installed
 
 demo: toolchain
 	rm -rf $(DEMO)
-	$(BIN)/qwen-surgery demo-checkout $(DEMO)/Qwen-tiny-Chat --lead 8
-	$(BIN)/qwen-surgery build $(DEMO)/Qwen-tiny-Chat --mode int4 --seq-length 64 \
-		--verify full --out $(DEMO)/build --trust-remote-code
+	$(BIN)/qwen-surgery demo-checkout $(DEMO)/Qwen-tiny-Chat
+	$(BIN)/qwen-surgery build $(DEMO)/Qwen-tiny-Chat --mode int4 --seq-length 256 --verify full \
+		--ask "So what is a bmodel?" --ask "Please count to 5." --ask "What is 2 + 7?" --ask "请讲一个小故事。" \
+		--text golden/speaking/heldout.txt --text-tokens 128 --out $(DEMO)/build --trust-remote-code
+	$(BIN)/qwen-surgery chat --bmodel $(DEMO)/build/BM1684X/qwen-tiny-chat_int4_seq256_1dev.bmodel \
+		--tokenizer $(DEMO)/Qwen-tiny-Chat --greedy --prompt "Please tell me a short story."
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -113,6 +113,5 @@ def worse(recorded: Record, cycles: int, allowance: float = ALLOWANCE) -> str:
         return ""
     return (
         f"{recorded.kind} ({recorded.geometry}, S={recorded.seq_length}, {recorded.mode}): {cycles:,} "
-        f"cycles, "
-        f"recorded {recorded.cycles:,}: {cycles / recorded.cycles - 1:.1%} slower"
+        f"cycles, recorded {recorded.cycles:,}: {cycles / recorded.cycles - 1:.1%} slower"
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codemods.analysis.identity import identify, may_be_modeling
+from codemods.analysis.source import SourceError
 from codemods.config.facts import CONFIG, SIZES, ModelFacts
 from codemods.config.text import ConfigError
-from codemods.identity import identify, may_be_modeling
-from codemods.source import SourceError
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.parsing import is_plain_name, read_json

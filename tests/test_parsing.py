@@ -21,7 +21,6 @@ import pytest
 from golden import cycles, record, revisions, tolerances
 from golden.eras import make_checkout, vocabulary
 from qwen_surgery.building.graph import Store
-from qwen_surgery.chatting.tokenizer import Tokenizer
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.manifest import Manifest
@@ -29,6 +28,7 @@ from qwen_surgery.packing import flat, report, sidefile
 from qwen_surgery.packing.plans import PackPlan
 from qwen_surgery.packing.schema import TABLES
 from qwen_surgery.parsing import build
+from qwen_surgery.tokenizer import Tokenizer
 from qwen_surgery.weights import WeightIndex
 from tests.fuzz import targets
 

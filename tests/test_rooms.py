@@ -18,8 +18,17 @@ HEAVY = ("torch", "onnx", "transformers", "onnxruntime", "onnxsim", "onnx_graphs
 #: Every room of the house, from the ground up: a module imports from its own room and from those before it.
 ROOMS = (
     "golden",
-    "codemods",
-    "graph_passes",
+    "codemods.analysis",  # readers of Python source
+    "codemods.framework",  # what runs, finds and documents rules
+    "codemods.config",  # the edits of config.json
+    "codemods.libcst_commands",
+    "codemods.docs",
+    "codemods",  # the rules, and the package's own functions
+    "graph_passes.mlir.text",  # the reader of the Top dialect's text
+    "graph_passes.framework",
+    "graph_passes.lint",
+    "graph_passes.mlir",  # the passes on that text
+    "graph_passes",  # the passes on ONNX graphs, and the package's own functions
     "qwen_surgery",  # its __init__: the version
     "qwen_surgery.errors",
     "qwen_surgery.console",
@@ -27,6 +36,7 @@ ROOMS = (
     "qwen_surgery.parsing",
     "qwen_surgery.chips",
     "qwen_surgery.nets",
+    "qwen_surgery.tokenizer",
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",
     "qwen_surgery.checkout",
@@ -90,7 +100,7 @@ def test_every_room_is_there_and_imports_point_down() -> None:
     assert upwards == set()
 
 
-@pytest.mark.parametrize("package", [package for package in PACKAGES if package != "graph_passes"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_needs_itself(package: str) -> None:
     """A circle of imports breaks when another of its modules is imported first."""
     graph = {module: own_imports(module) for module in modules() if module.split(".")[0] == package}
@@ -101,7 +111,7 @@ def test_no_module_needs_itself(package: str) -> None:
 
 
 #: Class names that still stand twice; they must not become more.
-TWICE = {"Check", "Finding", "Outcome", "Report", "State"}
+TWICE = {"Outcome", "State"}
 
 
 def test_a_class_name_means_one_thing() -> None:
@@ -143,8 +153,9 @@ def test_lower_packages_import_none_of_the_others(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["codemods", "golden"])
 def test_light_packages_know_no_torch_and_no_onnx(package: str) -> None:
-    """Codemods know Python source only; golden makes checkouts and holds data."""
-    assert _imports_of(package, HEAVY) == {}
+    """Codemods know Python source only; golden makes checkouts and holds data, and the training script."""
+    found = _imports_of(package, HEAVY)
+    assert set(found) <= {"golden.speaking.train"}, found
 
 
 def test_passes_know_no_torch_and_no_transformers() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from golden.eras import vocabulary
 from golden.eras.sources import ERAS, python_files
 
 _ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
-#: Enough for float32. Where every token must survive bf16 or weights of four bits, a lead of about 8 is
-#: wanted: with this one, a best token now and then leads by less than bf16's rounding.
-DEFAULT_LEAD = 2.5
+#: How far a random output row leans towards the embedding of the token before it.
+_LEAN = 2.5
 _STORED_NAME = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
@@ -83,15 +82,13 @@ def _next_token(ordinary: int, seed: int) -> np.ndarray:
     return follows
 
 
-def tensor_values(
-    name: str, shape: tuple[int, ...], seed: int, ordinary: int, lead: float = DEFAULT_LEAD
-) -> np.ndarray:
+def tensor_values(name: str, shape: tuple[int, ...], seed: int, ordinary: int) -> np.ndarray:
     """The float32 values of one tensor.
 
     Gains are spread around 1 (all-one gains would let a tool drop the norm's product unseen); attention is
-    sharp enough that a wrong mask or a wrong position shows. The output layer leans by *lead* towards one
-    successor for each token, as a trained model does, so that the best token leads by more than rounding;
-    special tokens are never the best.
+    sharp enough that a wrong mask or a wrong position shows. The output layer leans towards one successor
+    for each token, so that the best token leads by more than float32's rounding; special tokens are never the
+    best.
     """
     values = _random(name, shape, seed)
     if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
@@ -104,7 +101,7 @@ def tensor_values(
     if name == "lm_head.weight":
         values[ordinary:] *= 0.1
         embedding = _random("transformer.wte.weight", shape, seed)
-        values[_next_token(ordinary, seed)] += lead * embedding[:ordinary]
+        values[_next_token(ordinary, seed)] += _LEAN * embedding[:ordinary]
         return values * np.float32(0.5 / width)
     gain = 1.5 if "c_attn" in name else 0.8
     return np.asarray(values * np.float32(gain / width), dtype=np.float32)
@@ -144,6 +141,25 @@ def write_safetensors(
             for name, shape in shapes.items():
                 file.write(data(name, shape))
     return offset
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file in bfloat16, as float32."""
+    data = path.read_bytes()
+    start = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    return {
+        name: from_bfloat16_bits(
+            np.frombuffer(
+                data,
+                "<u2",
+                entry["data_offsets"][1] // 2 - entry["data_offsets"][0] // 2,
+                start + entry["data_offsets"][0],
+            )
+        ).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
 
 
 def _spread(shapes: dict[str, tuple[int, ...]], shards: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -193,9 +209,9 @@ def _config(era: str, sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_class": "QWenTokenizer",
         "transformers_version": "4.32.0",
         "use_cache": True,
-        "use_dynamic_ntk": options["dynamic_ntk"] and era != "bias_buffer",
+        "use_dynamic_ntk": options["dynamic_ntk"] and era != "bias-buffer",
         "use_flash_attn": "auto",
-        "use_logn_attn": options["logn"] and era != "bias_buffer",
+        "use_logn_attn": options["logn"] and era != "bias-buffer",
         "vocab_size": sizes.vocab,
     }
 
@@ -270,17 +286,18 @@ def make_checkout(
     logn: bool = True,
     dynamic_ntk: bool = True,
     sparse: bool = False,
-    lead: float = DEFAULT_LEAD,
+    weights: Mapping[str, np.ndarray] | None = None,
+    tokens: bytes | None = None,
 ) -> Path:
     """Write a checkout into the folder *path* (made if need be) and return that path.
 
     *intermediate* is config.json's number (twice the rows of w1), four times *hidden* by default.
     *trained_length* is config.json's ``seq_length``: LogN scaling and dynamic NTK begin past it (the
-    ``bias_buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
+    ``bias-buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
     *weight_dtype* is ``bf16``, ``f16`` or ``f32``; values lie on bfloat16's grid in all three (float16
-    rounds the smallest). *tie* leaves out lm_head.weight. *lead* is how clearly one token leads the next-
-    token distribution (in embeddings added to the output row). *sparse* writes true headers over files of
-    zeros that take no disk: for measuring real geometries.
+    rounds the smallest). *tie* leaves out lm_head.weight. *sparse* writes true headers over files of
+    zeros that take no disk: for measuring real geometries. *weights* (float32, by tensor name) stand in for
+    random ones, *tokens* (a tiktoken file) for the made-up vocabulary.
 
     Raises ValueError for sizes that do not fit together, KeyError for an unknown era or dtype.
     """
@@ -311,10 +328,11 @@ def make_checkout(
     config = _config(era, sizes, options)
     for name, text in _text_files(era, config, extras, end=ordinary).items():
         (path / name).write_text(text, encoding="utf-8")
-    (path / "qwen.tiktoken").write_bytes(vocabulary.tiktoken_file(ordinary))
+    (path / "qwen.tiktoken").write_bytes(tokens or vocabulary.tiktoken_file(ordinary))
 
     def data(name: str, shape: tuple[int, ...]) -> bytes:
-        return _encode(tensor_values(name, shape, seed, ordinary, lead), weight_dtype)
+        values = tensor_values(name, shape, seed, ordinary) if weights is None else weights[name]
+        return _encode(values.reshape(shape), weight_dtype)
 
     _write_weights(path, shapes, shards, weight_dtype, None if sparse else data)
     return path

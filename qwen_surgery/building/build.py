@@ -17,7 +17,7 @@ from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
 from qwen_surgery.compiling.options import refuse_uncleaned
-from qwen_surgery.errors import Refused
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import Toolchain
 
@@ -123,6 +123,8 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     digests = source_digests(sources, index)
     exporting = export_tasks(request, digests, geometry, passes, fused_head=options.fused_head)
     depth = depth_for(request.verify, geometry, options, request.steps)
+    if depth != "full" and (request.questions or request.text):
+        raise Usage(f"with --verify {depth} no model answers or reads a text", hint="add --verify full")
     inputs, exports = builder.inputs(Path(), passes), tuple(task.name for task in exporting)
     made = zip(options.cores, builder.bmodels(), strict=True) if depth != "none" else ()
     return Opened(

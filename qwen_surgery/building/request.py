@@ -42,7 +42,8 @@ class BuildRequest:
 
     ``recipe`` names the source edits; ``skip`` leaves graph passes out, without ``clean`` there are none;
     ``verify`` is ``auto``, ``full``, ``contract`` or ``none``, with so many decode ``steps``; ``toolchain``
-    is a TPU-MLIR version (None: the default one).
+    is a TPU-MLIR version (None: the default one). ``questions`` are put to every engine, ``text`` is read by
+    all of them, so many of its tokens.
     """
 
     checkout: Path
@@ -57,6 +58,9 @@ class BuildRequest:
     trust_remote_code: bool = False
     toolchain: str | None = None
     run: RunRequest = field(default_factory=RunRequest)
+    questions: tuple[str, ...] = ()
+    text: str = ""
+    text_tokens: int = 256
 
 
 @dataclass(frozen=True)

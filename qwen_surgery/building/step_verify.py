@@ -46,6 +46,9 @@ class Verify(Step):
     mode: str
     geometry: Geometry
     nets: tuple[Net, ...]
+    questions: tuple[str, ...]
+    text: str
+    text_tokens: int
     code: str
     checkout: Path = field(metadata=PLACE)
     trust_remote_code: bool = field(metadata=PLACE)
@@ -75,6 +78,9 @@ class Verify(Step):
             mode=self.mode,
             toolchain=self.toolchain,
             trust_remote_code=self.trust_remote_code,
+            questions=self.questions,
+            text=self.text,
+            text_tokens=self.text_tokens,
         )
         return verify(request, progress=lambda what: print(what, flush=True)).to_json()
 
@@ -135,7 +141,12 @@ def verify_task(
             mode=inputs.options.mode,
             geometry=inputs.geometry,
             nets=inputs.nets,
-            code=code_digest("qwen_surgery.verification", "qwen_surgery.nets", "golden"),
+            questions=request.questions,
+            text=request.text,
+            text_tokens=request.text_tokens,
+            code=code_digest(
+                "qwen_surgery.verification", "qwen_surgery.nets", "qwen_surgery.tokenizer", "golden"
+            ),
             checkout=request.checkout.absolute(),
             trust_remote_code=request.trust_remote_code,
             toolchain=None if version == "unknown" else version,

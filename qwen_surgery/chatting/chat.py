@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_surgery.chatting.tokenizer import Tokenizer
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry
+from qwen_surgery.tokenizer import Tokenizer, read_json
 from qwen_surgery.verification.engines import Engine, OrtEngine
+from qwen_surgery.verification.language import SYSTEM
 from qwen_surgery.verification.runtime import Runtime, Sampling, draw
 
 if TYPE_CHECKING:
     from qwen_surgery.toolchain.emulator import ChipEngine
 
-SYSTEM = "You are a helpful assistant."
+
+@dataclass(frozen=True)
+class Generation:
+    """What generation_config.json says of how answers are made. ``sampling`` None means the best token."""
+
+    sampling: Sampling | None = None
+    stops: tuple[int, ...] = ()
+    max_tokens: int = 256
+
+    @classmethod
+    def of(cls, folder: Path) -> Generation:
+        """From the file in *folder*; greedy where it is missing or says so. Raises Refused for one that is no
+        JSON or gives a setting that is no number.
+        """
+        data = read_json(folder / "generation_config.json")
+        try:
+            ends = data.get("eos_token_id", [])
+            sampling = Sampling(
+                float(data.get("top_p", 1.0)),
+                float(data.get("temperature", 1.0)),
+                float(data.get("repetition_penalty", 1.0)),
+            )
+            return cls(
+                sampling if data.get("do_sample") else None,
+                tuple(int(end) for end in (ends if isinstance(ends, list) else [ends])),
+                int(data.get("max_new_tokens", cls.max_tokens)),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Refused(f"{folder / 'generation_config.json'}: a setting is no number ({error})") from None
 
 
 def open_onnx(folder: Path) -> tuple[Engine, Geometry]:
@@ -52,7 +82,10 @@ class Chat:
     tokenizer: Tokenizer
     sampling: Sampling | None = None
     system: str = SYSTEM
+    stops: tuple[int, ...] = ()  # beside the tokenizer's own
     turns: list[tuple[str, str]] = field(default_factory=list)
+    spoken: int = 0  # tokens of the latest answer, and the seconds they took
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if 1 < self.geometry.vocab < self.tokenizer.size:
@@ -62,8 +95,11 @@ class Chat:
             )
         self._generator = np.random.default_rng(self.sampling.seed if self.sampling else 0)
 
-    def say(self, text: str, limit: int) -> Iterator[str]:
-        """The answer to *text*, piece by piece, at most *limit* tokens; pieces are whole characters."""
+    def say(self, text: str, limit: int) -> Generator[str, None, None]:
+        """The answer to *text*, piece by piece, at most *limit* tokens; pieces are whole characters.
+
+        An answer that is stopped half way (the iterator closed) stays in the conversation as far as it got.
+        """
         prompt = self.tokenizer.chat([("system", self.system), *self.turns, ("user", text)])
         room = self.geometry.seq_length - len(prompt)
         if room < 1:
@@ -72,23 +108,28 @@ class Chat:
                 hint="start a new conversation, or export with a longer --seq-length",
             )
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        answer = ""
-        for token in self._tokens(prompt, min(limit, room)):
-            piece = decoder.decode(self.tokenizer.decode_bytes([token]))
-            answer += piece
-            if piece:
-                yield piece
-        rest = decoder.decode(b"", final=True)
-        if rest:
-            yield rest
-        self.turns += [("user", text), ("assistant", answer + rest)]
+        answer, began = "", time.monotonic()
+        self.spoken, self.seconds = 0, 0.0
+        try:
+            for token in self._tokens(prompt, min(limit, room)):
+                self.spoken, self.seconds = self.spoken + 1, time.monotonic() - began
+                piece = decoder.decode(self.tokenizer.decode_bytes([token]))
+                answer += piece
+                if piece:
+                    yield piece
+            rest = decoder.decode(b"", final=True)
+            answer += rest
+            if rest:
+                yield rest
+        finally:
+            self.turns += [("user", text), ("assistant", answer)]
 
     def _tokens(self, prompt: list[int], limit: int) -> Iterator[int]:
         run = Runtime(self.engine, self.geometry)
         logits = run.prefill(prompt)
         for made in range(limit):
             token = self._choose(run, logits)
-            if token in self.tokenizer.stops:
+            if token in self.tokenizer.stops or token in self.stops:
                 return
             yield token
             if made + 1 < limit:

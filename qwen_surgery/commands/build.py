@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_surgery import console
+from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.compiling.flags import compile_options, options_from, run_options
 from qwen_surgery.errors import Missed
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=click.IntRange(0), default=8, show_default=True, help="Decode steps verified.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
+@word_options
 @compile_options
 @run_options
 def command(checkout: Path, out: Path, **given: Any) -> None:
@@ -69,6 +71,7 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
         trust_remote_code=given["trust_remote_code"],
         toolchain=given["toolchain"],
         run=RunRequest.of(given),
+        **words_from(given),
     )
     if given["dry_run"]:
         session.show_plan(build.plan(request), given["as_json"])
@@ -94,11 +97,11 @@ def _show(result: BuildResult, as_json: bool) -> None:
             console.out().print(f"{result.report['nets']} nets as the runtimes count them")
     elif result.report is not None:
         from qwen_surgery.verification.results import Report
-        from qwen_surgery.verification.table import make_table, misses, token_lines
+        from qwen_surgery.verification.table import make_table, misses, said_lines
 
         report = Report.from_json(result.report)
         console.out().print(make_table(report))
-        for line in token_lines(report):
+        for line in said_lines(report):
             console.out().print(line, soft_wrap=True)
         for line in misses(report):
             console.err().print(f"missed: {line}")

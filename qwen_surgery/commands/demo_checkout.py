@@ -1,18 +1,25 @@
-"""``demo-checkout``: a small Qwen v1 checkout with random weights, to try everything on."""
+"""``demo-checkout``: a small Qwen v1 checkout, with trained weights or with random ones of any size."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qwen_surgery import console
 from qwen_surgery.errors import Refused, Usage
 
+#: What the trained model has fixed.
+_SIZES = ("layers", "hidden", "heads", "intermediate", "vocab", "trained_length", "seed", "tie", "sparse")
 
-@click.command("demo-checkout", help="Make a small Qwen v1 checkout with random weights in PATH.")
+
+@click.command("demo-checkout")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--era", default="sdpa", show_default=True, help="Which era of upstream's modeling file.")
+@click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Weight files.")
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "f16", "f32"]))
+@click.option("--random", "random_weights", is_flag=True, help="Random weights, of the sizes below.")
 @click.option("--layers", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--hidden", default=128, show_default=True, type=click.IntRange(2), help="Hidden size.")
 @click.option("--heads", default=2, show_default=True, type=click.IntRange(1), help="Attention heads.")
@@ -26,56 +33,38 @@ from qwen_surgery.errors import Refused, Usage
     help="config.json's seq_length.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Weight files.")
-@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "f16", "f32"]))
 @click.option("--tie", is_flag=True, help="Tie the output layer to the embedding.")
-@click.option(
-    "--lead",
-    default=2.5,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="How clearly the best next token leads; bf16 and int4 want about 8.",
-)
 @click.option("--sparse", is_flag=True, help="Zero weights that take no disk, for measuring big geometries.")
+@click.pass_context
 def command(
-    path: Path,
-    era: str,
-    layers: int,
-    hidden: int,
-    heads: int,
-    intermediate: int | None,
-    vocab: int,
-    trained_length: int,
-    seed: int,
-    shards: int,
-    dtype: str,
-    tie: bool,
-    lead: float,
-    sparse: bool,
+    context: click.Context, path: Path, era: str, shards: int, dtype: str, random_weights: bool, **sizes: Any
 ) -> None:
+    """Make a small Qwen v1 checkout in PATH: a trained model that answers in words, or, with --random, random
+    weights of any size.
+    """
     from golden.eras import ERAS, make_checkout
+    from golden.speaking.model import make_chat_checkout
 
     if era not in ERAS:
         raise Usage(f"no era {era!r}", hint=f"one of {', '.join(ERAS)}")
+    given = [
+        name for name in _SIZES if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+    ]
+    if given and not random_weights:
+        raise Usage(
+            f"the trained model has its own {given[0].replace('_', ' ')}",
+            hint="add --random for random weights",
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused(f"{path} is there and not an empty folder", hint="give a new path; nothing was written")
     try:
-        make_checkout(
-            path,
-            era=era,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            intermediate=intermediate,
-            vocab=vocab,
-            trained_length=trained_length,
-            seed=seed,
-            shards=shards,
-            weight_dtype=dtype,
-            tie=tie,
-            lead=lead,
-            sparse=sparse,
-        )
+        if random_weights:
+            make_checkout(path, era=era, shards=shards, weight_dtype=dtype, **sizes)
+        else:
+            make_chat_checkout(path, era, shards=shards, weight_dtype=dtype)
     except ValueError as error:
         raise Usage(str(error)) from error
-    console.out().print(f"{path}: {layers} layers, hidden {hidden}, vocabulary {vocab}, era {era}")
+    what = (
+        f"{sizes['layers']} layers, hidden {sizes['hidden']}, random weights" if random_weights else "trained"
+    )
+    console.out().print(f"{path}: {what}, era {era}")

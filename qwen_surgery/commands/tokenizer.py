@@ -14,7 +14,7 @@ from qwen_surgery import console, files
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to copy the files to.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found to stdout as JSON.")
 def command(checkout: Path, out: Path | None, as_json: bool) -> None:
-    from qwen_surgery.chatting import tokenizer
+    from qwen_surgery import tokenizer
 
     found = tokenizer.check(checkout)
     copied: list[str] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen_surgery import console
+from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.errors import Missed, Usage
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _numbers(
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="For prompts and sampling."
 )
+@word_options
 @click.option("--toolchain", metavar="VERSION", help="TPU-MLIR version for levels mlir and chip.")
 @click.option("--every-net", is_flag=True, help="A table row for every single check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report to stdout as JSON.")
@@ -89,6 +91,7 @@ def command(
     as_json: bool,
     html: Path | None,
     trust_remote_code: bool,
+    **words: Any,
 ) -> None:
     from qwen_surgery.verification.session import Request, verify
 
@@ -109,6 +112,7 @@ def command(
         seed=seed,
         toolchain=toolchain,
         trust_remote_code=trust_remote_code,
+        **words_from(words),
     )
     with console.err().status("verify") as status:
         report = verify(request, progress=lambda what: status.update(f"verify {what}"))
@@ -123,13 +127,13 @@ def command(
 
 
 def _show(report: Report, *, as_json: bool, every_net: bool) -> None:
-    from qwen_surgery.verification.table import make_table, misses, token_lines
+    from qwen_surgery.verification.table import make_table, misses, said_lines
 
     if as_json:
         console.print_json(report.to_json())
         return
     console.out().print(make_table(report, every_net=every_net))
-    for line in token_lines(report):
+    for line in said_lines(report):
         console.out().print(line, soft_wrap=True)
     seconds = ", ".join(
         f"{level.level} {level.mode} {level.name} {level.seconds:.1f} s" for level in report.levels

@@ -11,7 +11,7 @@ from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.nets import NetKind
 
 if TYPE_CHECKING:
-    from graph_passes import Report
+    from graph_passes import PassReport
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.exporting.template import Template
 
@@ -23,7 +23,7 @@ class KindReport:
     kind: NetKind
     before: dict[str, int]
     after: dict[str, int]
-    passes: tuple[Report, ...]
+    passes: tuple[PassReport, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {

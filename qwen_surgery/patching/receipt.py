@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import digest, read_regular
 from qwen_surgery.patching.journal import (

@@ -90,6 +90,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities (float64 [V]) of one row of logits; NaN logits give NaN."""
+    shifted = logits.astype(np.float64).ravel() - logits.astype(np.float64).max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
 def kl_divergence(reference_logits: np.ndarray, candidate_logits: np.ndarray) -> float:
     """KL(reference || candidate) of the next-token distributions, in nats; NaN logits give infinity."""
     expected, found = (
@@ -98,8 +104,7 @@ def kl_divergence(reference_logits: np.ndarray, candidate_logits: np.ndarray) ->
     )
     if expected.shape != found.shape or not np.isfinite(found).all():
         return float("inf")
-    log_expected = expected - np.log(np.exp(expected).sum())
-    log_found = found - np.log(np.exp(found).sum())
+    log_expected, log_found = log_softmax(expected), log_softmax(found)
     return max(0.0, float((np.exp(log_expected) * (log_expected - log_found)).sum()))
 
 

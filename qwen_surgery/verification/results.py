@@ -45,6 +45,26 @@ class Check:
         return cls(**{**fields, "values": values, "missed": tuple(row["missed"])})
 
 
+@dataclass(frozen=True)
+class AnswerPair:
+    """One question's answer by two models: their tokens (without the end token) and their text."""
+
+    question: str
+    reference: tuple[int, ...]
+    candidate: tuple[int, ...]
+    reference_text: str
+    candidate_text: str
+
+    @property
+    def equal(self) -> bool:
+        return self.reference == self.candidate
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> AnswerPair:
+        reference, candidate = tuple(row["reference"]), tuple(row["candidate"])
+        return cls(row["question"], reference, candidate, row["reference_text"], row["candidate_text"])
+
+
 @dataclass
 class LevelResult:
     """All checks of one level. ``name`` tells two runs of a level apart (raw, cleaned)."""
@@ -55,6 +75,7 @@ class LevelResult:
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
     texts: dict[str, list[int]] = field(default_factory=dict)  # greedy tokens: reference and candidate
+    answers: list[AnswerPair] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -98,6 +119,7 @@ class Report:
                     "passed": level.passed,
                     "seconds": round(level.seconds, 3),
                     "greedy_tokens": level.texts,
+                    "answers": [{**asdict(answer), "equal": answer.equal} for answer in level.answers],
                     "checks": [{**_finite(asdict(check)), "passed": check.passed} for check in level.checks],
                 }
                 for level in self.levels
@@ -124,6 +146,7 @@ class Report:
                     checks,
                     level["seconds"],
                     level["greedy_tokens"],
+                    [AnswerPair.from_json(row) for row in level.get("answers", [])],
                 )
             )
         return report

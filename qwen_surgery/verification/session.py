@@ -6,12 +6,15 @@ import importlib.metadata
 import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from golden import tolerances
+from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.verification import language
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
@@ -22,6 +25,7 @@ from qwen_surgery.verification.runtime import Sampling
 if TYPE_CHECKING:
     from qwen_surgery.nets import Geometry
     from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import WeightIndex
 
 LEVELS = ("source", "onnx", "mlir", "chip")
@@ -49,6 +53,9 @@ class Request:
     seed: int = 0
     toolchain: str | None = None
     trust_remote_code: bool = False
+    questions: tuple[str, ...] = ()
+    text: str = ""
+    text_tokens: int = 256
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -84,6 +91,30 @@ class _Opened:
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
     progress: Callable[[str], None]
     _kept: list[NetCase] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkout's, read as data."""
+        from qwen_surgery.tokenizer import Tokenizer
+
+        return Tokenizer.open(self.request.checkout)
+
+    @cached_property
+    def questions(self) -> list[language.Question]:
+        """The questions with the unpatched model's answers."""
+        self.progress("reference: answers")
+        return language.ask_reference(
+            self.reference, self.tokenizer, self.request.questions, self.geometry.seq_length
+        )
+
+    @cached_property
+    def readings(self) -> list[language.Reading]:
+        """The text as the unpatched model reads it."""
+        self.progress("reference: text")
+        tokens = self.tokenizer.encode(self.request.text)
+        return language.read_reference(
+            self.reference, tokens, self.geometry.seq_length, self.request.text_tokens
+        )
 
     def cases(self) -> Iterable[NetCase]:
         """Every case; made once, or, where all together take much memory, again for each level."""
@@ -258,12 +289,34 @@ def _level(
                 progress=lambda what: parts.progress(f"{level} {name}: {what}"),
             )
             result.checks += checks
+        if parts.whole:
+            _speak(parts, result, engine, limits)
 
     return timed(result, work)
 
 
+def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
+    """Questions and text, where they were given."""
+
+    def say(what: str) -> None:
+        parts.progress(f"{result.level} {result.name}: {what}")
+
+    if parts.request.questions:
+        checks, answers = language.check_answers(
+            engine, parts.geometry, parts.tokenizer, limits, parts.questions, say
+        )
+        result.checks += checks
+        result.answers += answers
+    if parts.request.text:
+        result.checks += language.check_text(engine, parts.geometry, limits, parts.readings, say)
+
+
 def _end_to_end_prompt(parts: _Opened) -> list[int]:
-    """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
+    """The longest prompt that leaves room for the decode steps; a shortened one when none does.
+
+    It is text where the checkout has its tokenizer: on random tokens a trained model sees nothing it knows,
+    and its distribution, which is then compared, hangs on little.
+    """
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
     if room < 1:
@@ -272,7 +325,19 @@ def _end_to_end_prompt(parts: _Opened) -> list[int]:
             hint="use fewer --steps",
         )
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    return max(fitting, key=len) if fitting else prompts[0][:room]
+    prompt = max(fitting, key=len) if fitting else prompts[0][:room]
+    return _text_tokens(parts)[: len(prompt)] or prompt
+
+
+def _text_tokens(parts: _Opened) -> list[int]:
+    """Tokens of the text, else of one that comes with this program; none without a tokenizer that fits."""
+    try:
+        tokenizer = parts.tokenizer
+    except Refused:
+        return []
+    if tokenizer.size > parts.geometry.vocab:
+        return []
+    return tokenizer.encode(parts.request.text or TEXT.read_text(encoding="utf-8"))
 
 
 def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("max_abs", "cosine", "kl", "agreement")
-HEADINGS = {"max_abs": "max abs", "cosine": "1-cosine", "kl": "KL", "agreement": "tokens"}
+HEADINGS = {
+    "max_abs": "max abs",
+    "cosine": "1-cosine",
+    "kl": "KL",
+    "perplexity": "perplexity",
+    "agreement": "tokens",
+}
 _AT_LEAST = ("cosine", "agreement")
 
 
@@ -103,6 +109,11 @@ _CANDIDATES = {
 }
 
 
+def _candidate(level: LevelResult) -> str:
+    detail = f"{level.mode} {level.name}" if level.level in ("onnx", "chip") else level.mode
+    return f"{_CANDIDATES[level.level]} ({detail})"
+
+
 def token_lines(report: Report) -> list[str]:
     """The greedy tokens of every level, one under the other, the unpatched model's first."""
     rows: list[tuple[str, list[int]]] = []
@@ -112,9 +123,46 @@ def token_lines(report: Report) -> list[str]:
         reference, candidate = (list(level.texts[who]) for who in ("reference", "candidate"))
         if ("unpatched PyTorch", reference) not in rows:
             rows.append(("unpatched PyTorch", reference))
-        detail = f"{level.mode} {level.name}" if level.level in ("onnx", "chip") else level.mode
-        rows.append((f"{_CANDIDATES[level.level]} ({detail})", candidate))
+        rows.append((_candidate(level), candidate))
     if not rows:
         return []
     width = max(len(who) for who, _ in rows)
     return ["greedy tokens", *(f"  {who:<{width}}  {' '.join(map(str, tokens))}" for who, tokens in rows)]
+
+
+def text_lines(report: Report) -> list[str]:
+    """How likely each model found the text, the unpatched one first."""
+    rows: list[tuple[str, str]] = []
+    for level in report.levels:
+        for values in (check.values for check in level.checks if "perplexity" in check.values):
+            if not rows:
+                rows.append(("unpatched PyTorch", f"{values['reference_perplexity']:.4f}"))
+            said = f"{values['perplexity']:.4f}, KL {values['kl']:.2g}, best token {values['agreement']:.1%}"
+            rows.append((_candidate(level), f"{said} of {values['tokens']:.0f}"))
+    width = max((len(who) for who, _ in rows), default=0)
+    return ["perplexity of the text", *(f"  {who:<{width}}  {said}" for who, said in rows)] if rows else []
+
+
+def answer_lines(report: Report) -> list[str]:
+    """Each question once, under it what every model said, equal answers of several models on one line."""
+    lines: list[str] = []
+    questions = [answer.question for level in report.levels[:1] for answer in level.answers]
+    for place, question in enumerate(questions):
+        said: dict[tuple[tuple[int, ...], str], list[str]] = {}
+        for level in report.levels:
+            if place >= len(level.answers):
+                continue
+            answer = level.answers[place]
+            said.setdefault((answer.reference, answer.reference_text), []).append("unpatched PyTorch")
+            said.setdefault((answer.candidate, answer.candidate_text), []).append(_candidate(level))
+        lines.append(f"? {question}")
+        for (tokens, text), who in said.items():
+            lines.append(f"  {', '.join(dict.fromkeys(who))}")
+            lines.append(f"    {text}")
+            lines.append(f"    {' '.join(map(str, tokens))}")
+    return lines
+
+
+def said_lines(report: Report) -> list[str]:
+    """What stands below the table: greedy tokens, the text's perplexity, answers."""
+    return [*token_lines(report), *text_lines(report), *answer_lines(report)]

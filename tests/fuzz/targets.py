@@ -367,7 +367,7 @@ def side_file(folder: Path) -> tuple[Write, Read]:
 
 def tokenizer(folder: Path) -> tuple[Write, Read]:
     from golden.eras import vocabulary
-    from qwen_surgery.chatting.tokenizer import check
+    from qwen_surgery.tokenizer import check
 
     ranks = vocabulary.tiktoken_file(260)
     settings = {"model_max_length": 64, "tokenizer_class": "QWenTokenizer", "extras": 5}
@@ -385,18 +385,29 @@ def tokenizer(folder: Path) -> tuple[Write, Read]:
 
 def generation_config(folder: Path) -> tuple[Write, Read]:
     from golden.eras import vocabulary
-    from qwen_surgery.chatting.tokenizer import check
+    from qwen_surgery.chatting.chat import Generation
+    from qwen_surgery.tokenizer import check
 
     (folder / "qwen.tiktoken").write_bytes(vocabulary.tiktoken_file(256))
     (folder / "tokenization_qwen.py").write_text("")
     (folder / "tokenizer_config.json").write_text('{"extras": 5}')
-    valid = {"chat_format": "chatml", "eos_token_id": 258, "pad_token_id": 256, "top_p": 0.8}
+    valid = {
+        "chat_format": "chatml",
+        "eos_token_id": 258,
+        "pad_token_id": 256,
+        "top_p": 0.8,
+        "do_sample": True,
+    }
 
     def write(rng: Random) -> None:
         (folder / "generation_config.json").write_bytes(mutate.json_file(valid, rng))
         (folder / "config.json").write_bytes(mutate.json_file({"vocab_size": 320}, rng))
 
-    return write, lambda: check(folder) and None
+    def read() -> None:
+        Generation.of(folder)
+        check(folder)
+
+    return write, read
 
 
 def receipt(folder: Path) -> tuple[Write, Read]:
@@ -561,7 +572,7 @@ def _line(row: Any) -> bytes:
 
 
 def _modeling_errors() -> tuple[type[Exception], ...]:
-    from codemods.source import SourceError
+    from codemods.analysis.source import SourceError
 
     return (SourceError,)
 

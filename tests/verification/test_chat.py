@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_surgery.chatting.chat import Chat, open_onnx
-from qwen_surgery.chatting.tokenizer import Tokenizer, check
+from golden.speaking.model import make_chat_checkout
+from qwen_surgery.chatting.chat import Chat, Generation, open_onnx
+from qwen_surgery.checkout import Checkout
+from qwen_surgery.commands.chat import _answer
 from qwen_surgery.errors import Refused
+from qwen_surgery.exporting.export import export
+from qwen_surgery.patching.sources import Sources
+from qwen_surgery.tokenizer import Tokenizer, check
 from qwen_surgery.verification.runtime import Runtime, Sampling
+from qwen_surgery.weights import WeightIndex
 from tests.verification.conftest import Bench
 from tests.verification.mutants import Tampered
 from tests.verification.test_verify_command import run
@@ -118,3 +125,90 @@ def test_damaged_tokenizers_are_refused(damage: str, folder: Path) -> None:
         (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
     with pytest.raises(Refused):
         check(folder)
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkout that answers in words, and its nets."""
+    root = tmp_path_factory.mktemp("talking")
+    path = make_chat_checkout(root / "Qwen-tiny-Chat")
+    opened = Checkout.open(path)
+    sources, geometry = Sources.of(opened, seq_length=96), opened.geometry(96)
+    export(sources, WeightIndex.open(path), geometry, root / "nets", trust_remote_code=True)
+    return path, root / "nets"
+
+
+def converse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *args: object
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return run(capsys, "chat", *args)
+
+
+def test_a_conversation_keeps_its_turns_until_reset(
+    talking: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The name said before is known after; after /reset the answer is that of a fresh conversation."""
+    path, nets = talking
+    lines = "My name is Bob.\nWhat is my name?\n/reset\nWhat is my name?\n\n"
+    args = ("--onnx", nets, "--tokenizer", path, "--greedy")
+    _, fresh, _ = run(capsys, "chat", *args, "--prompt", "What is my name?")
+    code, out, err = converse(monkeypatch, capsys, lines, *args)
+    said = out.splitlines()
+    assert code == 0 and len(said) == 3
+    assert said == ["Hello, Bob!", "Your name is Bob.", fresh.strip()] and fresh.strip() != said[1]
+    assert "a second here" in err
+
+
+def test_a_prompt_too_long_says_its_number_and_the_conversation_goes_on(
+    talking: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, nets = talking
+    lines = f"{'why? ' * 60}\n3 + 4\n\n"
+    code, out, err = converse(monkeypatch, capsys, lines, "--onnx", nets, "--tokenizer", path, "--greedy")
+    assert code == 0 and out == "3 + 4 = 7\n" and "of 96 tokens" in err
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_program(
+    talking: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in the third token: what was said stays said, the next question is answered."""
+    path, nets = talking
+    engine, geometry = open_onnx(nets)
+    calls = 0
+
+    def interrupt(net: str, _inputs: list[np.ndarray], outputs: list[np.ndarray]) -> list[np.ndarray]:
+        nonlocal calls
+        calls += net == "lm_head"
+        if net == "lm_head" and calls == 3:
+            raise KeyboardInterrupt
+        return outputs
+
+    chat = Chat(Tampered(engine, interrupt), geometry, Tokenizer.open(path))
+    _answer(chat, "What is a bmodel?", 40)
+    assert capsys.readouterr().out.endswith(" ...\n")
+    assert chat.spoken == 2 and chat.turns[1][1]
+    chat.turns.clear()
+    _answer(chat, "3 + 4", 40)
+    assert capsys.readouterr().out == "3 + 4 = 7\n"
+
+
+def test_sampling_is_what_generation_config_says(talking: tuple[Path, Path], tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    assert Generation.of(tmp_path).sampling is None
+    settings = {"do_sample": True, "top_p": 0.5, "repetition_penalty": 1.3, "eos_token_id": [5, 6]}
+    file.write_text(json.dumps(settings))
+    found = Generation.of(tmp_path)
+    assert found.sampling == Sampling(0.5, 1.0, 1.3) and found.stops == (5, 6)
+    file.write_text('{"do_sample": true, "top_p": "much"}')
+    with pytest.raises(Refused, match="generation_config"):
+        Generation.of(tmp_path)
+
+
+def test_greedy_takes_no_sampling_settings(
+    talking: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, nets = talking
+    args = ("--onnx", nets, "--tokenizer", path, "--prompt", "hi", "--greedy", "--top-p", "0.5")
+    code, out, err = run(capsys, "chat", *args)
+    assert code == 2 and not out and "--top-p" in err

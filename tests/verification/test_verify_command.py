@@ -91,7 +91,7 @@ def test_another_models_export_is_refused(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
-    run(capsys, "demo-checkout", other, "--era", "tril")
+    run(capsys, "demo-checkout", other, "--era", "late")
     code, _, err = run(capsys, "verify", other, "--onnx", bench.folder, TRUST)
     assert code == 3 and "exported from another" in err
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwen_surgery import parsing
 from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.files import read_regular
-from qwen_surgery.parsing import parsing, read_json, whole
 
 VOCABULARY = "qwen.tiktoken"
 #: What the vendor's demos load, in the layout of a Hugging Face tokenizer. The last is wanted, not needed.
@@ -73,9 +73,9 @@ class Tokenizer:
     def open(cls, folder: Path | str) -> Tokenizer:
         """From a folder that holds ``qwen.tiktoken``. Raises Refused when that is missing or damaged."""
         folder = Path(folder)
-        extras = _read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
-        with parsing(folder / "tokenizer_config.json", "extras is no number of tokens"):
-            whole(extras, most=_MOST_EXTRAS)
+        extras = read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
+        with parsing.parsing(folder / "tokenizer_config.json", "extras is no number of tokens"):
+            parsing.whole(extras, most=_MOST_EXTRAS)
         return cls(read_ranks(folder / VOCABULARY), extras)
 
     @cached_property
@@ -89,7 +89,7 @@ class Tokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise ToolFailed("this needs tiktoken", hint="pip install 'qwen-surgery[chat]'") from None
+            raise ToolFailed("this needs tiktoken", hint="pip install tiktoken") from None
         return tiktoken.Encoding(
             "qwen", pat_str=_CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
         )
@@ -126,8 +126,9 @@ class Tokenizer:
         return [*ids, self.special[START], *self.encode("assistant\n")]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    data = read_json(path, "not JSON")
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in *path*, empty when there is none; Refused for a file that is no JSON."""
+    data = parsing.read_json(path, "not JSON")
     return data if isinstance(data, dict) else {}
 
 
@@ -141,10 +142,10 @@ def check(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise Refused(f"{folder / name} is missing", hint="it is beside config.json upstream")
     tokenizer = Tokenizer.open(folder)
-    rows = _read_json(folder / "config.json").get("vocab_size")
+    rows = read_json(folder / "config.json").get("vocab_size")
     if isinstance(rows, int) and tokenizer.size > rows:
         raise Refused(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model {rows} rows")
-    end = _read_json(folder / "generation_config.json").get("eos_token_id")
+    end = read_json(folder / "generation_config.json").get("eos_token_id")
     if isinstance(end, int) and end not in tokenizer.special.values():
         raise Refused(
             f"{folder / 'generation_config.json'}: eos_token_id {end} is no special token of the vocabulary",

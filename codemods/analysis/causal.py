@@ -2,17 +2,16 @@
 
 Every form upstream has used: a lower-triangular buffer of the class (``bias``) or of the model
 (``registered_causal_mask``), sliced to the last ``query_length`` rows and ``key_length`` columns; a
-triangle built
-with ``torch.tril`` in ``forward``; and ``None`` where a single query sees every key. Each function returns an
-empty string when it is shown, otherwise the reason why not.
+triangle built with ``torch.tril`` in ``forward``; and ``None`` where a single query sees every key. Each
+function returns an empty string when it is shown, otherwise the reason why not.
 """
 
 from __future__ import annotations
 
 import ast
 
-from codemods import tree as t
-from codemods.attention import ScorePath, uncast
+from codemods.analysis import tree as t
+from codemods.analysis.attention import ScorePath, uncast
 
 
 def not_causal(path: ScorePath, node: ast.expr) -> str:

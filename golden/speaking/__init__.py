@@ -1,0 +1,1 @@
+"""A small chat model with trained weights, and everything that made it: texts, tokenizer, training script."""
