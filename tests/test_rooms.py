@@ -47,6 +47,7 @@ ROOMS = (
     "qwen_surgery.vocabulary",
     "qwen_surgery.measuring",
     "qwen_surgery.verification",
+    "qwen_surgery.twin",
     "qwen_surgery.chatting",
     "qwen_surgery.building",
     "qwen_surgery.commands",

@@ -46,7 +46,7 @@ class Manifest:
     ``sources`` are SHA-256 of the unpatched (``reference``) and patched files; ``weights`` says the mode and,
     per shard, its size and a fingerprint (names, dtypes, shapes and a sample of each tensor's bytes);
     ``passes`` are the graph passes that ran, in order (empty for a plain export); ``config`` is the unpatched
-    config.json with its silent keys written out.
+    config.json with its silent keys written out; ``twin`` is what the tiny twin showed, or why there is none.
     """
 
     checkout: str
@@ -61,6 +61,7 @@ class Manifest:
     constants: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    twin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seq_length(self) -> int:
@@ -119,6 +120,7 @@ class Manifest:
             "geometry": asdict(self.geometry),
             "sources": self.sources,
             "config": self.config,
+            "twin": self.twin,
             "weights": self.weights,
             "templates": self.templates,
             "constants": self.constants,

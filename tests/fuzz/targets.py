@@ -220,6 +220,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         "templates": {"block": {"file": "templates/block.onnx", "sha256": sha256(b"template")}},
         "constants": {"templates/block.onnx": sha256(b"template")},
         "passes": ["fold-constants"],
+        "twin": {},
         "tools": {"torch": "2"},
         "nets": [net],
     }
