@@ -28,7 +28,7 @@ _NONE = "holds no references"
 
 
 @dataclass(frozen=True)
-class Summary:
+class RecordSummary:
     """One tensor. ``samples`` are values at evenly spread places of the flattened array."""
 
     shape: tuple[int, ...]
@@ -40,14 +40,14 @@ class Summary:
     samples: tuple[float, ...]
 
 
-def summarise(array: np.ndarray) -> Summary:
+def summarise(array: np.ndarray) -> RecordSummary:
     """The summary of a float array."""
     import numpy as np
 
     exact = np.ascontiguousarray(array, dtype="<f4")
     flat = exact.astype(np.float64).ravel()
     places = np.linspace(0, flat.size - 1, SAMPLES).astype(int)
-    return Summary(
+    return RecordSummary(
         shape=tuple(exact.shape),
         sha256=hashlib.sha256(exact.tobytes()).hexdigest(),
         mean=_short(flat.mean()),
@@ -58,7 +58,7 @@ def summarise(array: np.ndarray) -> Summary:
     )
 
 
-def compare(recorded: Summary, found: Summary) -> str:
+def compare(recorded: RecordSummary, found: RecordSummary) -> str:
     """``same`` (bit for bit), ``drift`` (rounding only) or ``changed``."""
     if recorded.sha256 == found.sha256 and recorded.shape == found.shape:
         return "same"
@@ -82,7 +82,7 @@ class Stage:
 
     versions: dict[str, str]
     weights: str
-    tensors: dict[str, Summary]
+    tensors: dict[str, RecordSummary]
 
 
 def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
@@ -96,7 +96,7 @@ def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
     except FileNotFoundError:
         return {}
     references: dict[str, dict[str, Stage]] = {}
-    tensors: dict[str, Summary] = {}
+    tensors: dict[str, RecordSummary] = {}
     with reading(path, _NONE):
         for line in lines:
             row = json.loads(line)
@@ -112,8 +112,8 @@ def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
     return references
 
 
-def _summary(row: dict[str, Any]) -> Summary:
-    found = Summary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
+def _summary(row: dict[str, Any]) -> RecordSummary:
+    found = RecordSummary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
     require("a tensor", str, found.sha256)
     require("a tensor", int, *found.shape)
     require("a tensor", float, found.mean, found.spread, found.lowest, found.highest, *found.samples)

@@ -111,10 +111,6 @@ def test_no_module_needs_itself(package: str) -> None:
         pytest.fail("imports go round: " + " <- ".join(error.args[1]))
 
 
-#: Class names that still stand twice; they must not become more.
-TWICE = {"Outcome", "State"}
-
-
 def test_a_class_name_means_one_thing() -> None:
     """Two classes of one name are mixed up by readers and by their editors' search."""
     places: dict[str, list[str]] = {}
@@ -123,7 +119,7 @@ def test_a_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(module)
     several = {name: found for name, found in places.items() if len(found) > 1}
-    assert set(several) <= TWICE, {name: several[name] for name in set(several) - TWICE}
+    assert several == {}
 
 
 def _imported(module: str) -> set[str]:
