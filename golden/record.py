@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golden.damaged import reading, require
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,6 +24,7 @@ FILE = Path(__file__).with_name("references.jsonl")
 #: through a two-layer model moves values by about 1e-6 of it.
 DRIFT = 1e-4
 SAMPLES = 8
+_NONE = "holds no references"
 
 
 @dataclass(frozen=True)
@@ -88,28 +91,35 @@ def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
     The file has one JSON document a line: a head for each era and stage, then its tensors.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with reading(path, _NONE):
+            lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
     references: dict[str, dict[str, Stage]] = {}
     tensors: dict[str, RecordSummary] = {}
-    try:
+    with reading(path, _NONE):
         for line in lines:
             row = json.loads(line)
             if "era" in row:
                 tensors = {}
+                require("a stage", dict, row["versions"])
+                require("a stage", str, row["weights"], row["era"], row["stage"])
                 stage = Stage(row["versions"], row["weights"], tensors)
                 references.setdefault(row["era"], {})[row["stage"]] = stage
             else:
                 name = row.pop("tensor")
                 tensors[name] = _summary(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no references ({type(error).__name__}: {error})") from error
     return references
 
 
 def _summary(row: dict[str, Any]) -> RecordSummary:
-    return RecordSummary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
+    found = RecordSummary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
+    require("a tensor", str, found.sha256)
+    require("a tensor", int, *found.shape)
+    require("a tensor", float, found.mean, found.spread, found.lowest, found.highest, *found.samples)
+    if len(found.samples) != SAMPLES:
+        raise ValueError(f"{len(found.samples)} samples of a tensor")
+    return found
 
 
 def _short(value: float) -> float:

@@ -33,6 +33,7 @@ ROOMS = (
     "qwen_surgery.errors",
     "qwen_surgery.console",
     "qwen_surgery.files",
+    "qwen_surgery.parsing",
     "qwen_surgery.chips",
     "qwen_surgery.nets",
     "qwen_surgery.tokenizer",
