@@ -6,8 +6,10 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
+from codemods.analysis import fused
 from codemods.analysis import tree as t
 from codemods.analysis.attention import attentions
+from codemods.analysis.handed import tampered
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Rewrite, Rule, Site, Status
 
@@ -107,6 +109,9 @@ class DisableTorch2(Rule):
         assert isinstance(stmt, (ast.Assign, ast.AnnAssign))
         if isinstance(stmt.value, ast.Constant) and stmt.value.value is False:
             return Site(Status.ALREADY, f"{flag} is False", *span)
+        other = _other_numbers(source, flag)
+        if other:
+            return Site(Status.DECLINED, other, *span)
         return Site(
             Status.APPLIED, f"{flag} guards {SDPA} (line {used})", *span, edits=(Rewrite(stmt, _set_false),)
         )
@@ -182,6 +187,27 @@ def _flag_problem(source: Source, flag: str, bound: list[ast.stmt]) -> str:
     for node in t.walk(source.tree):
         if t.is_name(node, flag) and isinstance(node.ctx, ast.Load) and id(node) not in tests:  # type: ignore[attr-defined]
             return f"{flag} is also read on line {node.lineno}, outside attention's conditions"  # type: ignore[attr-defined]
+    return ""
+
+
+def _other_numbers(source: Source, flag: str) -> str:
+    """Why attention without the fused call is not shown to compute the same as with it; empty when it is."""
+    for attention in attentions(source):
+        if not attention.paths:  # nothing here to compare with; drop-causal-mask declines such a class
+            continue
+        for function in attention.methods.values():
+            choices = [n for n in t.walk(function) if isinstance(n, ast.If) and flag in t.reads(n.test)]
+            for choice in choices:
+                if not any(t.calls(stmt, SDPA) for stmt in choice.body):
+                    continue
+                found = tampered(source, attention.node)
+                problem = (
+                    found.reason
+                    if found is not None
+                    else fused.difference(source, attention.node, choice, flag)
+                )
+                if problem:
+                    return f"{problem} (line {found.line if found is not None else choice.lineno})"
     return ""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from codemods.analysis import tree as t
 from codemods.analysis.attention import Attention, attentions
+from codemods.analysis.effects import effects
+from codemods.analysis.handed import cache_problem, tampered
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Move, Rule, Site, Status
 
@@ -106,14 +108,18 @@ class EarlyPresent(Rule):
         body = forward.body
         at, to = body.index(present), body.index(join)
         if at < to:
-            problem = _unsound(forward, found, body[at + 1 : to])
+            problem = _unsound(forward, found, body[at + 1 : to]) or _elsewhere(attention, forward, found)
             if problem:
                 yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
             else:
                 reason = "present is made before the history is joined"
                 yield Site(Status.ALREADY, reason, present.lineno, present.end_lineno, where)
             return
-        problem = _join_problem(found) or _unsound(forward, found, body[to + 1 : at])
+        problem = (
+            _join_problem(found)
+            or _unsound(forward, found, body[to + 1 : at])
+            or _elsewhere(attention, forward, found)
+        )
         if problem:
             yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
             return
@@ -147,12 +153,27 @@ def _joined(stmt: ast.If) -> list[str]:
 
 def _join_problem(parts: _Parts) -> str:
     """The join must put the past before the new along one axis, and touch key and value in no other way."""
-    for name in (parts.key, parts.value):
+    for place, name in enumerate((parts.key, parts.value)):
         for stmt, value in t.assignments([parts.join], name):
             pieces = value.elts if isinstance(value, ast.Tuple) else [value]
             if not all(_appends(piece, name) for piece in pieces):
                 return f"line {stmt.lineno} does more to `{name}` than append it to the past"
+            for i, piece in enumerate(pieces):
+                past, new = piece.args[0].elts  # type: ignore[union-attr]
+                problem = _past_problem(parts.join, past, place, several=len(pieces) > 1)
+                parts_differ = len(pieces) > 1 and not (_part(past) == _part(new) == i)
+                if problem or parts_differ:
+                    return (
+                        problem or f"line {stmt.lineno} joins parts of the cache that do not belong together"
+                    )
+    stray = t.binds(parts.join) & {"layer_past", "use_cache"}
+    if stray:
+        return f"the join rebinds `{min(stray)}`"
     return ""
+
+
+def _part(node: ast.expr) -> object:
+    return t.constant(node.slice) if isinstance(node, ast.Subscript) else None
 
 
 def _appends(node: ast.expr | None, name: str) -> bool:
@@ -217,6 +238,50 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
         if not _is_output(stmt, name):
             return f"`{name}` is read on line {stmt.lineno} for something else than the outputs"
     return ""
+
+
+def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) -> str:
+    """What reaches present's tensors or the history from elsewhere in the file; empty when nothing does."""
+    assert parts.present is not None
+    if not attention.paths:  # its scores are made elsewhere; drop-causal-mask declines such a class
+        return ""
+    (name,) = t.binds(parts.present)
+    start = min(parts.join.lineno, parts.present.lineno)
+    for write in effects(attention.source).written(forward, [parts.key, parts.value, name, "layer_past"]):
+        if write.line >= start:
+            return f"what present holds may be changed in place on line {write.line}"
+    found = tampered(attention.source, attention.node) or cache_problem(attention.source, attention.node)
+    return f"{found.reason} (line {found.line})" if found is not None else ""
+
+
+def _past_problem(join: ast.If, past: ast.expr, place: int, *, several: bool) -> str:
+    """The past is ``layer_past[place]`` as a whole, or a part of it where the cache is a tuple."""
+    bare = past.value if several and isinstance(past, ast.Subscript) else past
+    if isinstance(bare, ast.Name):
+        values = [value for _, value in t.assignments(join.body, bare.id)]
+        if _unpacks(join, bare.id, place):
+            return ""
+        bare = values[0] if len(values) == 1 and values[0] is not None else bare
+    if (
+        isinstance(bare, ast.Subscript)
+        and t.is_name(bare.value, "layer_past")
+        and t.constant(bare.slice) == place
+    ):
+        return ""
+    return f"`{ast.unparse(past)}` is not the whole history"
+
+
+def _unpacks(join: ast.If, name: str, place: int) -> bool:
+    """``past_key, past_value = layer_past``."""
+    for stmt in t.statements(join.body):
+        if (
+            isinstance(stmt, ast.Assign)
+            and isinstance(stmt.targets[0], ast.Tuple)
+            and t.is_name(stmt.value, "layer_past")
+        ):
+            elements = stmt.targets[0].elts
+            return len(elements) == 2 and t.is_name(elements[place], name)
+    return False
 
 
 def _mutates(stmt: ast.stmt, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""Readers of Python source: what a file says, without running it."""
+"""Readers of Python source: what a file says, without running it, and what may be changed in it."""

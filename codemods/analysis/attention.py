@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.analysis import tree as t
+from codemods.analysis.effects import effects
+from codemods.analysis.handed import MASK, carries, mask_problem, tampered, unwrapped
 from codemods.analysis.source import Source
 
 UPCAST = "_upcast_and_reordered_attn"
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "zeros", "empty", "dequantize_cache_torch"))
-CASTS = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contiguous"))
+CASTS = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contiguous", "clone", "detach"))
 SHAPES = frozenset(("reshape", "view", "squeeze", "unsqueeze", "permute", "transpose", "expand"))
 
 
@@ -103,9 +105,38 @@ class ScorePath:
         found, masked = [], False
         for stmt, kind in self._kinds:
             masked = masked or kind == "add" or isinstance(kind, Mask)
-            if kind == "unknown" or (masked and kind == "make"):
+            if (
+                kind == "unknown"
+                or (masked and kind == "make")
+                or (kind == "keep" and self._upsets(stmt, masked))
+            ):
                 found.append(stmt)
         return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
+
+    def _upsets(self, stmt: ast.stmt, masked: bool) -> bool:
+        """A statement that binds no scores but may write them, or keeps masked ones for later."""
+        if self.scores in t.binds(stmt) or not (masked or self._masked_in_place):
+            return False  # what happens to them before a mask is the same with and without it
+        flow = effects(self.attention.source)
+        lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
+        if any(w.line in lines for w in flow.written(self.function, [self.scores])):
+            return True
+        bound = t.binds(stmt) - {self.scores}
+        later = [s for s in self.function.body if s.lineno > stmt.lineno]
+        return self._looks_into(stmt) and bool(bound & frozenset().union(*(t.reads(s) for s in later)))
+
+    @cached_property
+    def _masked_in_place(self) -> bool:
+        return any(t.calls(mask.stmt, "masked_fill_") for mask in self.masks)
+
+    def _looks_into(self, stmt: ast.stmt) -> bool:
+        """The values of the scores are read, not only their shape, dtype or device."""
+        described = {
+            id(n.value)
+            for n in t.walk(stmt)
+            if isinstance(n, ast.Attribute) and n.attr in {"shape", "dtype", "device", "size", "dim", "ndim"}
+        }
+        return any(t.is_name(n, self.scores) and id(n) not in described for n in t.walk(stmt))
 
     @property
     def _softmaxes(self) -> list[ast.stmt]:
@@ -165,10 +196,10 @@ class ScorePath:
         It is what ``forward`` passes its own ``attention_mask`` as. In a method that nothing calls, it is the
         parameter of that name, or the one at the same place as in the stand-in.
         """
-        for caller, _, call in self.calls:
+        for caller, stmt, call in self.calls:
             bound = t.arguments(call, self.function) or {}
             for name, value in bound.items():
-                if t.is_name(value, "attention_mask") and "attention_mask" in t.parameters(caller):
+                if carries(caller, value, MASK, stmt):
                     return name
         names = t.parameters(self.function)
         if self.calls or "attention_mask" in names:
@@ -181,16 +212,32 @@ class ScorePath:
         name = self.mask_parameter
         if name is None:
             return "the caller's attention_mask is not passed to this method"
-        if self.function.name != "forward" and list(t.assignments(self.function.body, name)):
+        if self.function.name != "forward" and not carries(self.function, ast.Name(name, ast.Load()), name):
             return f"`{name}` is given another value inside the method"
         for caller, stmt, call in self.calls:
             value = (t.arguments(call, self.function) or {}).get(name)
-            if not t.is_name(value, "attention_mask"):
+            if not carries(caller, value, MASK, stmt):
+                bound = [
+                    s for s, _ in t.assignments(caller.body, MASK) if not t.exclusive(caller.body, s, stmt)
+                ]
+                if t.is_name(value, MASK) and bound:
+                    return f"attention_mask is given another value on line {bound[0].lineno}, before the call"
                 return f"the call on line {call.lineno} passes something else as `{name}`"
-            for rebound, _ in t.assignments(caller.body, "attention_mask"):
-                if not t.exclusive(caller.body, rebound, stmt):
-                    return f"attention_mask is given another value on line {rebound.lineno}, before the call"
+        return self._mask_written(name) or self._mask_handed()
+
+    def _mask_written(self, name: str) -> str:
+        """Where the mask may be changed in place, from attention's forward to the sum."""
+        for function, known in ((self.function, name), *((caller, MASK) for caller, _, _ in self.calls)):
+            for write in effects(self.attention.source).written(function, [known]):
+                return f"`{known}` may be changed in place on line {write.line}"
         return ""
+
+    def _mask_handed(self) -> str:
+        """Whether the layers are handed what the caller gave; no matter where upstream never adds it."""
+        found = tampered(self.attention.source, self.attention.node)
+        if found is None and self.added and not self.dead:
+            found = mask_problem(self.attention.source, self.attention.node)
+        return f"{found.reason} (line {found.line})" if found is not None else ""
 
     def _kind(self, stmt: ast.stmt) -> Mask | str:
         """What one statement does to the scores: a Mask, ``add``, ``make``, ``keep`` or ``unknown``."""
@@ -234,7 +281,7 @@ class ScorePath:
         return self._keeps(stmt.value)
 
     def _keeps(self, value: ast.expr) -> bool:
-        if t.is_name(value, self.scores):
+        if t.is_name(unwrapped(value), self.scores):
             return True
         if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Div, ast.Mult)):
             return self._keeps(value.left) and not self._maskish(value.right)
@@ -301,7 +348,7 @@ class ScorePath:
         )
 
     def _is_mask_value(self, node: ast.expr) -> bool:
-        return t.is_name(uncast(node), self.mask_parameter or "")
+        return carries(self.function, node, self.mask_parameter or "")
 
     def _mask(self, stmt: ast.stmt) -> Mask | None:
         """The statement as a where/masked_fill of the scores by a condition, or None."""

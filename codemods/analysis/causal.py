@@ -12,6 +12,8 @@ import ast
 
 from codemods.analysis import tree as t
 from codemods.analysis.attention import ScorePath, uncast
+from codemods.analysis.effects import effects
+from codemods.analysis.handed import Found, changed_buffer, passed_on
 
 
 def not_causal(path: ScorePath, node: ast.expr) -> str:
@@ -82,7 +84,11 @@ def _in_function(path: ScorePath, function: ast.FunctionDef, node: ast.expr, dep
 
 
 def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: int) -> str:
-    found = list(t.assignments(function.body, name))
+    found = [
+        (s, v) for s, v in t.assignments(function.body, name) if v is None or not t.is_name(uncast(v), name)
+    ]
+    for write in effects(path.attention.source).written(function, [name]):
+        return f"`{name}` may be changed in place on line {write.line}"
     for stmt, value in found:
         if value is None:
             return f"`{name}` is bound on line {stmt.lineno} in a way that cannot be followed"
@@ -222,22 +228,29 @@ def _buffer_problem(path: ScorePath, name: str) -> str:
     values = _registered(path.attention.node, name)
     if not values:
         return f"self.{name} is not registered in {path.attention.name}"
-    return "" if all(is_triangle(v) for v in values) else f"self.{name} is not registered as a lower triangle"
+    if not all(is_triangle(v) for v in values):
+        return f"self.{name} is not registered as a lower triangle"
+    return _changed(path, name)
+
+
+def _changed(path: ScorePath, name: str) -> str:
+    found = changed_buffer(path.attention.source, name)
+    return f"{found.reason} (line {found.line})" if found is not None else ""
 
 
 def _model_buffer_problem(path: ScorePath, parameter: str) -> str:
     """A mask that ``forward`` is handed must be some class's registered triangle, passed under that name."""
     passed = {parameter}
-    for call in (n for n in t.walk(path.attention.source.tree) if isinstance(n, ast.Call)):
-        value = t.keyword(call, parameter)
-        if isinstance(value, ast.Attribute) and t.is_name(value.value, "self"):
-            passed.add(value.attr)
+    handed = passed_on(path.attention.source, path.attention.node, parameter)
+    if isinstance(handed, Found):
+        return f"{handed.reason} (line {handed.line})"
+    if handed is not None:
+        passed = {handed}
     for name in sorted(passed):
         values = _registered(path.attention.source.tree, name)
         if values:
-            return (
-                "" if all(is_triangle(v) for v in values) else f"the buffer `{name}` is not a lower triangle"
-            )
+            triangles = all(is_triangle(v) for v in values)
+            return _changed(path, name) if triangles else f"the buffer `{name}` is not a lower triangle"
     return f"`{parameter}` is not a registered lower triangle anywhere in this file"
 
 

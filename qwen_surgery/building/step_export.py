@@ -35,6 +35,7 @@ class Export(Step):
         from qwen_surgery.checkout import Checkout
         from qwen_surgery.exporting.export import export
         from qwen_surgery.patching.sources import Sources
+        from qwen_surgery.twin.twin import prove
         from qwen_surgery.weights import WeightIndex
 
         checkout = Checkout.open(self.checkout)
@@ -44,6 +45,7 @@ class Export(Step):
             checkout.geometry(self.seq_length),
             work / ONNX,
             trust_remote_code=self.trust_remote_code,
+            prove=prove,
             multi_device=self.fused_head,
         )
         return {"nets": len(manifest.nets), "weights": manifest.weights["mode"]}

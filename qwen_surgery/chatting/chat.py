@@ -49,7 +49,7 @@ class Generation:
                 tuple(int(end) for end in (ends if isinstance(ends, list) else [ends])),
                 int(data.get("max_new_tokens", cls.max_tokens)),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Refused(f"{folder / 'generation_config.json'}: a setting is no number ({error})") from None
 
 

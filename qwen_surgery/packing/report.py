@@ -156,8 +156,10 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     try:
         fused = found["lm_head"].outputs[0].dtype in ("int32", "uint32")
         geometry = _geometry(found, layers)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         return [f"not the nets of a Qwen v1 model (missing or odd: {error})"]
+    if layers > len(reports):
+        return [f"a net of layer {layers - 1}, but {len(reports)} nets in all"]
     heads = "greedy_head" in found or "penalty_sample_head" in found
     wanted = [net.name for net in nets(layers, heads=heads, multi_device=fused)]
     if names != wanted:

@@ -1,0 +1,549 @@
+"""Who may write the storage that a name refers to: a small abstract interpretation of one file.
+
+For each function, names that may share storage are put into one class: a view of a tensor with the tensor, a
+container with what it holds, ``self.x`` with what was stored there. What arithmetic and most of torch's
+functions give is new. A write (an in-place method, ``out=``, a subscript store, ``.data``) is a write to the
+whole class. What a function of the file may write, and what it may return, is summed up by parameter; calls
+are looked up until nothing changes. A call of something not known here is taken to write all it is given.
+
+The order of statements plays no part: a write anywhere in a function counts. Lines tell the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEWS = words(
+    """
+    view reshape transpose permute expand expand_as squeeze unsqueeze contiguous to type type_as
+    float half double bfloat16 bool int long detach cpu cuda split chunk unbind narrow select
+    flatten unflatten swapaxes swapdims movedim diagonal unfold view_as reshape_as t ravel
+    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to
+    broadcast_tensors dropout rearrange items values keys get pop copy buffers parameters to_tuple
+    """
+)
+_READS = words(
+    """
+    size dim ndimension numel item tolist sum mean max min amax amin argmax argmin abs sqrt rsqrt
+    pow square exp log log2 sin cos tanh sigmoid softmax log_softmax relu silu gelu clone repeat
+    repeat_interleave masked_fill where eq ne lt le gt ge logical_not logical_and logical_or any all
+    isnan isinf nonzero cumsum cumprod prod norm add sub mul div true_divide matmul bmm mm neg
+    reciprocal round floor ceil clamp clip tril triu roll flip gather index_select masked_select
+    scatter index_fill index_copy masked_scatter sort topk argsort unique std var new_zeros new_ones
+    new_full new_tensor new_empty is_floating_point is_contiguous element_size data_ptr stride
+    storage_offset type_as_string startswith endswith lower upper format join strip count index warn
+    warn_once warning warning_once info debug error is_file is_available get_head_mask
+    get_seq_length maximum minimum allclose equal
+    """
+)
+_BUILTINS = words(
+    """
+    len int float str bool range isinstance issubclass hasattr print abs sum round repr id all any
+    type callable hash divmod super property format slice ValueError RuntimeError TypeError
+    Exception ImportError KeyError NotImplementedError AssertionError
+    """
+)
+_CONTAINERS = words(
+    """
+    tuple list set dict zip enumerate reversed iter next sorted max min map filter vars
+    """
+)
+_ADDERS = frozenset(("append", "extend", "insert", "add", "update", "setdefault"))
+#: What a file imports where it can, as upstream does: kernels that give a new tensor and write none.
+_KERNELS = frozenset(
+    ("flash_attn_unpadded_func", "flash_attn_func", "apply_rotary_emb_func", "apply_rotary_emb", "rms_norm")
+)
+#: Modules of kernels for the quantised cache, built beside the file.
+_QUANTISED_KERNELS = frozenset(("cache_kernels", "cache_autogptq_cuda_256"))
+_DESCRIBES = words(
+    """
+    shape dtype device is_cuda ndim training requires_grad layout itemsize nbytes
+    """
+)
+_STANDARD = frozenset(("math", "logger", "logging", "warnings", "importlib", "os", "pathlib", "sys"))
+
+#: The nodes that bind, write or return something, and those that decide what is read.
+_READ = (
+    *(ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign, ast.For, ast.AsyncFor, ast.comprehension),
+    *(ast.withitem, ast.Return, ast.Yield, ast.YieldFrom, ast.Call, ast.FunctionDef, ast.If),
+)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Roots = frozenset[str]
+NOTHING: Roots = frozenset()
+
+
+@dataclass
+class Summary:
+    """What a call of a function may do: parameters (and ``@attributes``) it may write, and may return."""
+
+    writes: Roots = NOTHING
+    returns: Roots = NOTHING
+
+
+@dataclass(frozen=True)
+class Write:
+    """A place that may write storage: the line, and the names whose storage it may be."""
+
+    line: int
+    roots: Roots
+
+
+@dataclass
+class Flow:
+    """The names of one function: classes of names that may share storage, and the writes."""
+
+    function: Function
+    parent: dict[str, str] = field(default_factory=dict)
+    writes: set[Write] = field(default_factory=set)
+    returned: set[str] = field(default_factory=set)
+    uses: set[str] = field(default_factory=set)  #: names of the functions whose summaries were asked for
+
+    def find(self, name: str) -> str:
+        while (above := self.parent.get(name, name)) != name:
+            name = above
+        return name
+
+    def join(self, names: Iterable[str]) -> None:
+        first = None
+        for name in names:
+            self.parent.setdefault(name, name)
+            root = self.find(name)
+            first = root if first is None else first
+            self.parent[root] = self.find(first)
+
+    def same(self, names: Iterable[str]) -> set[str]:
+        """``names`` and every name that may share storage with one of them."""
+        roots = {self.find(name) for name in names}
+        return {name for name in self.parent if self.find(name) in roots} | set(names)
+
+
+class Effects:
+    """The effects of every function of a file."""
+
+    def __init__(self, source: Source) -> None:
+        self.tree = source.tree
+        self.functions: dict[str, list[Function]] = {}
+        self.classes = {n.name: n for n in source.tree.body if isinstance(n, ast.ClassDef)}
+        self.owners: dict[int, ast.ClassDef] = {}
+        for node in source.tree.body:
+            for inner in [node, *(node.body if isinstance(node, ast.ClassDef) else ())]:
+                if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    self.functions.setdefault(inner.name, []).append(inner)
+                    if isinstance(node, ast.ClassDef):
+                        self.owners[id(inner)] = node
+        self.modules = _made_modules(source.tree)
+        self.summaries = {id(f): Summary() for fs in self.functions.values() for f in fs}
+        self.flows: dict[int, Flow] = {}
+        changed = set(self.functions)
+        while changed:  # summaries only grow, so this ends
+            changed = self._round(changed)
+        self.written_attributes = {
+            n for flow in self.flows.values() for w in flow.writes for n in flow.same(w.roots) if n[0] == "@"
+        }
+
+    def _round(self, changed: set[str]) -> set[str]:
+        """Read again what calls one of ``changed``; the names whose summary is another one now."""
+        found = set()
+        for name, functions in self.functions.items():
+            for function in functions:
+                known = self.flows.get(id(function))
+                if (known is None or known.uses & changed) and self._read(function):
+                    found.add(name)
+        return found
+
+    def _read(self, function: Function) -> bool:
+        """Read one function; whether its summary is another one than before."""
+        flow = self.flows[id(function)] = _Reader(self, function).flow
+        names = set(_parameters(function))
+        hit = flow.same({n for w in flow.writes for n in w.roots}) if flow.writes else set()
+        given = flow.same(flow.returned) if flow.returned else set()
+        before = self.summaries[id(function)]
+        summary = Summary(
+            before.writes | {n for n in hit if n in names or n[0] == "@"},
+            before.returns | {n for n in given if n in names or n[0] == "@"},
+        )
+        self.summaries[id(function)] = summary
+        return summary != before
+
+    def written(self, function: Function, names: Iterable[str]) -> list[Write]:
+        """The places in ``function`` that may write what ``names`` refer to, in order of lines."""
+        flow = self.flows.get(id(function))
+        if flow is None:
+            return []
+        alike = flow.same(set(names))
+        found = [w for w in flow.writes if alike & flow.same(w.roots)]
+        kept = {n for n in alike if n[0] == "@"} & self.written_attributes
+        if kept and not found:  # stored in an attribute that another function writes
+            found.append(Write(function.lineno, frozenset(kept)))
+        return sorted(found, key=lambda w: w.line)
+
+    def aliases(self, function: Function, name: str) -> set[str]:
+        flow = self.flows.get(id(function))
+        return flow.same({name}) if flow is not None else {name}
+
+
+def effects(source: Source) -> Effects:
+    """The effects of ``source``, computed once."""
+    known = source.memo.get("effects")
+    if known is None:
+        known = source.memo["effects"] = Effects(source)
+    return known  # type: ignore[return-value]
+
+
+def _parameters(function: Function) -> list[str]:
+    args = function.args
+    more = [a.arg for a in (args.vararg, args.kwarg) if a is not None]
+    return [*(a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)), *more]
+
+
+def _made_modules(tree: ast.Module) -> dict[str, set[str]]:
+    """Attribute -> what is stored there anywhere in the file: names of called constructors, or ``?``."""
+    found: dict[str, set[str]] = {}
+    setters = [n for n in t.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.endswith("_embeddings")]
+    passed = {id(n) for setter in setters for n in t.walk(setter)}
+    for node in t.walk(tree):
+        if isinstance(node, ast.Assign) and id(node) not in passed:
+            for target in node.targets:
+                if isinstance(target, ast.Attribute):
+                    made = t.call_name(node.value) or ("" if t.constant(node.value) is None else "?")
+                    harmless = "" if _in_place_constructor(node.value) else made
+                    found.setdefault(target.attr, set()).add(harmless or "?")
+    return found
+
+
+def _passed(node: ast.AST) -> list[ast.stmt]:
+    """What is not read: the branch with torch's fused attention, which a rule of its own looks at; and
+    ``if isinstance(module, nn.Linear):``, where ``_init_weights`` fills what only such a layer has."""
+    if not isinstance(node, ast.If):
+        return []
+    if any(t.calls(stmt, "scaled_dot_product_attention") for stmt in node.body if not any(t.blocks(stmt))):
+        return node.body
+    kinds = [t.last_name(n) for call in t.calls(node.test, "isinstance") for n in t.walk(call.args[-1])]
+    return node.body if {"Linear", "Embedding", "RMSNorm"} & set(kinds) else []
+
+
+def _in_place_constructor(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and t.keyword(node, "inplace") is not None
+
+
+class _Reader:
+    """Reads one function once, with what is known of the others so far."""
+
+    def __init__(self, file: Effects, function: Function) -> None:
+        self.file = file
+        self.flow = Flow(function)
+        nodes = [n for n in t.walk(function) if isinstance(n, _READ)]
+        below = [n for n in nodes if isinstance(n, ast.FunctionDef)]
+        self.nested = {n.name: _parameters(n) for n in below if n is not function}
+        self.bound = t.binds(function) | {name for n in below for name in _parameters(n)}
+        self.containers = {name for n in nodes for name in _filled_later(n)}
+        self.known: dict[int, Roots] = {}
+        passed = {id(n) for branch in nodes for part in _passed(branch) for n in t.walk(part)}
+        for node in nodes:
+            if id(node) not in passed:
+                self._node(node)
+
+    # -- statements ------------------------------------------------------------------------------------------
+
+    def _node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._bind(target, node.value)
+        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+            self._bind(node.target, node.value)
+        elif isinstance(node, ast.AugAssign):
+            self._augment(node)
+        elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
+            self._bind(node.target, node.iter)
+        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+            self._bind(node.optional_vars, node.context_expr)
+        elif isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)) and node.value is not None:
+            self.flow.returned |= self.roots(node.value)
+        elif isinstance(node, ast.Call):
+            self.roots(node)
+
+    def _bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
+            for i, part in enumerate(target.elts):
+                self._bind(part, value.elts[i] if pairs else value)  # type: ignore[attr-defined]
+        elif isinstance(target, ast.Starred):
+            self._bind(target.value, value)
+        elif isinstance(target, ast.Name):
+            self.flow.join((target.id, *sorted(self.roots(value))))
+        else:
+            self._store(target, self.roots(value))
+
+    def _store(self, target: ast.expr, given: Roots) -> None:
+        if isinstance(target, ast.Subscript):
+            held = self.roots(target.value)
+            self._write(target, held)
+            if held & self.containers:  # a list keeps what it is given; a tensor copies it
+                self.flow.join(sorted(held | given))
+        elif isinstance(target, ast.Attribute):
+            if target.attr == "data":
+                self._write(target, self.roots(target.value))
+            self.flow.join((f"@{target.attr}", *sorted(given)))
+
+    def _augment(self, node: ast.AugAssign) -> None:
+        """``x += (y,)`` puts y into x; with anything else than a tuple or a list it writes x."""
+        given, target = self.roots(node.value), node.target
+        if isinstance(node.value, (ast.Tuple, ast.List)):
+            self.flow.join(sorted(self.roots(target) | given))
+        else:
+            self._write(node, self.roots(target))
+
+    def _write(self, node: ast.AST, roots: Roots) -> None:
+        if roots:
+            self.flow.writes.add(Write(getattr(node, "lineno", self.flow.function.lineno), roots))
+
+    # -- expressions -----------------------------------------------------------------------------------------
+
+    def roots(self, node: ast.AST | None) -> Roots:
+        """The names whose storage the value of ``node`` may share; none for a new value."""
+        if node is None:
+            return NOTHING
+        known = self.known.get(id(node))
+        if known is None:
+            self.known[id(node)] = NOTHING
+            known = self.known[id(node)] = self._roots(node)
+        return known
+
+    def _all(self, nodes: Iterable[ast.AST | None]) -> Roots:
+        return NOTHING.union(*(self.roots(n) for n in nodes))
+
+    def _roots(self, node: ast.AST) -> Roots:
+        if isinstance(node, ast.Name):
+            return frozenset((node.id,)) if node.id != "self" else NOTHING
+        if isinstance(node, ast.Attribute):
+            if node.attr in _DESCRIBES:
+                return NOTHING
+            if node.attr in {"data", "T", "mT"}:
+                return self.roots(node.value)
+            own = self.roots(node.value) if isinstance(node.value, ast.Name) else NOTHING
+            return own | {f"@{node.attr}"}
+        if isinstance(node, (ast.Subscript, ast.Starred, ast.NamedExpr, ast.Await)):
+            return self.roots(node.value)
+        if isinstance(node, ast.IfExp):
+            return self._all((node.body, node.orelse))
+        if isinstance(node, ast.BoolOp):
+            return self._all(node.values)
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return self._all(node.elts)
+        if isinstance(node, ast.Dict):
+            return self._all(node.values)
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
+            return self.roots(node.elt)
+        if isinstance(node, ast.DictComp):
+            return self.roots(node.value)
+        if isinstance(node, ast.Lambda):
+            return self.roots(node.body)
+        if isinstance(node, ast.BinOp):
+            return (
+                self._all((node.left, node.right))
+                if isinstance(node.op, ast.Add) and _holds(node)
+                else NOTHING
+            )
+        return self._call(node) if isinstance(node, ast.Call) else NOTHING
+
+    def _call(self, call: ast.Call) -> Roots:
+        args = [*call.args, *(k.value for k in call.keywords)]
+        given = self._all(args)
+        for item in call.keywords:
+            if item.arg == "out":
+                self._write(call, self.roots(item.value))
+            if item.arg == "inplace" and t.constant(item.value) is not False:
+                self._write(call, given)
+        name, function = t.last_name(call.func), call.func
+        if isinstance(function, ast.Name):
+            return self._called_by_name(call, name, given)
+        if not isinstance(function, ast.Attribute):
+            self._write(call, given | self.roots(function))
+            return given | self.roots(function)
+        if _of_torch(function):
+            return self._of_torch(call, function, given)
+        own = self.roots(function.value)
+        if name in self.file.functions:
+            return self._summed(call, self.file.functions[name], own)
+        if t.is_name(function.value, "self") and name in self.file.modules:
+            return self._module(call, self.file.modules[name], given)
+        return self._method(call, name, own, given)
+
+    def _called_by_name(self, call: ast.Call, name: str, given: Roots) -> Roots:
+        if name in self.nested:  # its body is read with this function's
+            met = given.union(self.nested[name])
+            self.flow.join(sorted(met))
+            return met
+        if name in self.file.functions:
+            return self._summed(call, self.file.functions[name], NOTHING)
+        if name in {"setattr", "delattr"} and call.args:
+            self._write(call, self.roots(call.args[0]) | {f"@{t.constant(a)}" for a in call.args[1:2]})
+            return NOTHING
+        if name == "getattr" and call.args:
+            return self.roots(call.args[0]) | {f"@{t.constant(a)}" for a in call.args[1:2]}
+        if name in _BUILTINS or name in _KERNELS:
+            return NOTHING
+        if name in _CONTAINERS or name == "rearrange" or name[:1].isupper():
+            return given
+        if name in self.bound:
+            return self._forwards(call)  # a layer out of a list of layers
+        self._write(call, given)
+        return given
+
+    def _of_torch(self, call: ast.Call, function: ast.Attribute, given: Roots) -> Roots:
+        name = function.attr
+        root: ast.expr = function
+        between: set[str] = set()
+        while isinstance(root, ast.Attribute):
+            between.add(root.attr)
+            root = root.value
+        if _is_in_place(name) or between & {"ops", "_C", "library", "jit", "_foreach"}:
+            self._write(call, given)
+            return given
+        if name == "checkpoint":  # a layer run for training: it gives what the layer gives
+            return self._all(call.args[1:2])
+        return given if name in _VIEWS or between & {"autograd"} else NOTHING
+
+    def _method(self, call: ast.Call, name: str, own: Roots, given: Roots) -> Roots:
+        if _is_in_place(name):
+            self._write(call, own)
+            return own | given
+        if name == "register_buffer":
+            self.flow.join((f"@{t.constant(call.args[0] if call.args else None)}", *sorted(given)))
+            return NOTHING
+        if name in {"get_buffer", "get_parameter"} and call.args:
+            return frozenset((f"@{t.constant(call.args[0])}",))
+        if name in _ADDERS:
+            self.flow.join(sorted(own | given))
+            return own
+        if name in _VIEWS:
+            return own
+        if name in _READS:
+            return NOTHING
+        receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
+        if t.is_name(receiver) and receiver.id in _STANDARD:  # type: ignore[union-attr]
+            return given
+        if (
+            t.last_name(receiver or call) in _QUANTISED_KERNELS
+        ):  # the third argument is where their result goes
+            self._write(call, self.roots(call.args[2]) if len(call.args) > 2 else given)
+            return NOTHING
+        if isinstance(receiver, ast.Call) and t.is_name(receiver.func, "super"):
+            return given
+        if name[:1].isupper():
+            return given
+        self._write(call, own | given)
+        return own | given
+
+    def _module(self, call: ast.Call, made: set[str], given: Roots) -> Roots:
+        """A call of what ``self.x`` was set to: one of this file's classes, or one of torch's modules."""
+        returned = NOTHING
+        for name in made:
+            if name in self.file.classes:
+                returned |= self._summed(call, _methods(self.file.classes[name], "forward"), NOTHING)
+            elif name in {"Dropout", "Identity"}:
+                returned |= given
+            elif not name[:1].isupper():
+                self._write(call, given)
+                returned |= given
+        return returned
+
+    def _forwards(self, call: ast.Call) -> Roots:
+        made = [
+            c
+            for n, c in self.file.classes.items()
+            for o in [self.file.owners.get(id(self.flow.function))]
+            if o is not None and t.calls(o, n)
+        ]
+        functions = [f for c in made for f in _methods(c, "forward")] or self.file.functions.get(
+            "forward", []
+        )
+        return self._summed(call, functions, NOTHING)
+
+    def _summed(self, call: ast.Call, functions: list[Function], own: Roots) -> Roots:
+        """The summaries of every function that may be meant, for the arguments of this call."""
+        returned = NOTHING
+        for function in functions:
+            self.flow.uses.add(function.name)
+            summary = self.file.summaries[id(function)]
+            bound = _bound_arguments(call, function)
+            for names, act in ((summary.writes, True), (summary.returns, False)):
+                hit = NOTHING
+                for name in names:
+                    hit |= frozenset((name,)) if name[0] == "@" else self._all(bound.get(name, ()))
+                if act:
+                    self._write(call, hit)
+                else:
+                    returned |= hit
+        return returned | (own if not functions else NOTHING)
+
+
+def _bound_arguments(call: ast.Call, function: Function) -> dict[str, list[ast.expr]]:
+    """Parameter -> the arguments that may be bound to it."""
+    names = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+    if names[:1] == ["self"] and not _on_class(call.func):
+        names = names[1:]
+    rest = [a.arg for a in (function.args.vararg, function.args.kwarg) if a is not None]
+    bound: dict[str, list[ast.expr]] = {}
+    starred = any(isinstance(a, ast.Starred) for a in call.args)
+    for i, value in enumerate(call.args):
+        for at in [*names, *rest] if starred else [*names[i : i + 1], *(rest if i >= len(names) else ())]:
+            bound.setdefault(at, []).append(value)
+    known = set(_parameters(function))
+    for item in call.keywords:
+        for at in [item.arg] if item.arg in known else (known if item.arg is None else rest):
+            bound.setdefault(at or "", []).append(item.value)
+    return bound
+
+
+def _on_class(function: ast.expr) -> bool:
+    """``Class.method``, which is given its ``self``."""
+    return isinstance(function, ast.Attribute) and t.last_name(function.value)[:1].isupper()
+
+
+def _methods(node: ast.ClassDef, name: str) -> list[Function]:
+    return [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == name]
+
+
+def _filled_later(node: ast.AST) -> Iterator[str]:
+    """The names that are bound to a list or a dictionary."""
+    if isinstance(node, ast.Assign) and (
+        isinstance(node.value, (ast.List, ast.Dict, ast.ListComp, ast.DictComp))
+        or t.call_name(node.value) in {"list", "dict"}
+    ):
+        yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def _is_in_place(name: str) -> bool:
+    dunder = name.startswith("__i") and name not in {"__init__", "__invert__", "__iter__", "__int__"}
+    return (
+        (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
+        or dunder
+        or name in {"__setitem__", "__delitem__", "__setattr__"}
+    )
+
+
+def _of_torch(function: ast.Attribute) -> bool:
+    root: ast.expr = function
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    return isinstance(root, ast.Name) and root.id in {"torch", "F", "nn"}
+
+
+def _holds(node: ast.BinOp) -> bool:
+    """A sum of tuples or lists, as far as it can be seen."""
+    return any(
+        isinstance(part, (ast.Tuple, ast.List)) or t.call_name(part) in {"tuple", "list"}
+        for part in (node.left, node.right)
+    ) or any(isinstance(part, ast.BinOp) and _holds(part) for part in (node.left, node.right))

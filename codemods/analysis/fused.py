@@ -1,0 +1,453 @@
+"""Whether the branch with torch's fused attention computes what the branch without it computes.
+
+Both branches are evaluated into expressions: names are followed, calls of the class's own methods are put in
+place, casts and copies are left out. The two must be the same expression, but for one place: where one has
+``scaled_dot_product_attention(q, k, v, mask)`` the other has the softmax of ``q k / sqrt(d)``, masked, times
+``v``.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from codemods.analysis import tree as t
+from codemods.analysis.effects import effects
+from codemods.analysis.handed import unwrapped
+from codemods.analysis.source import Source
+
+SDPA = "scaled_dot_product_attention"
+Term = tuple[Any, ...]
+_NONE: Term = ("constant", None)
+_LIMIT = 400  #: statements followed, calls included
+
+
+class _Unknown(Exception):
+    """Something in a branch that is not followed; says what."""
+
+
+def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -> str:
+    """Why the branches of ``choice``, which tests ``flag``, are not shown to compute the same; or nothing."""
+    methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)}
+    given = [part for part in t.conjuncts(choice.test) if not t.is_name(part, flag)]
+    try:
+        fused = _Branch(source, methods, given, ours=True).names(choice.body)
+        plain = _Branch(source, methods, given, ours=False).names(choice.orelse)
+    except _Unknown as error:
+        return str(error)
+    for name, ours in fused.items():
+        theirs = plain.get(name, ("name", name))
+        kept = name not in plain and not _read_later(source, choice, name)
+        if ours != _NONE and not kept and not _Match(owner).same(ours, theirs):
+            return f"the branch without {SDPA} does not compute the same `{name}`"
+    for name in set(plain) - set(fused):
+        if _read_later(source, choice, name):
+            return f"only the branch without {SDPA} binds `{name}`"
+    return ""
+
+
+def _read_later(source: Source, choice: ast.If, name: str) -> bool:
+    end = choice.end_lineno or choice.lineno
+    owners = [
+        n
+        for n in t.walk(source.tree)
+        if isinstance(n, ast.FunctionDef) and n.lineno <= choice.lineno <= (n.end_lineno or 0)
+    ]
+    later = (n for o in owners[-1:] for n in t.walk(o) if isinstance(n, ast.Name) and n.lineno > end)
+    return any(n.id == name and isinstance(n.ctx, ast.Load) for n in later)
+
+
+class _Branch:
+    """Evaluates statements under what a guard says is true."""
+
+    def __init__(
+        self, source: Source, methods: dict[str, ast.FunctionDef], given: list[ast.expr], *, ours: bool
+    ) -> None:
+        self.source, self.methods, self.ours = source, methods, ours
+        self.true = {ast.dump(part) for part in given}
+        self.false = {
+            ast.dump(part.operand)
+            for part in given
+            if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not)
+        }
+        self.steps = 0
+        self.function: ast.FunctionDef | None = None
+
+    def names(self, block: list[ast.stmt]) -> dict[str, Term]:
+        env: dict[str, Term] = {}
+        if self._run(block, env) is not None:
+            raise _Unknown("a branch returns before the end")
+        return env
+
+    # -- statements ------------------------------------------------------------------------------------------
+
+    def _run(self, block: list[ast.stmt], env: dict[str, Term]) -> Term | None:
+        """Follow ``block``; what it returns, or None where it goes on."""
+        for stmt in block:
+            self.steps += 1
+            if self.steps > _LIMIT:
+                raise _Unknown("the attention method is too long to follow")
+            if isinstance(stmt, ast.Return):
+                return self._term(stmt.value, env) if stmt.value is not None else _NONE
+            if isinstance(stmt, ast.If):
+                self._if(stmt, env)
+            else:
+                self._simple(stmt, env)
+        return None
+
+    def _simple(self, stmt: ast.stmt, env: dict[str, Term]) -> None:
+        if isinstance(stmt, (ast.Assign, ast.AnnAssign)) and stmt.value is not None:
+            if isinstance(stmt, ast.Assign) and _fills_itself(stmt):
+                self._effect(stmt, stmt.value, env)  # type: ignore[arg-type]
+                return
+            self._untouched(stmt)
+            value = self._term(stmt.value, env)
+            for target in stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]:
+                self._bind(target, value, env)
+        elif isinstance(stmt, ast.AugAssign) and isinstance(stmt.target, ast.Name):
+            self._alone(stmt, stmt.target.id)
+            before = env.get(stmt.target.id, ("name", stmt.target.id))
+            env[stmt.target.id] = (type(stmt.op).__name__, before, self._term(stmt.value, env))
+        elif isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call):
+            self._effect(stmt, stmt.value, env)
+        elif not isinstance(stmt, (ast.Pass, ast.Assert)) and not (
+            isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Constant)
+        ):
+            raise _Unknown(f"line {stmt.lineno} is not followed")
+
+    def _effect(self, stmt: ast.stmt, call: ast.Call, env: dict[str, Term]) -> None:
+        """``x.masked_fill_(...)``: the same as ``x = x.masked_fill(...)`` where nothing else is called x.
+
+        One upstream revision drops the underscore and loses the result: with padding its fused branch hides
+        nothing to come. The other branch does what was meant, as the revisions before and after do.
+        """
+        function = call.func
+        if (
+            isinstance(function, ast.Attribute)
+            and function.attr in {"masked_fill_", "masked_fill"}
+            and isinstance(function.value, ast.Name)
+        ):
+            name = function.value.id
+            self._alone(stmt, name)
+            env[name] = (
+                "call",
+                "masked_fill",
+                (env.get(name, ("name", name)), *(self._term(a, env) for a in call.args)),
+                (),
+            )
+        else:
+            self._untouched(stmt)
+
+    def _untouched(self, stmt: ast.stmt) -> None:
+        """Nothing is written by this statement."""
+        if self.ours or self.function is None:  # effects leave the fused branch out
+            plain = [c for c in t.walk(stmt) if isinstance(c, ast.Call)]
+            if any(t.last_name(c.func).endswith("_") or t.keyword(c, "out") is not None for c in plain) or (
+                isinstance(stmt, ast.Expr) and not all(t.last_name(c.func) in t.PURE_CALLS for c in plain)
+            ):
+                raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
+            return
+        flow = effects(self.source).flows.get(id(self.function))
+        lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
+        if flow is None or any(w.line in lines for w in flow.writes):
+            raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
+
+    def _alone(self, stmt: ast.stmt, name: str) -> None:
+        """A write to a name that nothing else may share storage with."""
+        if self.function is None:
+            return
+        flow = effects(self.source).flows.get(id(self.function))
+        if flow is None or flow.same({name}) != {name} or name in t.parameters(self.function):
+            raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
+
+    def _bind(self, target: ast.expr, value: Term, env: dict[str, Term]) -> None:
+        if isinstance(target, ast.Name):
+            env[target.id] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            for i, part in enumerate(target.elts):
+                whole = value[0] == "tuple" and len(value[1]) == len(target.elts)
+                self._bind(part, value[1][i] if whole else ("item", value, i), env)
+        else:
+            raise _Unknown(f"line {target.lineno} stores into what is not a local name")
+
+    def _if(self, stmt: ast.If, env: dict[str, Term]) -> None:
+        known = self._known(stmt.test)
+        if known is not None:
+            if self._run(stmt.body if known else stmt.orelse, env) is not None:
+                raise _Unknown(f"line {stmt.lineno} returns early")
+            return
+        test = self._term(stmt.test, env)
+        arms = [dict(env), dict(env)]
+        for arm, block in zip(arms, (stmt.body, stmt.orelse), strict=True):
+            if block and isinstance(block[-1], ast.Raise):
+                continue  # an error is an error in both
+            if self._run(block, arm) is not None:
+                raise _Unknown(f"line {stmt.lineno} returns early")
+        for name in set(arms[0]) | set(arms[1]):
+            a, b = (arm.get(name, ("name", name)) for arm in arms)
+            env[name] = a if a == b else ("if", test, a, b)
+
+    def _known(self, test: ast.expr) -> bool | None:
+        if isinstance(test, ast.Constant):
+            return bool(test.value)
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            below = self._known(test.operand)
+            return None if below is None else not below
+        if isinstance(test, ast.BoolOp):
+            parts = [self._known(v) for v in test.values]
+            decided = isinstance(test.op, ast.Or)
+            if decided in parts:
+                return decided
+            return None if None in parts else not decided
+        dumped = ast.dump(test)
+        return True if dumped in self.true else False if dumped in self.false else None
+
+    # -- expressions -----------------------------------------------------------------------------------------
+
+    def _term(self, node: ast.expr, env: dict[str, Term]) -> Term:
+        node = unwrapped(node)
+        if isinstance(node, ast.Name):
+            if node.id not in env and self.function is not None and node.id in t.binds(self.function):
+                raise _Unknown(f"line {node.lineno} reads `{node.id}`, which is not set on every way there")
+            return env.get(node.id, ("name", node.id))
+        if isinstance(node, ast.Constant):
+            return ("constant", node.value)
+        if isinstance(node, ast.Attribute):
+            return ("attribute", self._term(node.value, env), node.attr)
+        if isinstance(node, ast.BinOp):
+            if isinstance(node.op, ast.MatMult):
+                return ("call", "matmul", (self._term(node.left, env), self._term(node.right, env)), ())
+            return (type(node.op).__name__, self._term(node.left, env), self._term(node.right, env))
+        if isinstance(node, ast.UnaryOp):
+            return (type(node.op).__name__, self._term(node.operand, env))
+        if isinstance(node, (ast.Tuple, ast.List)):
+            return ("tuple", tuple(self._term(e, env) for e in node.elts))
+        if isinstance(node, ast.IfExp):
+            known = self._known(node.test)
+            if known is not None:
+                return self._term(node.body if known else node.orelse, env)
+            return ("if", *(self._term(part, env) for part in (node.test, node.body, node.orelse)))
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            return (
+                type(node.ops[0]).__name__,
+                self._term(node.left, env),
+                self._term(node.comparators[0], env),
+            )
+        if isinstance(node, ast.Subscript):
+            return ("part", self._term(node.value, env), self._index(node.slice, env))
+        if isinstance(node, ast.Starred):
+            return ("starred", self._term(node.value, env))
+        if isinstance(node, ast.Call):
+            return self._call(node, env)
+        raise _Unknown(f"line {node.lineno} is not followed")
+
+    def _index(self, node: ast.expr, env: dict[str, Term]) -> Term:
+        if isinstance(node, ast.Slice):
+            return (
+                "slice",
+                *(self._term(p, env) if p is not None else None for p in (node.lower, node.upper, node.step)),
+            )
+        if isinstance(node, ast.Tuple):
+            return ("tuple", tuple(self._index(e, env) for e in node.elts))
+        return self._term(node, env)
+
+    def _call(self, call: ast.Call, env: dict[str, Term]) -> Term:
+        name = t.last_name(call.func)
+        args = tuple(self._term(a, env) for a in call.args)
+        keywords = tuple(sorted((k.arg or "**", self._term(k.value, env)) for k in call.keywords))
+        if not isinstance(call.func, ast.Attribute):
+            return ("call", name, args, keywords)
+        if t.on_torch(call):
+            return ("call", name, args, keywords)
+        if t.is_name(call.func.value, "self"):
+            method = self.methods.get(name)
+            if method is not None and name not in {"_merge_heads", "_split_heads"}:
+                return self._inline(call, method, env)
+            return ("own", name, args, keywords)
+        return ("call", name, (self._term(call.func.value, env), *args), keywords)
+
+    def _inline(self, call: ast.Call, method: ast.FunctionDef, env: dict[str, Term]) -> Term:
+        bound = t.arguments(call, method)
+        if bound is None:
+            raise _Unknown(f"line {call.lineno} is not followed")
+        inner = {name: self._term(value, env) for name, value in bound.items()}
+        defaults = method.args.defaults
+        for arg, value in zip(method.args.args[-len(defaults) :] if defaults else [], defaults, strict=True):
+            inner.setdefault(arg.arg, self._term(value, {}))
+        outer, self.function = self.function, method
+        found = self._run(method.body, inner)
+        self.function = outer
+        if found is None:
+            raise _Unknown(f"{method.name} returns nothing that is followed")
+        return found
+
+
+class _Match:
+    """Compares an expression of the fused branch with one of the other."""
+
+    def __init__(self, owner: ast.ClassDef) -> None:
+        self.scaled = _always_true(owner, "scale_attn_weights")
+
+    def same(self, ours: Any, theirs: Any) -> bool:
+        if ours == theirs:
+            return True
+        if not isinstance(ours, tuple) or not isinstance(theirs, tuple):
+            return False
+        if ours[:2] == ("call", SDPA):
+            return self._plain(ours, theirs)
+        return len(ours) == len(theirs) and all(self.same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def _plain(self, fused: Term, plain: Term) -> bool:
+        """``plain`` is the softmax of the masked, scaled product, times the values."""
+        keywords = dict(fused[3])
+        mask = keywords.pop("attn_mask", _NONE)
+        if len(fused[2]) != 3 or any(
+            value not in {("constant", 0.0), ("constant", False), _NONE} for value in keywords.values()
+        ):
+            return False
+        query, key, value = fused[2]
+        if plain[:2] != ("call", "matmul") or len(plain[2]) != 2 or plain[2][1] != value:
+            return False
+        return all(self._scores(scores, query, key, value, mask) for scores in _softmaxed(plain[2][0]))
+
+    def _scores(self, scores: Term | None, query: Term, key: Term, value: Term, mask: Term) -> bool:
+        if scores is None:
+            return False
+        added, scores = _summed(scores)
+        if added is None and mask[0] == "if" and mask[1][0] == "IsNot":
+            added = mask[1][1]  # not added here: add-attention-mask adds it, or drop-causal-mask declines
+        causal, scores = _filled(scores)
+        if added is None or not _is_mask(mask, added, causal):
+            return False
+        scores = self._unscaled(scores, value) or ()
+        product = (
+            "call",
+            "matmul",
+            (query, ("call", "transpose", (key, ("constant", -1), ("constant", -2)), ())),
+            (),
+        )
+        swapped = ("call", "transpose", (key, ("USub", ("constant", 1)), ("USub", ("constant", 2))), ())
+        return scores in (product, ("call", "matmul", (query, swapped), ()))
+
+    def _unscaled(self, scores: Term, value: Term) -> Term | None:
+        """The product that ``scores`` is divided by the root of the heads' width."""
+        if (
+            scores[0] == "if"
+            and self.scaled
+            and scores[1] == ("attribute", ("name", "self"), "scale_attn_weights")
+        ):
+            scores = scores[2]
+        if scores[0] != "Div":
+            return None
+        divisor = scores[2]
+        if divisor[:2] == ("call", "full") and len(divisor[2]) == 2 and divisor[2][0] == ("tuple", ()):
+            divisor = divisor[2][1]
+        last = (("constant", -1), ("USub", ("constant", 1)))
+        roots = [("Pow", ("call", "size", (value, axis), ()), ("constant", 0.5)) for axis in last]
+        return scores[1] if divisor in roots else None
+
+
+def _fills_itself(stmt: ast.Assign) -> bool:
+    """``x = x.masked_fill_(...)``."""
+    target = stmt.targets[0]
+    return (
+        isinstance(target, ast.Name)
+        and t.call_name(stmt.value) == "masked_fill_"
+        and t.is_method_of(stmt.value, target.id)
+    )
+
+
+def _softmaxed(term: Term) -> list[Term | None]:
+    """What the softmax is taken of, dropout and head mask aside; None for another form."""
+    if term[0] == "if":
+        test, then, other = term[1:]
+        if then[0] == "Mult" and then[1] == other and test == ("IsNot", then[2], _NONE):
+            return _softmaxed(other)
+        return [*_softmaxed(then), *_softmaxed(other)]
+    if term[:2] == ("own", "attn_dropout") and len(term[2]) == 1:
+        return _softmaxed(term[2][0])
+    if term[:2] == ("call", "softmax"):
+        axis = dict(term[3]).get("dim", term[2][1] if len(term[2]) > 1 else None)
+        return [term[2][0] if axis in (("constant", -1), ("USub", ("constant", 1))) else None]
+    return [None]
+
+
+def _summed(scores: Term) -> tuple[Term | None, Term]:
+    """The mask that is added where it is given, and what it is added to."""
+    if scores[0] == "if" and scores[2][0] == "Add":
+        test, total, other = scores[1:]
+        for mask, rest in ((total[2], total[1]), (total[1], total[2])):
+            if rest == other and test == ("IsNot", mask, _NONE):
+                return mask, rest
+    return None, scores
+
+
+def _filled(scores: Term) -> tuple[Term | None, Term]:
+    """The condition where scores are kept, the others being lowest, and the scores; no condition if none."""
+    test, inner = None, scores
+    if scores[0] == "if":
+        test, inner = scores[1], scores[2]
+    if inner[:2] == ("call", "where") and len(inner[2]) == 3 and _is_lowest(inner[2][2]):
+        kept, rest = inner[2][0], inner[2][1]
+    elif (
+        inner[:2] == ("call", "masked_fill")
+        and len(inner[2]) == 3
+        and _is_lowest(inner[2][2])
+        and inner[2][1][0] == "Invert"
+    ):
+        kept, rest = inner[2][1][1], inner[2][0]
+    else:
+        return None, scores
+    if test is not None and (test != ("IsNot", kept, _NONE) or scores[3] != rest):
+        return None, scores
+    return kept, rest
+
+
+def _is_mask(mask: Term, added: Term, causal: Term | None) -> bool:
+    """``mask`` hides what the sum of ``added`` and the choice by ``causal`` hide, ``added`` given or not."""
+    if mask[0] != "if" or mask[1] != ("IsNot", added, _NONE):
+        return False
+    given, absent = mask[2], mask[3]
+    if causal is None:
+        return False
+    if given[0] == "if":
+        if given[1] != ("IsNot", causal, _NONE) or _unexpanded(given[3]) != added:
+            return False
+        given = given[2]
+    filled = given[:2] == ("call", "masked_fill") and len(given[2]) == 3 and _is_lowest(given[2][2])
+    return (
+        filled
+        and _unexpanded(given[2][0]) == added
+        and given[2][1] == ("Invert", causal)
+        and absent == causal
+    )
+
+
+def _unexpanded(term: Term) -> Term:
+    """``m`` of ``m.expand(-1, -1, rows, -1)``."""
+    if term[:2] == ("call", "expand") and len(term[2]) == 5:
+        sizes = [term[2][i] for i in (1, 2, 4)]
+        if all(s in (("constant", -1), ("USub", ("constant", 1))) for s in sizes):
+            return term[2][0]
+    return term
+
+
+def _is_lowest(term: Term) -> bool:
+    if term[:2] in {("call", "full"), ("call", "tensor")} and term[2]:
+        term = term[2][-1]
+    return term[0] == "attribute" and term[2] == "min" and term[1][:2] == ("call", "finfo")
+
+
+def _always_true(owner: ast.ClassDef, name: str) -> bool:
+    """Every store of ``self.NAME`` is the constant True, or the config's value of that name."""
+    values = [
+        stmt.value
+        for stmt in t.walk(owner)
+        if isinstance(stmt, ast.Assign)
+        for target in stmt.targets
+        if isinstance(target, ast.Attribute) and target.attr == name
+    ]
+    return bool(values) and all(
+        (isinstance(v, ast.Constant) and v.value is True) or (isinstance(v, ast.Attribute) and v.attr == name)
+        for v in values
+    )

@@ -1,0 +1,483 @@
+"""How a mask gets from the model's caller to the layers, and what could come between.
+
+The classes that matter are the attention classes, the classes that make one of them, and so on up: block,
+model, output head. Each hands the mask to the next one; it must be the very mask that came in. Only in the
+class that makes the blocks does it change once, from ones and zeros into upstream's additive mask.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from codemods.analysis import tree as t
+from codemods.analysis.effects import effects, words
+from codemods.analysis.source import Source
+
+MASK = "attention_mask"
+#: Methods that give the same values again.
+_SAME = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contiguous", "clone", "detach"))
+#: Ways to reach a method, a buffer or a name that reading the file does not show.
+_HIDDEN = words(
+    """
+    _buffers _modules _parameters __dict__ named_buffers buffers named_modules __setattr__
+    register_forward_hook register_forward_pre_hook register_module_forward_hook __getattribute__
+    exec eval globals locals vars _forward_hooks _forward_pre_hooks
+    """
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something in the way: why, and the line."""
+
+    reason: str
+    line: int
+
+
+def unwrapped(node: ast.expr) -> ast.expr:
+    """``x`` of ``x.clone()``, ``x.to(...)``, ``x + 0``, ``x * 1``: the same values."""
+    while True:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr not in _SAME or t.on_torch(node):
+                return node
+            node = node.func.value
+        elif isinstance(node, ast.BinOp) and _changes_nothing(node):
+            node = node.left
+        else:
+            return node
+
+
+def _changes_nothing(node: ast.BinOp) -> bool:
+    neutral = 0 if isinstance(node.op, (ast.Add, ast.Sub)) else 1
+    known = isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div))
+    value = t.constant(node.right)
+    return known and isinstance(value, (int, float)) and not isinstance(value, bool) and value == neutral
+
+
+def carries(function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None = None) -> bool:
+    """Whether ``node`` is what the parameter ``name`` of ``function`` was when it was called.
+
+    Statements that cannot run together with ``at`` do not count.
+    """
+    return _carries(function, node, name, at, frozenset())
+
+
+def _carries(
+    function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None, above: frozenset[str]
+) -> bool:
+    """As :func:`carries`; the names in ``above`` are being looked into already."""
+    if not isinstance(node, ast.expr):
+        return False
+    node = unwrapped(node)
+    if isinstance(node, ast.IfExp):
+        return all(
+            (_is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
+            for arm in (node.body, node.orelse)
+        )
+    if not isinstance(node, ast.Name):
+        return False
+    if node.id in above:
+        return True
+    own = node.id in t.parameters(function)
+    bound = [
+        value
+        for stmt, value in t.assignments(function.body, node.id)
+        if at is None or not t.exclusive(function.body, stmt, at)
+    ]
+    if own != (node.id == name) or not (own or bound):
+        return False
+    return all(_carries(function, value, name, at, above | {node.id}) for value in bound)
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _tests_none(test: ast.expr, name: str) -> bool:
+    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and _is_none(test.comparators[0])
+
+
+# -- the classes of the way ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A class that makes others of the way: its node, its forward, and the calls that hand on to them."""
+
+    node: ast.ClassDef
+    forward: ast.FunctionDef
+    calls: tuple[tuple[ast.stmt, ast.Call], ...]
+    inner: ast.FunctionDef  #: the forward that the calls run
+
+
+def way(source: Source, attention: ast.ClassDef) -> list[Holder]:
+    """The classes that hold ``attention``, from the block upwards; none where nothing makes one."""
+    known: dict[str, list[Holder]] = source.memo.setdefault("ways", {})  # type: ignore[assignment]
+    if attention.name not in known:
+        known[attention.name] = list(_way(source, attention))
+    return known[attention.name]
+
+
+def _way(source: Source, node: ast.ClassDef) -> Iterator[Holder]:
+    seen = {node.name}
+    while True:
+        names = {node.name, *(s.name for s in _subclasses(source, node.name))}
+        inner, makers = (
+            _method(node, "forward"),
+            [c for c in _classes(source) if c.name not in seen and _makes(c, names)],
+        )
+        if len(makers) != 1 or inner is None:
+            return
+        node = makers[0]
+        seen.add(node.name)
+        forward = _method(node, "forward")
+        if forward is None:
+            return
+        yield Holder(node, forward, tuple(_handing(node, forward, names)), inner)
+
+
+def _classes(source: Source) -> list[ast.ClassDef]:
+    return [n for n in source.tree.body if isinstance(n, ast.ClassDef)]
+
+
+def _subclasses(source: Source, name: str) -> list[ast.ClassDef]:
+    return [c for c in _classes(source) if any(t.last_name(base) == name for base in c.bases)]
+
+
+def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    found = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == name]
+    return found[-1] if found else None
+
+
+def _makes(node: ast.ClassDef, names: set[str]) -> bool:
+    return any(t.calls(node, name) for name in names)
+
+
+def _handing(
+    node: ast.ClassDef, forward: ast.FunctionDef, names: set[str]
+) -> Iterator[tuple[ast.stmt, ast.Call]]:
+    """The calls of ``forward`` that run what was made of ``names``, by attribute or out of a list."""
+    held = {
+        target.attr
+        for stmt in t.walk(node)
+        if isinstance(stmt, ast.Assign) and any(t.calls(stmt.value, name) for name in names)
+        for target in stmt.targets
+        if isinstance(target, ast.Attribute)
+    }
+    for stmt in t.statements(forward.body):
+        for part in (
+            [stmt]
+            if not any(t.blocks(stmt))
+            else [c for c in ast.iter_child_nodes(stmt) if isinstance(c, ast.expr)]
+        ):
+            for call in (n for n in t.walk(part) if isinstance(n, ast.Call)):
+                function = call.func
+                if isinstance(function, ast.Attribute) and t.is_name(function.value, "self"):
+                    if function.attr in held:
+                        yield stmt, call
+                elif isinstance(function, ast.Subscript) or (
+                    isinstance(function, ast.Name) and _drawn(forward, function.id, held)
+                ):
+                    yield stmt, call
+
+
+def _drawn(forward: ast.FunctionDef, name: str, held: set[str]) -> bool:
+    """A loop's variable, where the loop goes over something in ``held``."""
+    for node in t.walk(forward):
+        if isinstance(node, ast.For) and name in t.binds(node.target):
+            return any(isinstance(n, ast.Attribute) and n.attr in held for n in t.walk(node.iter))
+    return False
+
+
+def given(call: ast.Call, inner: ast.FunctionDef, name: str) -> ast.expr | None:
+    """What ``call`` hands on as the parameter ``name`` of ``inner``; None where that cannot be told."""
+    value = t.keyword(call, name)
+    if value is not None:
+        return value
+    names = t.parameters(inner)[1:]
+    at = names.index(name) if name in names else len(call.args)
+    if any(isinstance(a, ast.Starred) for a in call.args[: at + 1]) or at >= len(call.args):
+        return None
+    return call.args[at]
+
+
+# -- what could be in the way --------------------------------------------------------------------------------
+
+
+def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
+    """Why the layers are not shown to be handed the caller's mask, as upstream expands it."""
+    holders = way(source, attention)
+    for level, holder in enumerate(holders):
+        written = effects(source).written(holder.forward, [MASK])
+        if written:
+            return Found(f"{MASK} may be changed in place in {holder.node.name}", written[0].line)
+        if MASK not in t.parameters(holder.forward):
+            return Found(f"{holder.node.name}.forward takes no {MASK}", holder.forward.lineno)
+        if not holder.calls:
+            return Found(f"it is not seen how {holder.node.name} runs its layers", holder.forward.lineno)
+        for stmt, call in holder.calls:
+            value = given(call, holder.inner, MASK)
+            whole = (
+                _expanded(holder.forward, value, stmt)
+                if level == 1
+                else carries(holder.forward, value, MASK, stmt)
+            )
+            if not whole:
+                return Found(f"{holder.node.name} hands on another mask than the caller's", call.lineno)
+    return None
+
+
+PAST = "layer_past"
+
+
+def cache_problem(source: Source, attention: ast.ClassDef) -> Found | None:
+    """Why attention is not shown to be handed each layer's whole history."""
+    for level, holder in enumerate(way(source, attention)[:2]):
+        tracked = [PAST, "past_key_values"]
+        for stmt, call in holder.calls:
+            value = given(call, holder.inner, PAST)
+            drawn = level == 1 and isinstance(value, ast.Name) and _zipped(holder.forward, value.id)
+            if not drawn and not (level == 0 and carries(holder.forward, value, PAST, stmt)):
+                return Found(f"{holder.node.name} hands on another history than the caller's", call.lineno)
+        written = effects(source).written(holder.forward, tracked)
+        if written:
+            return Found(f"the history may be changed in place in {holder.node.name}", written[0].line)
+    return None
+
+
+def _zipped(forward: ast.FunctionDef, name: str) -> bool:
+    """The variable of one loop over the layers and past_key_values, the caller's own or made of None."""
+    bound = list(t.assignments(forward.body, name))
+    if len(bound) != 1 or not isinstance(bound[0][0], ast.For):
+        return False
+    found = t.calls(bound[0][0].iter, "zip")
+    pairs = found[0] if len(found) == 1 else None
+    if pairs is None or len(pairs.args) != 2 or not t.is_name(pairs.args[1], "past_key_values"):
+        return False
+    for stmt, value in t.assignments(forward.body, "past_key_values"):
+        tests = [
+            n.test for n, arm in t.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"
+        ]
+        if value is None or not any(_is_absent(test) for test in tests):
+            return False
+        if {n.id for n in t.walk(value) if isinstance(n, ast.Name)} - {
+            "self",
+            "len",
+            "tuple",
+            "range",
+            "_",
+            "i",
+        }:
+            return False
+    return True
+
+
+def _is_absent(test: ast.expr) -> bool:
+    """``past_key_values is None``."""
+    return (
+        isinstance(test, ast.Compare)
+        and _tests_none(test, "past_key_values")
+        and isinstance(test.ops[0], ast.Is)
+    )
+
+
+def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str | None:
+    """The attribute that the model hands down as ``name``; or where it does not arrive as it was; or None."""
+    for holder in way(source, attention):
+        found = set()
+        for stmt, call in holder.calls:
+            value = given(call, holder.inner, name)
+            bare = unwrapped(value) if value is not None else None
+            if isinstance(bare, ast.Attribute) and t.is_name(bare.value, "self"):
+                found.add(bare.attr)
+            elif not carries(holder.forward, value, name, stmt):
+                return Found(f"{holder.node.name} hands on something else as {name}", call.lineno)
+        written = (
+            effects(source).written(holder.forward, [name]) if name in t.parameters(holder.forward) else []
+        )
+        if written:
+            return Found(f"{name} may be changed in place in {holder.node.name}", written[0].line)
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def changed_buffer(source: Source, name: str) -> Found | None:
+    """Where a registered buffer may get other values than it was registered with."""
+    if f"@{name}" in effects(source).written_attributes:
+        line = min(
+            (
+                w.line
+                for f in effects(source).flows.values()
+                for w in f.writes
+                if f"@{name}" in f.same(w.roots)
+            ),
+            default=1,
+        )
+        return Found(f"the buffer {name} may be changed in place", line)
+    emptied = {
+        id(target)
+        for node in t.walk(source.tree)
+        if isinstance(node, ast.Assign) and _is_none(node.value)
+        for target in node.targets
+    }
+    stored = {
+        id(n)
+        for n in t.walk(source.tree)
+        if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load) and id(n) not in emptied
+    }
+    for node in t.walk(source.tree):
+        if isinstance(node, ast.Attribute) and node.attr == name and id(node) in stored:
+            return Found(f"the buffer {name} is replaced", node.lineno)
+        if isinstance(node, ast.Call) and t.call_name(node) in {"setattr", "delattr"}:
+            label = t.constant(node.args[1]) if len(node.args) > 1 else None
+            if not isinstance(label, str) or label == name:
+                return Found(f"setattr may replace the buffer {name}", node.lineno)
+    return None
+
+
+def tampered(source: Source, attention: ast.ClassDef) -> Found | None:
+    """Something that makes a class of the way act otherwise than its methods say."""
+    known: dict[str, Found | None] = source.memo.setdefault("tampered", {})  # type: ignore[assignment]
+    if attention.name not in known:
+        known[attention.name] = next(_tampering(source, attention), None)
+    return known[attention.name]
+
+
+def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
+    nodes = [attention, *(holder.node for holder in way(source, attention))]
+    methods = {n.name for node in nodes for n in node.body if isinstance(n, ast.FunctionDef)}
+    for node in nodes:
+        for sub in _subclasses(source, node.name):
+            if any(
+                not isinstance(n, (ast.Expr, ast.Pass)) and (t.binds(n) | {getattr(n, "name", "")}) & methods
+                for n in sub.body
+            ):
+                yield Found(f"{sub.name} overrides methods of {node.name}", sub.lineno)
+        for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+            for decorator in method.decorator_list:
+                if (
+                    t.last_name(decorator) not in {"staticmethod", "classmethod", "property"}
+                    and t.call_name(decorator) not in {"no_grad"}
+                    and not t.last_name(decorator).endswith("docstrings")
+                ):
+                    yield Found(f"{node.name}.{method.name} is decorated", decorator.lineno)
+    names = {node.name for node in nodes}
+    yield from _reached(source, names, methods)
+
+
+def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
+    """What the rest of the file does to the classes called ``names`` and their ``methods``."""
+    for node in t.walk(source.tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and t.last_name(node) in _HIDDEN:
+            yield Found(f"{t.last_name(node)} reaches what cannot be followed", node.lineno)
+        if isinstance(node, ast.FunctionDef) and node.name in {
+            "__call__",
+            "__getattr__",
+            "__getattribute__",
+            "__setattr__",
+        }:
+            yield Found(f"{node.name} changes what calls and attributes mean", node.lineno)
+        if isinstance(node, ast.Name) and node.id in names and not isinstance(node.ctx, ast.Load):
+            yield Found(f"{node.id} is given another value", node.lineno)
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and node.attr in methods:
+            yield Found(f"the method {node.attr} is replaced", node.lineno)
+        if isinstance(node, ast.Call) and t.call_name(node) == "setattr":
+            label = t.constant(node.args[1]) if len(node.args) > 1 else None
+            if not isinstance(label, str) or label in methods:
+                yield Found("setattr may replace a method", node.lineno)
+
+
+# -- upstream's expansion ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    """How far a mask is from the caller's: axes put in, ones taken from it, scaled to very low numbers."""
+
+    axes: int = 0
+    inverted: bool = False
+    scaled: bool = False
+
+
+_DONE = _State(2, True, True)
+
+
+def _expanded(forward: ast.FunctionDef, value: ast.expr | None, at: ast.stmt) -> bool:
+    """Whether ``value`` is ``(1 - mask)[:, None, None, :] * lowest`` of the parameter, made once."""
+    states: dict[str, _State | None] = {MASK: _State()}
+    lowest: set[str] = set()
+    for stmt in t.statements(forward.body):
+        bound = t.binds_itself(stmt) & (set(states) | {MASK})
+        if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and isinstance(stmt.targets[0], ast.Name):
+            name = stmt.targets[0].id
+            if _is_lowest(stmt.value, lowest):
+                lowest.add(name)
+                continue
+            state = _state(stmt.value, states, lowest)
+            around = t.path_to(forward.body, stmt)
+            guarded = all(isinstance(n, ast.If) and arm == "body" and _present(n.test) for n, arm in around)
+            if name == MASK and state is not None and state == states.get(MASK):
+                continue
+            if name in states and name != MASK and state is None:
+                states.pop(name)
+            elif name == MASK or state is not None:
+                states[name] = state if guarded and len(around) == 1 and stmt.lineno < at.lineno else None
+        elif bound:
+            for name in bound:
+                states[name] = None
+    found = _state(value, states, lowest) if value is not None else None
+    return found == _DONE
+
+
+def _present(test: ast.expr) -> bool:
+    return (
+        isinstance(test, ast.Compare)
+        and t.is_name(test.left, MASK)
+        and isinstance(test.ops[0], ast.IsNot)
+        and _is_none(test.comparators[0])
+    )
+
+
+def _state(node: ast.expr, states: dict[str, _State | None], lowest: set[str]) -> _State | None:
+    node = unwrapped(node)
+    if isinstance(node, ast.Name):
+        return states.get(node.id)
+    if isinstance(node, ast.Subscript):
+        return _with_axes(
+            _state(node.value, states, lowest), ast.unparse(node.slice).strip("()") == ":, None, None, :", 2
+        )
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not t.on_torch(node):
+        below = _state(node.func.value, states, lowest)
+        if node.func.attr in {"view", "reshape"} and len(node.args) == 2 and t.constant(node.args[1]) == -1:
+            return below if below is not None and below.axes == 0 else None
+        if node.func.attr == "unsqueeze" and len(node.args) == 1 and t.constant(node.args[0]) in (1, 2):
+            return _with_axes(below, below is not None and below.axes + 1 >= int(t.constant(node.args[0])), 1)  # type: ignore[call-overload]
+        return None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and t.constant(node.left) == 1:
+        below = _state(node.right, states, lowest)
+        return _State(below.axes, True) if below is not None and below == _State(below.axes) else None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        for part, factor in ((node.left, node.right), (node.right, node.left)):
+            below = _state(part, states, lowest)
+            if below == _State(2, True) and _is_lowest(factor, lowest):
+                return _DONE
+    return None
+
+
+def _with_axes(state: _State | None, right: bool, more: int) -> _State | None:
+    if state is None or not right or state.axes + more > 2 or state.scaled:
+        return None
+    return _State(state.axes + more, state.inverted)
+
+
+def _is_lowest(node: ast.expr, known: set[str]) -> bool:
+    """The lowest number of a dtype, a name bound to it, or a number so low that softmax gives zero."""
+    value = t.constant(node)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value <= -1e4
+    if isinstance(node, ast.Name):
+        return node.id in known
+    return isinstance(node, ast.Attribute) and node.attr == "min" and t.call_name(node.value) == "finfo"

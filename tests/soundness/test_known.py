@@ -1,0 +1,231 @@
+"""Changes that were once edited into other numbers, by kind: each is declined, with a reason and a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+import codemods
+from codemods.framework.base import Status
+from golden.eras import modeling_source
+
+_ADD = "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
+_BLOCK = "        attended, *rest = self.attn(\n"
+_INIT = "        self.wte = nn.Embedding(self.vocab_size, self.embed_dim)\n"
+_WHERE = "        attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n"
+_LOOP = """\
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+            )
+            if use_cache"""
+_ONE_PAST = "key = torch.cat([earlier_key, key], dim=1)"
+_HEAD = "class QWenMLP(nn.Module):"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A piece of an era's text, what takes its place, and the codemod that must decline."""
+
+    era: str
+    old: str
+    new: str
+    codemod: str = "drop-causal-mask"
+
+
+def before_add(*lines: str) -> Known:
+    """*lines* before the caller's mask is added."""
+    return Known("registered-mask-list", _ADD, "".join(f"        {line}\n" for line in lines) + _ADD)
+
+
+def in_block(line: str) -> Known:
+    return Known("registered-mask-list", _BLOCK, f"        {line}\n{_BLOCK}")
+
+
+def in_init(*lines: str) -> Known:
+    """*lines* at the end of the model's ``__init__``."""
+    return Known(
+        "registered-mask-list",
+        "        self.post_init()\n\n    def set_input",
+        "".join(f"        {line}\n" for line in lines) + "        self.post_init()\n\n    def set_input",
+    )
+
+
+def handed(value: str) -> Known:
+    """The model hands its layers *value*."""
+    return Known("registered-mask-list", _LOOP, _LOOP.replace("=attention_mask", f"={value}", 1))
+
+
+def before_class(text: str) -> Known:
+    """*text* after the attention class, with ``OtherAttention`` used by the blocks."""
+    return Known("registered-mask-list", _HEAD, f"{text}\n\n{_HEAD}")
+
+
+KNOWN = {
+    "mask filled in place": before_add("attention_mask.masked_fill_(attention_mask < 0, -1.0)"),
+    "mask copied over": before_add("attention_mask.copy_(attention_mask * 0.5)"),
+    "mask written by out=": before_add("torch.mul(attention_mask, 0.0, out=attention_mask)"),
+    "mask written into": before_add("attention_mask[..., 0] = -1e9"),
+    "mask changed by an augmented assignment": before_add("attention_mask *= 0.0"),
+    "mask changed by __setitem__": before_add("attention_mask.__setitem__((..., 0), -1e9)"),
+    "mask's data replaced": before_add("attention_mask.data = attention_mask.data * 0"),
+    "mask's data replaced by setattr": before_add("setattr(attention_mask, 'data', attention_mask.data * 0)"),
+    "mask's data changed": before_add("attention_mask.data.mul_(0)"),
+    "mask changed through another name": before_add("alias = attention_mask", "alias.zero_()"),
+    "mask changed through a view": before_add("part = attention_mask[..., :2]", "part.fill_(-1e9)"),
+    "mask changed through a view of a view": before_add("attention_mask.view(-1)[:3].zero_()"),
+    "mask changed by a function of torch": before_add("torch.relu_(attention_mask)"),
+    "mask changed with inplace=True": before_add("F.relu(attention_mask, inplace=True)"),
+    "mask changed out of a list": before_add("[attention_mask][0].mul_(0)"),
+    "mask changed by getattr": before_add("getattr(attention_mask, 'mul_')(0)"),
+    "mask given to an unknown function": before_add("tidy(attention_mask)"),
+    "mask changed in the block": in_block("attention_mask.zero_()"),
+    "mask changed in the block through a view": in_block("part = attention_mask[..., 1:]; part.zero_()"),
+    "mask changed by a function of the file": Known(
+        "registered-mask-list",
+        _BLOCK,
+        "        hush(attention_mask)\n" + _BLOCK + "",
+    ),
+    "mask scaled by the model": handed("attention_mask * 1e-6"),
+    "mask inverted by the model": handed("-attention_mask"),
+    "mask windowed by the model": handed(
+        "attention_mask.masked_fill(torch.arange(attention_mask.size(-1)) < 2, -1e9)"
+    ),
+    "mask dropped by the model": handed("None"),
+    "mask not inverted": Known("registered-mask-list", "1.0 - attention_mask", "attention_mask"),
+    "mask of small numbers": Known(
+        "registered-mask-list", "hidden * torch.finfo(self.dtype).min", "hidden * -1.0"
+    ),
+    "buffer filled after it was registered": in_init("self.registered_causal_mask.fill_(True)"),
+    "buffer replaced by setattr": in_init(
+        "setattr(self, 'registered_causal_mask', ~self.registered_causal_mask)"
+    ),
+    "buffer replaced": in_init("self.registered_causal_mask = ~self.registered_causal_mask"),
+    "buffer changed through its name": in_init("self.get_buffer('registered_causal_mask').fill_(True)"),
+    "buffer changed through _buffers": in_init("self._buffers['registered_causal_mask'].fill_(True)"),
+    "buffer changed through another name": in_init("mask = self.registered_causal_mask", "mask.fill_(True)"),
+    "triangle changed in the method": Known(
+        "registered-mask-list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
+    ),
+    "triangle changed on the way": in_block("registered_causal_mask.fill_(True)"),
+    "scores called otherwise before a mask in place": Known(
+        "registered-mask-list",
+        _WHERE,
+        "        seen = attn_weights\n        attn_weights.masked_fill_(~causal_mask, mask_value)\n"
+        "        total = seen.sum()\n"
+        "        query = query * total\n",
+    ),
+    "masked scores kept": Known(
+        "registered-mask-list",
+        _ADD,
+        "        kept = attn_weights.clone()\n" + _ADD + "        value = value * kept.sum()\n",
+    ),
+    "a method replaced": before_class("QWenAttention._attn = lambda self, *given: given[0]"),
+    "a subclass with another forward": before_class(
+        "class OtherAttention(QWenAttention):\n"
+        "    def forward(self, *args, **kwargs):\n        return super().forward(*args)\n"
+    ),
+    "a subclass with another _attn": before_class(
+        "class OtherAttention(QWenAttention):\n"
+        "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
+    ),
+    "a decorated method": Known("registered-mask-list", "    def _attn(", "    @halved\n    def _attn("),
+    "the plain branch has another scale": Known(
+        "sdpa", "size_temp ** 0.5", "size_temp ** 0.25", "disable-torch2"
+    ),
+    "the plain branch has another axis": Known(
+        "sdpa", "F.softmax(attn_weights, dim=-1)", "F.softmax(attn_weights, dim=-2)", "disable-torch2"
+    ),
+    "the fused branch hides less": Known(
+        "sdpa",
+        "wide.masked_fill(~causal_mask, lowest)",
+        "wide.masked_fill(~causal_mask, 0.0)",
+        "disable-torch2",
+    ),
+    "the fused branch has other values": Known(
+        "sdpa",
+        "F.scaled_dot_product_attention(query, key, value,",
+        "F.scaled_dot_product_attention(query, key, value * 2,",
+        "disable-torch2",
+    ),
+    "the plain branch reads a name before it is set": Known(
+        "sdpa",
+        "        if self.scale_attn_weights:\n            size_temp",
+        "        if self.scale_attn_weights:\n            size_temp = size_temp or 1\n            size_temp",
+        "disable-torch2",
+    ),
+    "key changed in place after the join": Known(
+        "registered-mask-list",
+        "        attn_weights = torch.matmul(query, key",
+        "        key.neg_()\n        attn_weights = torch.matmul(query, key",
+        "early-present",
+    ),
+    "present changed in place after the join": Known(
+        "registered-mask-list",
+        "            present = None\n",
+        "            present = None\n        for half in present or ():\n            half.mul_(2)\n",
+        "early-present",
+    ),
+    "part of the past joined": Known(
+        "registered-mask-list",
+        _ONE_PAST,
+        _ONE_PAST.replace("earlier_key,", "earlier_key[:, 1:],"),
+        "early-present",
+    ),
+    "part of the history handed on": Known(
+        "registered-mask-list",
+        "            layer_past=layer_past,\n            output",
+        "            layer_past=layer_past and [half[:, 1:] for half in layer_past],\n            output",
+        "early-present",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_cannot_be_shown_is_declined_with_a_line(name: str) -> None:
+    known = KNOWN[name]
+    text = modeling_source(known.era)
+    changed = text.replace(known.old, known.new)
+    assert changed != text, "the era's text has moved on"
+    if "OtherAttention" in known.new:
+        changed = changed.replace("self.attn = QWenAttention(", "self.attn = OtherAttention(")
+    if "hush(" in known.new:
+        changed = changed.replace(_HEAD, f"def hush(part):\n    part.zero_()\n\n\n{_HEAD}")
+    result = codemods.run(changed, "static")
+    found = [o for o in result.declined if o.codemod == known.codemod]
+    assert found, result.outcomes
+    assert all(o.status is Status.DECLINED and o.line and o.reason for o in found)
+
+
+LOOKS = {
+    "a copy is changed": before_add("copied = attention_mask.clone()", "copied.zero_()"),
+    "a product is changed": before_add("scaled = attention_mask * 2", "scaled.zero_()"),
+    "its shape is noted": before_add("self.seen = attention_mask.shape"),
+    "another name for it": before_add("alias = attention_mask", "attention_mask = alias"),
+    "a copy handed on": handed("attention_mask.contiguous()"),
+    "a subclass that changes nothing": before_class("class OtherAttention(QWenAttention):\n    spare = 1\n"),
+    "a function of the file looks at it": Known(
+        "registered-mask-list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
+    ),
+    "a copy of the buffer is changed": in_init(
+        "spare = self.registered_causal_mask.clone()", "spare.fill_(True)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_what_changes_nothing_is_still_edited(name: str) -> None:
+    known = LOOKS[name]
+    text = modeling_source(known.era)
+    changed = text.replace(known.old, known.new)
+    assert changed != text
+    changed = (
+        changed.replace("self.attn = QWenAttention(", "self.attn = OtherAttention(")
+        if "OtherAttention" in known.new
+        else changed
+    )
+    if "look(" in known.new:
+        changed = changed.replace(_HEAD, f"def look(part):\n    return part.sum()\n\n\n{_HEAD}")
+    result = codemods.run(changed, "static")
+    assert result.changed and not result.declined, result.declined
