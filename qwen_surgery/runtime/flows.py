@@ -64,7 +64,7 @@ def own(place: Place) -> Argument:
     return Argument(place.memory, place.shape)
 
 
-class Flow(ABC):
+class DataFlow(ABC):
     """One conversation. ``tokens`` are those in the cache, and what the demo calls its visited tokens."""
 
     #: Whether it can sample by penalty_sample_head; the others are greedy only.
@@ -171,7 +171,7 @@ class Flow(ABC):
         return probabilities.view(np.float32)[None], tokens.view(np.int32)[None]
 
 
-class Copying(Flow):
+class Copying(DataFlow):
     """LLM-TPU's chat.cpp for Qwen v1 (2024-03 to today), and demo.cpp before it.
 
     Every net works in its own places, and what one gives is copied to where the next expects it. Position
@@ -326,7 +326,7 @@ class OwnLength(Copying):
         return int(self.machine.read(net.outputs[0].memory).view(np.int32)[0])
 
 
-class InPlace(Flow):
+class InPlace(DataFlow):
     """sophon-demo's qwen.py (2024-08) and LLM-TPU's demo_parallel.
 
     Hidden states stay in one buffer that is input and output of every layer, keys and values go straight

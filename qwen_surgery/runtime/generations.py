@@ -29,7 +29,7 @@ class DemoGeneration:
     name: str
     demo: str
     profiles: tuple[str, ...]
-    flow: type[flows.Flow]
+    flow: type[flows.DataFlow]
     heads: tuple[str, ...]
     shared: tuple[bool, ...]
 

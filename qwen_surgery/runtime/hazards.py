@@ -15,7 +15,7 @@ from itertools import count, pairwise
 
 import numpy as np
 
-from qwen_surgery.runtime.flows import Argument, Flow
+from qwen_surgery.runtime.flows import Argument, DataFlow
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.runtime.memory import Memory, NetMemory, Place
 
@@ -188,7 +188,7 @@ def apart(nets: Sequence[NetMemory]) -> tuple[NetMemory, ...]:
     )
 
 
-def hazards(nets: Sequence[NetMemory], flow: type[Flow]) -> tuple[str, ...]:
+def hazards(nets: Sequence[NetMemory], flow: type[DataFlow]) -> tuple[str, ...]:
     """What *flow* reads otherwise than it means to, with *nets* where they are: a sentence for each first
     case. A prompt that nearly fills the export length, some decode steps, greedily and with sampling.
     """
@@ -204,7 +204,7 @@ def hazards(nets: Sequence[NetMemory], flow: type[Flow]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _run(flow: type[Flow], tracker: Tracker, sampled: bool) -> Tracker:
+def _run(flow: type[DataFlow], tracker: Tracker, sampled: bool) -> Tracker:
     run = flow(tracker)
     run.prefill([0] * max(1, run.seq_length - _STEPS - 1))
     for _ in range(_STEPS):

@@ -15,7 +15,7 @@ import numpy as np
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Geometry
 from qwen_surgery.runtime.device import Device
-from qwen_surgery.runtime.flows import Flow
+from qwen_surgery.runtime.flows import DataFlow
 from qwen_surgery.runtime.generations import DemoGeneration, of_profile
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.toolchain import Toolchain
@@ -84,7 +84,7 @@ def net_by_net(
     return found
 
 
-def follow(flow: Flow, meant: Conversation, sampling: Sampling | None) -> Conversation:
+def follow(flow: DataFlow, meant: Conversation, sampling: Sampling | None) -> Conversation:
     """*flow* in the conversation *meant*; it chooses greedily, or gives candidates where *sampling*."""
     found = Conversation(meant.prompt, [], [], [])
     for step in range(len(meant.tokens)):

@@ -17,7 +17,7 @@ BUFFERED = (flows.InPlace, flows.InPlaceFloat16)
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("flow", [*SHARING, *BUFFERED])
 def test_tensors_in_places_of_their_own_are_never_flagged(
-    flow: type[flows.Flow], heads: bool, dynamic: bool
+    flow: type[flows.DataFlow], heads: bool, dynamic: bool
 ) -> None:
     assert hazards(made(heads=heads, dynamic=dynamic), flow) == ()
 
@@ -27,7 +27,7 @@ def test_every_generation_is_judged_by_one_of_these() -> None:
 
 
 @pytest.mark.parametrize("flow", [flows.Copying, flows.CopyingAlone])
-def test_a_heads_input_inside_the_logits_is_named(flow: type[flows.Flow]) -> None:
+def test_a_heads_input_inside_the_logits_is_named(flow: type[flows.DataFlow]) -> None:
     logits = place("lm_head", "m_logits")
     (found,) = hazards(made(moved={"penalty_sample_head.top_p": logits.address + 8}), flow)
     assert found == (
