@@ -92,7 +92,7 @@ def command(
         finally:
             gc.enable()
     sources = patching()
-    from qwen_surgery.twin.twin import prove
+    from qwen_surgery.twin.twin import prove, skipped
 
     with console.progress_bars() as progress:
         manifest = export(
@@ -104,7 +104,7 @@ def command(
             mode=WeightMode(weights) if weights else None,
             multi_device=multi_device,
             wanted=[name.strip() for name in wanted.split(",") if name.strip()],
-            prove=(lambda *_: {"skipped": "--no-twin"}) if no_twin else prove,
+            prove=skipped if no_twin else prove,
             announce=console.err().print,
             progress=progress,
         )

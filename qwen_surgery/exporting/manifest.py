@@ -18,7 +18,7 @@ from qwen_surgery.parsing import build, inner_path, is_plain_name, parsing, read
 from qwen_surgery.weights import TensorRef
 
 FILE_NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 #: Bytes; a model of 72B has 160 nets with about twenty weights each, some 500 KB in all.
 _LARGEST = 64 << 20
 

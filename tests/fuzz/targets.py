@@ -208,7 +208,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         "weights": {"w": weight},
     }
     return {
-        "format": 2,
+        "format": 3,
         "checkout": "/a/b",
         "recipe": "static",
         "seq_length": 8,
