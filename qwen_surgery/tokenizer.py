@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from golden.eras.vocabulary import CUTS
 from qwen_surgery import parsing
 from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.files import read_regular
@@ -25,18 +26,6 @@ END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _EXTRAS = 205
 _MOST_EXTRAS = 1 << 16
 _LARGEST = 64 << 20  # bytes of a vocabulary; Qwen's has 2.5 million
-# Letters with one leading mark, single digits, marks, line ends, blanks: how Qwen cuts text before merging.
-_CUTS = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -91,7 +80,7 @@ class Tokenizer:
         except ImportError:
             raise ToolFailed("this needs tiktoken", hint="pip install tiktoken") from None
         return tiktoken.Encoding(
-            "qwen", pat_str=_CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
+            "qwen", pat_str=CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
         )
 
     @property

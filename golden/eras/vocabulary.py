@@ -11,6 +11,19 @@ if TYPE_CHECKING:
 
 #: Special tokens that follow the ordinary ones, as in Qwen; after them come <|extra_0|>, <|extra_1|>, ...
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+#: How Qwen cuts text before merging: contractions, letters with one mark before them, single digits, marks
+#: with the line ends after them, line ends, blanks.
+CUTS = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 _LETTERS = b"etaoinshrdlucmfwypvbgkjqxz"
 
 

@@ -10,27 +10,13 @@ from typing import Any
 from golden.eras import vocabulary
 from golden.speaking import corpus
 
-#: How Qwen cuts text before merging: contractions, letters with one mark before them, single digits, marks
-#: with the line ends after them, line ends, blanks.
-CUT = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
-
 
 def train(path: Path, rows: int) -> None:
     """Write a ``qwen.tiktoken`` of the byte pairs of the training text, for a model of *rows* embeddings."""
     from tiktoken._educational import bpe_train
 
     ordinary, _ = vocabulary.split(rows)
-    ranks = bpe_train(corpus.text(), ordinary, CUT, visualise=None)
+    ranks = bpe_train(corpus.text(), ordinary, vocabulary.CUTS, visualise=None)
     lines = (
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda r: r[1])
     )
@@ -44,7 +30,7 @@ def encoding(path: Path) -> Any:
     rows = [line.split() for line in path.read_bytes().splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
     special = {name: len(ranks) + place for place, name in enumerate(vocabulary.SPECIAL_TOKENS)}
-    return tiktoken.Encoding("qwen", pat_str=CUT, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("qwen", pat_str=vocabulary.CUTS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def conversation(encoding: Any, turns: corpus.Turns) -> tuple[list[int], list[bool]]:
