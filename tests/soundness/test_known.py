@@ -128,6 +128,30 @@ KNOWN = {
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
     ),
+    "a second block that hands on another mask": before_class(
+        "class OtherBlock(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
+        "        self.attn = QWenAttention(config)\n\n"
+        "    def forward(self, hidden, attention_mask=None):\n"
+        "        return self.attn(hidden, None, -attention_mask)\n"
+    ),
+    "an attention class made where it is not seen": before_class(
+        "def build(config, kind=QWenAttention):\n    return kind(config)\n"
+    ),
+    "a block without a forward": before_class(
+        "class OtherBlock(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
+        "        self.attn = QWenAttention(config)\n"
+    ),
+    "a subclass of a subclass with another _attn": before_class(
+        "class NearAttention(QWenAttention):\n    spare = 1\n\n\n"
+        "class OtherAttention(NearAttention):\n"
+        "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
+    ),
+    "buffer filled where weights are": Known(
+        "rotary_list",
+        "    def _init_weights(self, module):\n",
+        "    def _init_weights(self, module):\n        if isinstance(module, nn.Linear):\n"
+        "            self.registered_causal_mask.fill_(True)\n",
+    ),
     "a decorated method": Known("rotary_list", "    def _attn(", "    @halved\n    def _attn("),
     "the plain branch has another scale": Known(
         "sdpa", "size_temp ** 0.5", "size_temp ** 0.25", "disable-torch2"
@@ -200,6 +224,10 @@ LOOKS = {
     "another name for it": before_add("alias = attention_mask", "attention_mask = alias"),
     "a copy handed on": handed("attention_mask.contiguous()"),
     "a subclass that changes nothing": before_class("class OtherAttention(QWenAttention):\n    spare = 1\n"),
+    "a method that only passes on": before_class(
+        "class OtherAttention(QWenAttention):\n"
+        "    def _attn(self, *args, **kwargs):\n        return super()._attn(*args, **kwargs)\n"
+    ),
     "a function of the file looks at it": Known(
         "rotary_list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
     ),
