@@ -132,9 +132,12 @@ def _parts(forward: ast.FunctionDef) -> _Parts | None:
     joins = [s for s in forward.body if isinstance(s, ast.If) and len(_joined(s)) == 2]
     if len(joins) != 1:
         return None
-    key, value = _joined(joins[0])
-    presents = [s for s in forward.body if _makes_present(s, key, value)]
-    return _Parts(joins[0], presents[0] if len(presents) == 1 else None, key, value)
+    names = _joined(joins[0])
+    for key, value in (names, names[::-1]):  # whichever is joined first
+        presents = [s for s in forward.body if _makes_present(s, key, value)]
+        if len(presents) == 1:
+            return _Parts(joins[0], presents[0], key, value)
+    return _Parts(joins[0], None, *names)
 
 
 def _joined(stmt: ast.If) -> list[str]:

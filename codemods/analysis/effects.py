@@ -143,6 +143,7 @@ class Effects:
                     if isinstance(node, ast.ClassDef):
                         self.owners[id(inner)] = node
         self.modules = _made_modules(source.tree)
+        self.imported = _imported(source.tree)
         self.summaries = {id(f): Summary() for fs in self.functions.values() for f in fs}
         self.flows: dict[int, Flow] = {}
         changed = set(self.functions)
@@ -246,6 +247,20 @@ def _fills_weights(choice: ast.If) -> bool:
     )
 
 
+def _imported(tree: ast.Module) -> set[str]:
+    """Names of modules, classes and functions from elsewhere, but for those known to write no tensor."""
+    found = [n for n in t.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {(alias.asname or alias.name).split(".")[0] for node in found for alias in node.names}
+    return names - _STANDARD - {"torch", "F", "nn"}
+
+
+def _root(node: ast.AST) -> str:
+    """``a`` of ``a.b.c``; empty where it starts with something else."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def _in_place_constructor(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and t.keyword(node, "inplace") is not None
 
@@ -287,7 +302,10 @@ class _Reader:
             self.roots(node)
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, (ast.Tuple, ast.List)):
+        if isinstance(target, (ast.Tuple, ast.List)) and self._comes_apart(target, value):
+            for name in sorted(t.binds(target)):
+                self.flow.join((name,))
+        elif isinstance(target, (ast.Tuple, ast.List)):
             pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
             for i, part in enumerate(target.elts):
                 self._bind(part, value.elts[i] if pairs else value)  # type: ignore[attr-defined]
@@ -297,6 +315,20 @@ class _Reader:
             self.flow.join((target.id, *sorted(self.roots(value))))
         else:
             self._store(target, self.roots(value))
+
+    def _comes_apart(self, target: ast.Tuple | ast.List, value: ast.expr) -> bool:
+        """``a, b = x.split(...)`` of a new ``x`` that is used for nothing else: they share no storage."""
+        if not all(isinstance(part, ast.Name) for part in target.elts):
+            return False
+        if t.call_name(value) not in {"split", "chunk"} or not isinstance(value.func, ast.Attribute):  # type: ignore[attr-defined]
+            return False
+        whole, function = value.func.value, self.flow.function  # type: ignore[attr-defined]
+        if not isinstance(whole, ast.Name) or whole.id in _parameters(function):
+            return False
+        uses = [n for n in t.walk(function) if isinstance(n, ast.Name) and n.id == whole.id]
+        made = [v for _, v in t.assignments(function.body, whole.id)]
+        # once made, once used
+        return len(uses) == 2 and len(made) == 1 and made[0] is not None and not self.roots(made[0])
 
     def _store(self, target: ast.expr, given: Roots) -> None:
         if isinstance(target, ast.Subscript):
@@ -437,6 +469,10 @@ class _Reader:
             return NOTHING
         if name in {"get_buffer", "get_parameter"} and call.args:
             return frozenset((f"@{t.constant(call.args[0])}",))
+        root = _root(call.func)
+        if root in self.file.imported - _QUANTISED_KERNELS:  # not a tensor's method, whatever its name
+            self._write(call, own | given)
+            return own | given
         if name in _ADDERS:
             self.flow.join(sorted(own | given))
             return own
@@ -548,10 +584,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def _of_torch(function: ast.Attribute) -> bool:
-    root: ast.expr = function
-    while isinstance(root, ast.Attribute):
-        root = root.value
-    return isinstance(root, ast.Name) and root.id in {"torch", "F", "nn"}
+    return _root(function) in {"torch", "F", "nn"}
 
 
 def _holds(node: ast.BinOp) -> bool:

@@ -80,6 +80,9 @@ KNOWN = {
     "mask changed out of a list": before_add("[attention_mask][0].mul_(0)"),
     "mask changed by getattr": before_add("getattr(attention_mask, 'mul_')(0)"),
     "mask given to an unknown function": before_add("tidy(attention_mask)"),
+    "mask given to a function called as a tensor's method": before_add(
+        "import helpers", "helpers.sum(attention_mask)"
+    ),
     "mask changed in the block": in_block("attention_mask.zero_()"),
     "mask changed in the block through a view": in_block("part = attention_mask[..., 1:]; part.zero_()"),
     "mask changed by a function of the file": Known(
@@ -127,6 +130,12 @@ KNOWN = {
     "a subclass with another _attn": before_class(
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
+    ),
+    "no mask at all": Known(
+        "rotary_pair",
+        "        attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n",
+        "",
+        "add-attention-mask",
     ),
     "a second block that hands on another mask": before_class(
         "class OtherBlock(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
@@ -227,6 +236,11 @@ LOOKS = {
     "a method that only passes on": before_class(
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args, **kwargs):\n        return super()._attn(*args, **kwargs)\n"
+    ),
+    "query is changed in place": Known(
+        "rotary_list",
+        "        attn_weights = torch.matmul(query, key",
+        "        query.mul_(0.5)\n        attn_weights = torch.matmul(query, key",
     ),
     "a function of the file looks at it": Known(
         "rotary_list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
