@@ -210,7 +210,7 @@ def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
         return len(stmt.targets) == 1 and t.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
     if not isinstance(stmt, ast.If):
         return False
-    arms = [*stmt.body, *stmt.orelse]
+    arms = [s for s in (*stmt.body, *stmt.orelse) if not isinstance(s, ast.Pass)]
     plain = all(isinstance(s, ast.Assign) and t.is_name(s.targets[0]) and len(s.targets) == 1 for s in arms)
     values = [s.value for s in arms if isinstance(s, ast.Assign)]
     known = all(v is pairs[0] or (isinstance(v, ast.Constant) and v.value is None) for v in values)

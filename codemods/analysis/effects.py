@@ -302,10 +302,7 @@ class _Reader:
             self.roots(node)
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, (ast.Tuple, ast.List)) and self._comes_apart(target, value):
-            for name in sorted(t.binds(target)):
-                self.flow.join((name,))
-        elif isinstance(target, (ast.Tuple, ast.List)):
+        if isinstance(target, (ast.Tuple, ast.List)):
             pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
             for i, part in enumerate(target.elts):
                 self._bind(part, value.elts[i] if pairs else value)  # type: ignore[attr-defined]
@@ -315,20 +312,6 @@ class _Reader:
             self.flow.join((target.id, *sorted(self.roots(value))))
         else:
             self._store(target, self.roots(value))
-
-    def _comes_apart(self, target: ast.Tuple | ast.List, value: ast.expr) -> bool:
-        """``a, b = x.split(...)`` of a new ``x`` that is used for nothing else: they share no storage."""
-        if not all(isinstance(part, ast.Name) for part in target.elts):
-            return False
-        if t.call_name(value) not in {"split", "chunk"} or not isinstance(value.func, ast.Attribute):  # type: ignore[attr-defined]
-            return False
-        whole, function = value.func.value, self.flow.function  # type: ignore[attr-defined]
-        if not isinstance(whole, ast.Name) or whole.id in _parameters(function):
-            return False
-        uses = [n for n in t.walk(function) if isinstance(n, ast.Name) and n.id == whole.id]
-        made = [v for _, v in t.assignments(function.body, whole.id)]
-        # once made, once used
-        return len(uses) == 2 and len(made) == 1 and made[0] is not None and not self.roots(made[0])
 
     def _store(self, target: ast.expr, given: Roots) -> None:
         if isinstance(target, ast.Subscript):

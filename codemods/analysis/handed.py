@@ -334,11 +334,12 @@ def changed_buffer(source: Source, name: str) -> Found | None:
             default=1,
         )
         return Found(f"the buffer {name} may be changed in place", line)
-    emptied = {
+    emptied = {  # or given its own values again
         id(target)
         for node in t.walk(source.tree)
-        if isinstance(node, ast.Assign) and _is_none(node.value)
+        if isinstance(node, ast.Assign)
         for target in node.targets
+        if _is_none(node.value) or t.same(unwrapped(node.value), target)
     }
     stored = {
         id(n)

@@ -237,14 +237,13 @@ LOOKS = {
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args, **kwargs):\n        return super()._attn(*args, **kwargs)\n"
     ),
-    "query is changed in place": Known(
-        "rotary_list",
-        "        attn_weights = torch.matmul(query, key",
-        "        query.mul_(0.5)\n        attn_weights = torch.matmul(query, key",
-    ),
     "a function of the file looks at it": Known(
         "rotary_list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
     ),
+    "the buffer is a copy of itself": in_init(
+        "self.registered_causal_mask = self.registered_causal_mask.clone()"
+    ),
+    "no else for present": Known("rotary_list", "            present = None\n", "            pass\n"),
     "a copy of the buffer is changed": in_init(
         "spare = self.registered_causal_mask.clone()", "spare.fill_(True)"
     ),
