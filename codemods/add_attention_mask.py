@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from codemods.attention import ScorePath, attentions
-from codemods.base import Example, Insert, Plan, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis.attention import ScorePath, attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Decisions, Example, Insert, Rule, Site, Status
 
 NAME = "add-attention-mask"
 
@@ -39,30 +38,29 @@ _ADD = """\
 
 
 class AddAttentionMask(Rule):
-    """Add ``attention_mask`` to the scores in paths that leave it out, so that their causal mask can go."""
+    """Add the caller's attention_mask to scores that upstream masks only by its own triangle.
+
+    Why
+        Some revisions take attention_mask and never use it: the causal triangle is their only mask. Removing
+        the triangle there, as the documented edit does, leaves no masking at all, and nothing complains. With
+        the mask added, the exported net obeys its mask input.
+
+    Checked before
+        forward passes its attention_mask to the method unchanged, and every statement between product and
+        softmax is understood, a mask of the method's own among them, so that a sum right before the softmax
+        masks the final scores and hides no more than is hidden already.
+
+    Checked after
+        The scores are summed with attention_mask before the softmax.
+
+    Declines
+        - the method does not receive forward's attention_mask
+        - attention_mask is rebound on the way
+        - the scores are rewritten in a form not known
+        - nothing masks the scores: with a mask added they would be others than without
+    """
 
     name = NAME
-    title = "Add the caller's attention_mask to scores that upstream masks only by its own triangle"
-    why = (
-        "some revisions take attention_mask and never use it: the causal triangle is their only mask. "
-        "Removing the "
-        "triangle there, as the documented edit does, leaves no masking at all, and nothing complains. "
-        "With the "
-        "mask added, the exported net obeys its mask input."
-    )
-    precondition = (
-        "forward passes its attention_mask to the method unchanged, and every statement between product "
-        "and softmax "
-        "is understood, a mask of the method's own among them, so that a sum right before the softmax masks "
-        "the final scores and hides no more than is hidden already"
-    )
-    postcondition = "the scores are summed with attention_mask before the softmax"
-    declines = (
-        "the method does not receive forward's attention_mask",
-        "attention_mask is rebound on the way",
-        "the scores are rewritten in a form not known",
-        "nothing masks the scores: with a mask added they would be others than without",
-    )
     absent = "no attention method over named scores in this file"
     examples = (
         Example(
@@ -92,7 +90,7 @@ class AddAttentionMask(Rule):
         ),
     )
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         for attention in attentions(source):
             for path in attention.paths:
                 yield replace(self._site(path), required=not path.dead)
@@ -115,7 +113,3 @@ class AddAttentionMask(Rule):
         text = f"if {mask} is not None:\n    {scores} = {scores} + {mask}\n"
         reason = "the method takes attention_mask and never uses it"
         return Site(Status.APPLIED, reason, line, line, path.where, (Insert(path.softmax, text),))
-
-
-RULE = AddAttentionMask()
-__getattr__, __dir__ = lazy_command(RULE)

@@ -6,34 +6,23 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from codemods import tree as t
 from codemods.analysis import fused
+from codemods.analysis import tree as t
+from codemods.analysis.attention import attentions
 from codemods.analysis.handed import tampered
-from codemods.attention import attentions
-from codemods.base import Example, Plan, Rewrite, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis.source import Source
+from codemods.framework.base import Decisions, Example, Rewrite, Rule, Site, Status
 
 SDPA = "scaled_dot_product_attention"
 NEVER = "False"  #: the guard of a branch that a literal False keeps from running
 
+# fmt: off
 #: Calls a version test is made of; anything else might be run for its effect.
-_TESTS = frozenset(
-    (
-        "hasattr",
-        "getattr",
-        "int",
-        "str",
-        "len",
-        "tuple",
-        "bool",
-        "split",
-        "startswith",
-        "parse",
-        "Version",
-        "is_available",
-    )
-)
+_TESTS = frozenset((
+    "hasattr", "getattr", "int", "str", "len", "tuple", "bool", "split", "startswith", "parse", "Version",
+    "is_available",
+))
+# fmt: on
 
 _BODY = """\
 class Attention(nn.Module):
@@ -49,30 +38,28 @@ class Attention(nn.Module):
 
 
 class DisableTorch2(Rule):
-    """Set the flag that guards SDPA to ``False``."""
+    """Set the flag that switches on torch 2's fused attention to False.
+
+    Why
+        Torch 2's fused attention exports as one operator that TPU-MLIR does not read. It also hides the
+        scores, and the compiler wants to see matmul, add, softmax, matmul to build its own fused attention.
+
+    Checked before
+        Every call of scaled_dot_product_attention stands under an `if` that a module-level flag must be true
+        for; the flag is bound once, by a test without side effects, and read only in conditions of attention
+        classes.
+
+    Checked after
+        The flag is the constant False and no call of scaled_dot_product_attention is left unguarded.
+
+    Declines
+        - the call is not guarded by a module-level flag
+        - the flag is bound more than once, imported, or rebound with `global`
+        - the flag is read for anything else than choosing a branch in attention
+        - the flag's value is computed by a call that may have an effect
+    """
 
     name = "disable-torch2"
-    title = "Set the flag that switches on torch 2's fused attention to False"
-    why = (
-        "torch 2's fused attention exports as one operator that TPU-MLIR does not read, and it hides the "
-        "scores "
-        "the compiler wants to see as matmul, add, softmax, matmul to build its own fused attention."
-    )
-    precondition = (
-        "every call of scaled_dot_product_attention stands under an `if` that a module-level flag must be "
-        "true for; "
-        "the flag is bound once, by a test without side effects, and read only in conditions of attention "
-        "classes"
-    )
-    postcondition = (
-        "the flag is the constant False and no call of scaled_dot_product_attention is left unguarded"
-    )
-    declines = (
-        "the call is not guarded by a module-level flag",
-        "the flag is bound more than once, imported, or rebound with `global`",
-        "the flag is read for anything else than choosing a branch in attention",
-        "the flag's value is computed by a call that may have an effect",
-    )
     absent = "attention never calls scaled_dot_product_attention in this revision"
     examples = (
         Example(
@@ -89,7 +76,7 @@ class DisableTorch2(Rule):
         Example("no flag to turn", _BODY.format(guard="not self.training"), None, Status.DECLINED),
     )
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         out_of_reach = [
             Site(Status.DECLINED, f"{SDPA} is reached by name, not by a call", line, line)
             for line in _hidden(source)
@@ -226,7 +213,3 @@ def _other_numbers(source: Source, flag: str) -> str:
 
 def _all_calls(node: ast.AST) -> list[ast.Call]:
     return [n for n in t.walk(node) if isinstance(n, ast.Call)]
-
-
-RULE = DisableTorch2()
-__getattr__, __dir__ = lazy_command(RULE)

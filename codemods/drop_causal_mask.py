@@ -6,13 +6,12 @@ import ast
 from collections.abc import Iterator
 from dataclasses import replace
 
-from codemods import tree as t
 from codemods.add_attention_mask import NAME as ADD
-from codemods.attention import Mask, ScorePath, attentions
-from codemods.base import Drop, Example, Plan, Rule, Site, Status
-from codemods.causal import not_causal, not_negative
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import Mask, ScorePath, attentions
+from codemods.analysis.causal import not_causal, not_negative
+from codemods.analysis.source import Source
+from codemods.framework.base import Decisions, Drop, Example, Rule, Site, Status
 
 _BODY = """\
 class Attention(nn.Module):
@@ -20,8 +19,10 @@ class Attention(nn.Module):
         size = config.max_position_embeddings
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
-        self.register_buffer("past_only", torch.{triangle}(torch.ones((size, size),
-        dtype=torch.bool)).view(1, 1, size, size))
+        self.register_buffer(
+            "past_only",
+            torch.{triangle}(torch.ones((size, size), dtype=torch.bool)).view(1, 1, size, size),
+        )
 
     def {method}(self, query, key, value, attention_mask=None):
         scores = torch.matmul(query, key.transpose(-1, -2)) / value.size(-1) ** 0.5
@@ -60,50 +61,50 @@ def mask_examples(method: str) -> tuple[Example, ...]:
 
 
 class DropCausalMask(Rule):
-    """Remove the causal mask built inside ``_attn``; the caller's additive mask takes its place."""
+    """Remove the causal mask inside the attention method.
+
+    Why
+        The exported nets are given the whole mask as an input. Masking a second time inside adds Slice, Where
+        and dynamic shapes to every layer, and breaks the add-softmax pattern that the compiler fuses.
+
+    Checked before
+        The block is a causal mask (a lower triangle, last query rows and first key columns, filled with the
+        lowest value), and the caller's attention_mask, unchanged since the call, is added to the same scores
+        before the softmax.
+
+    Checked after
+        The method masks its scores by the caller's attention_mask and by nothing else.
+
+    Declines
+        - attention_mask is never added to these scores (recipe `static` adds it first)
+        - the mask is not shown to be causal: another slice, triangle, condition or fill value
+        - the scores are rewritten in a form not known between product and softmax
+        - attention_mask is changed or replaced between the module's call and the scores
+    """
 
     name = "drop-causal-mask"
-    title = "Remove the causal mask inside the attention method"
-    why = (
-        "the exported nets are given the whole mask as an input; masking a second time inside adds Slice, "
-        "Where and "
-        "dynamic shapes to every layer, and breaks the add-softmax pattern the compiler fuses."
-    )
-    precondition = (
-        "the block is a causal mask (a lower triangle, last query rows and first key columns, filled with "
-        "the lowest "
-        "value) and the caller's attention_mask, unchanged since the call, is added to the same scores "
-        "before softmax"
-    )
-    postcondition = "the method masks its scores by the caller's attention_mask and by nothing else"
-    declines = (
-        "attention_mask is never added to these scores (recipe `static` adds it first)",
-        "the mask is not shown to be causal: another slice, triangle, condition or fill value",
-        "the scores are rewritten in a form not known between product and softmax",
-        "attention_mask is changed or replaced between the module's call and the scores",
-    )
     absent = "no attention method in this revision masks scores this way"
     examples = mask_examples("_attn")
     upcast = False
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         for attention in attentions(source):
             for path in attention.paths:
                 if path.upcast == self.upcast:
-                    yield replace(self._site(path, plan), required=not path.dead)
+                    yield replace(self._site(path, decided), required=not path.dead)
             if not self.upcast and not attention.paths:
                 line = attention.node.lineno
                 yield Site(
                     Status.DECLINED, f"{attention.name}: no softmax over named scores found", line, line
                 )
 
-    def _site(self, path: ScorePath, plan: Plan) -> Site:
+    def _site(self, path: ScorePath, decided: Decisions) -> Site:
         line, end = path.function.lineno, path.softmax.lineno
         if path.unknown:
             stmt = path.unknown[0]
             reason = f"the scores `{path.scores}` are rewritten in a form not known: {_first_line(stmt)}"
             return Site(Status.DECLINED, reason, stmt.lineno, stmt.end_lineno, path.where)
-        added = bool(path.added) or plan.applies(ADD, path.where)
+        added = bool(path.added) or decided.applies(ADD, path.where)
         if not path.masks:
             if not added:
                 reason = "no causal mask, and attention_mask is never added to the scores: nothing masks them"
@@ -189,7 +190,3 @@ def _only_binds(stmt: ast.stmt, path: ScorePath) -> bool:
 def _first_line(stmt: ast.stmt) -> str:
     text = ast.unparse(stmt).splitlines()[0]
     return text if len(text) < 80 else text[:77] + "..."
-
-
-RULE = DropCausalMask()
-__getattr__, __dir__ = lazy_command(RULE)

@@ -6,13 +6,12 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codemods import tree as t
+from codemods.analysis import tree as t
+from codemods.analysis.attention import Attention, attentions
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import cache_problem, tampered
-from codemods.attention import Attention, attentions
-from codemods.base import Example, Move, Plan, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis.source import Source
+from codemods.framework.base import Decisions, Example, Move, Rule, Site, Status
 
 _BODY = """\
 class Attention(nn.Module):
@@ -47,26 +46,26 @@ class _Parts:
 
 
 class EarlyPresent(Rule):
-    """Build ``present`` before the history is joined to the new key and value."""
+    """Build present before the history is joined, so that a step returns one new unit.
+
+    Why
+        The runtime keeps the cache and writes one unit per step. With present built after the concat every
+        decode step would return the whole history, S + 1 units in place of 1.
+
+    Checked before
+        The statement that makes present reads only key, value and the cache switch. Between the join and it
+        nothing rewrites key or value or uses present. The join only concatenates the past before the new.
+
+    Checked after
+        Right before the join, present is made from key and value.
+
+    Declines
+        - key or value is rewritten between the join and present (quantised after joining, for one)
+        - present is not the pair of key and value, or is read for something else than the outputs
+        - the join does more than concatenate, or the statements are not in one block
+    """
 
     name = "early-present"
-    title = "Build present before the history is joined, so that a step returns one new unit"
-    why = (
-        "the runtime keeps the cache and writes one unit per step; with present built after the concat "
-        "every decode "
-        "step would return the whole history, S + 1 units in place of 1."
-    )
-    precondition = (
-        "the statement that makes present reads only key, value and the cache switch; between the join "
-        "and it nothing "
-        "rewrites key or value or uses present; the join only concatenates the past before the new"
-    )
-    postcondition = "present is made from key and value right before the join"
-    declines = (
-        "key or value is rewritten between the join and present (quantised after joining, for one)",
-        "present is not the pair of key and value, or is read for something else than the outputs",
-        "the join does more than concatenate, or the statements are not in one block",
-    )
     absent = "forward joins no history to key and value"
     examples = (
         Example(
@@ -85,7 +84,7 @@ class EarlyPresent(Rule):
         ),
     )
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         for attention in attentions(source):
             if attention.forward is not None:
                 yield from self._forward(attention, attention.forward)
@@ -312,7 +311,3 @@ def _is_output(stmt: ast.stmt, name: str) -> bool:
     elements = {id(e) for n in t.walk(value) if isinstance(n, ast.Tuple) for e in n.elts}
     elements |= {id(value)} if isinstance(stmt, ast.Return) else set()
     return all(id(n) in elements for n in t.walk(value) if t.is_name(n, name))
-
-
-RULE = EarlyPresent()
-__getattr__, __dir__ = lazy_command(RULE)

@@ -7,27 +7,18 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from codemods import tree as t
-from codemods.attention import ScorePath, attentions
-from codemods.base import Example, Plan, Rewrite, Rule, Site, Status
-from codemods.command import lazy_command
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.attention import ScorePath, attentions
+from codemods.analysis.source import Source
+from codemods.framework.base import Decisions, Example, Rewrite, Rule, Site, Status
 
-_MAKERS = frozenset(
-    (
-        "full",
-        "tensor",
-        "as_tensor",
-        "ones",
-        "zeros",
-        "empty",
-        "full_like",
-        "scalar_tensor",
-        "from_numpy",
-        "new_full",
-        "new_tensor",
-    )
-)
+# fmt: off
+#: Calls that make a tensor, by the last part of their name.
+_MAKERS = frozenset((
+    "full", "tensor", "as_tensor", "ones", "zeros", "empty", "full_like", "scalar_tensor", "from_numpy",
+    "new_full", "new_tensor",
+))
+# fmt: on
 _NUMBERS = frozenset(("size", "sqrt", "float", "int", "dim", "pow"))
 
 _BODY = """\
@@ -55,28 +46,28 @@ _FULL = """torch.full(
 
 
 class ScalarDivide(Rule):
-    """Divide attention scores by a Python number instead of a tensor filled with it."""
+    """Divide the scores by a number instead of a tensor made with torch.full.
+
+    Why
+        torch.full with a size computed from another tensor becomes a chain of Shape, Gather and
+        ConstantOfShape nodes whose shape the compiler cannot infer. A number becomes the one constant that
+        the attention pattern needs.
+
+    Checked before
+        The divisor is one zero-dimensional tensor filled with an expression of sizes and numbers, of the
+        scores' own dtype, so that dividing by the number rounds the same.
+
+    Checked after
+        No division in the method has a tensor constructor on its right.
+
+    Declines
+        - the tensor is not zero-dimensional, or has another dtype than the scores
+        - its value is not a pure expression of sizes, numbers and attributes
+        - the divisor is a local name bound to a tensor
+        - a division in a form not known: in place through an alias, with rounding
+    """
 
     name = "scalar-divide"
-    title = "Divide the scores by a number instead of a tensor made with torch.full"
-    why = (
-        "torch.full with a size computed from another tensor becomes a chain of Shape, Gather and "
-        "ConstantOfShape "
-        "nodes whose shape the compiler cannot infer; a number becomes one constant the attention pattern "
-        "needs."
-    )
-    precondition = (
-        "the divisor is one zero-dimensional tensor filled with an expression of sizes and numbers, of "
-        "the scores' "
-        "own dtype, so that dividing by the number rounds the same"
-    )
-    postcondition = "no division in the method has a tensor constructor on its right"
-    declines = (
-        "the tensor is not zero-dimensional, or has another dtype than the scores",
-        "its value is not a pure expression of sizes, numbers and attributes",
-        "the divisor is a local name bound to a tensor",
-        "a division in a form not known: in place through an alias, with rounding",
-    )
     absent = "no method of this file divides attention scores"
     examples = (
         Example(
@@ -95,7 +86,7 @@ class ScalarDivide(Rule):
         ),
     )
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         for attention in attentions(source):
             for path in attention.paths:
                 yield from self._path(path)
@@ -184,8 +175,7 @@ def _filled(path: ScorePath, call: ast.Call) -> tuple[ast.expr | None, str]:
     problem = _not_number(path, value)
     if problem:
         return None, problem
-    # A name that holds a tensor would change the rounding: sizes are numbers, and so is what is computed
-    # from them.
+    # A name that holds a tensor would change the rounding; sizes and what follows from them are numbers.
     return value, ""
 
 
@@ -216,7 +206,3 @@ def _in_parentheses(cst: Any, value: Any) -> Any:
     if atom or value.lpar:
         return value
     return value.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
-
-
-RULE = ScalarDivide()
-__getattr__, __dir__ = lazy_command(RULE)

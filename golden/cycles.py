@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from golden.damaged import reading, require
+
 FILE = Path(__file__).with_name("cycles.json")
 #: A net may become this much slower before a test fails.
 ALLOWANCE = 0.01
@@ -81,10 +83,19 @@ class Record:
 
 
 def load(path: Path = FILE) -> dict[tuple[str, str, int, str, str], Record]:
-    """The recorded predictions by (geometry, kind, seq_length, mode, toolchain version)."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    records = [Record(**entry) for entry in data["nets"]]
-    return {record.key: record for record in records}
+    """The recorded predictions by (geometry, kind, seq_length, mode, toolchain version).
+
+    Raises ValueError when *path* is damaged.
+    """
+    with reading(path, "holds no predictions"):
+        records = [Record(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["nets"]]
+        for record in records:
+            require(record.kind, str, record.geometry, record.kind, record.mode, record.toolchain)
+            require(record.kind, int, record.seq_length, record.cycles, record.nodes, record.top_ops)
+            if not 0 < record.cycles < 1 << 63:
+                raise ValueError(f"{record.kind} takes {record.cycles!r:.100} cycles")
+            require(record.kind, (int, float), record.milliseconds, record.bmodel_bytes)
+        return {record.key: record for record in records}
 
 
 def save(records: Iterable[Record], path: Path = FILE) -> None:
@@ -102,6 +113,5 @@ def worse(recorded: Record, cycles: int, allowance: float = ALLOWANCE) -> str:
         return ""
     return (
         f"{recorded.kind} ({recorded.geometry}, S={recorded.seq_length}, {recorded.mode}): {cycles:,} "
-        f"cycles, "
-        f"recorded {recorded.cycles:,}: {cycles / recorded.cycles - 1:.1%} slower"
+        f"cycles, recorded {recorded.cycles:,}: {cycles / recorded.cycles - 1:.1%} slower"
     )

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golden.damaged import reading, require
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,10 +24,11 @@ FILE = Path(__file__).with_name("references.jsonl")
 #: through a two-layer model moves values by about 1e-6 of it.
 DRIFT = 1e-4
 SAMPLES = 8
+_NONE = "holds no references"
 
 
 @dataclass(frozen=True)
-class Summary:
+class RecordSummary:
     """One tensor. ``samples`` are values at evenly spread places of the flattened array."""
 
     shape: tuple[int, ...]
@@ -37,14 +40,14 @@ class Summary:
     samples: tuple[float, ...]
 
 
-def summarise(array: np.ndarray) -> Summary:
+def summarise(array: np.ndarray) -> RecordSummary:
     """The summary of a float array."""
     import numpy as np
 
     exact = np.ascontiguousarray(array, dtype="<f4")
     flat = exact.astype(np.float64).ravel()
     places = np.linspace(0, flat.size - 1, SAMPLES).astype(int)
-    return Summary(
+    return RecordSummary(
         shape=tuple(exact.shape),
         sha256=hashlib.sha256(exact.tobytes()).hexdigest(),
         mean=_short(flat.mean()),
@@ -55,7 +58,7 @@ def summarise(array: np.ndarray) -> Summary:
     )
 
 
-def compare(recorded: Summary, found: Summary) -> str:
+def compare(recorded: RecordSummary, found: RecordSummary) -> str:
     """``same`` (bit for bit), ``drift`` (rounding only) or ``changed``."""
     if recorded.sha256 == found.sha256 and recorded.shape == found.shape:
         return "same"
@@ -79,7 +82,7 @@ class Stage:
 
     versions: dict[str, str]
     weights: str
-    tensors: dict[str, Summary]
+    tensors: dict[str, RecordSummary]
 
 
 def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
@@ -88,28 +91,35 @@ def load(path: Path = FILE) -> dict[str, dict[str, Stage]]:
     The file has one JSON document a line: a head for each era and stage, then its tensors.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with reading(path, _NONE):
+            lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
     references: dict[str, dict[str, Stage]] = {}
-    tensors: dict[str, Summary] = {}
-    try:
+    tensors: dict[str, RecordSummary] = {}
+    with reading(path, _NONE):
         for line in lines:
             row = json.loads(line)
             if "era" in row:
                 tensors = {}
+                require("a stage", dict, row["versions"])
+                require("a stage", str, row["weights"], row["era"], row["stage"])
                 stage = Stage(row["versions"], row["weights"], tensors)
                 references.setdefault(row["era"], {})[row["stage"]] = stage
             else:
                 name = row.pop("tensor")
                 tensors[name] = _summary(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no references ({type(error).__name__}: {error})") from error
     return references
 
 
-def _summary(row: dict[str, Any]) -> Summary:
-    return Summary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
+def _summary(row: dict[str, Any]) -> RecordSummary:
+    found = RecordSummary(**{**row, "shape": tuple(row["shape"]), "samples": tuple(row["samples"])})
+    require("a tensor", str, found.sha256)
+    require("a tensor", int, *found.shape)
+    require("a tensor", float, found.mean, found.spread, found.lowest, found.highest, *found.samples)
+    if len(found.samples) != SAMPLES:
+        raise ValueError(f"{len(found.samples)} samples of a tensor")
+    return found
 
 
 def _short(value: float) -> float:

@@ -12,6 +12,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from golden.damaged import reading, require
 
 #: Names another catalogue file to read and record to, instead of the one that ships with the program.
 VARIABLE = "QWEN_SURGERY_CATALOGUE"
@@ -47,12 +50,18 @@ def load(file: Path | None = None) -> dict[str, Revision]:
     """The catalogue by sha256; empty when *file* does not exist. Raises ValueError when it is not one."""
     chosen = file or path()
     try:
-        entries = json.loads(chosen.read_bytes())["revisions"]
-        return {entry["sha256"]: Revision(**entry) for entry in entries}
+        with reading(chosen, "is not a catalogue of revisions"):
+            entries = json.loads(chosen.read_bytes())["revisions"]
+            return {entry["sha256"]: _revision(entry) for entry in entries}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{chosen} is not a catalogue of revisions: {error}") from error
+
+
+def _revision(entry: dict[str, Any]) -> Revision:
+    found = Revision(**entry)
+    require("a revision", str, *(vars(found)[name] for name in vars(found) if name != "expected"))
+    require("a revision", dict, found.expected, *found.expected.values())
+    return found
 
 
 def find(sha256: str) -> Revision | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from golden.damaged import reading, require
 
 _FILE = Path(__file__).with_name("tolerances.json")
 #: Metrics of which more is better; of all others less is.
@@ -40,12 +43,16 @@ class Limit:
 
 
 def load(path: Path = _FILE) -> dict[tuple[str, str], dict[str, Limit]]:
-    """(level, mode) -> metric -> Limit. Raises KeyError or ValueError when the file is damaged."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        (level, mode): {
-            metric: Limit(metric, float(entry["limit"]), entry["reason"]) for metric, entry in metrics.items()
+    """(level, mode) -> metric -> Limit. Raises ValueError when the file is damaged."""
+    with reading(path, "holds no tolerances"):
+        return {
+            (level, mode): {metric: _limit(metric, entry) for metric, entry in metrics.items()}
+            for level, modes in json.loads(path.read_text(encoding="utf-8")).items()
+            for mode, metrics in modes.items()
         }
-        for level, modes in data.items()
-        for mode, metrics in modes.items()
-    }
+
+
+def _limit(metric: str, entry: dict[str, Any]) -> Limit:
+    require(metric, (int, float), entry["limit"])
+    require(metric, str, entry["reason"])
+    return Limit(metric, float(entry["limit"]), entry["reason"])

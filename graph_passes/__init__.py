@@ -11,16 +11,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graph_passes.framework.base import GraphPass, PassError, Report
-    from graph_passes.framework.runner import Check, CleanResult, clean, find_breaking_pass
+    from graph_passes.framework.base import GraphPass, MlirPass, PassError, PassReport
+    from graph_passes.framework.runner import CleanResult, When, clean, find_breaking_pass
 
-__all__ = ["Check", "CleanResult", "GraphPass", "PassError", "Report", "clean", "find_breaking_pass"]
+__all__ = [
+    "CleanResult",
+    "GraphPass",
+    "MlirPass",
+    "PassError",
+    "PassReport",
+    "When",
+    "clean",
+    "find_breaking_pass",
+]
 
 _HOMES = {
     "GraphPass": "base",
+    "MlirPass": "base",
     "PassError": "base",
-    "Report": "base",
-    "Check": "runner",
+    "PassReport": "base",
+    "When": "runner",
     "CleanResult": "runner",
     "clean": "runner",
     "find_breaking_pass": "runner",

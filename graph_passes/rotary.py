@@ -15,8 +15,7 @@ class Rotary(GraphPass):
     summary = "writes the rotation of channel halves as Concat(-x[half:], x[:half]), cosine product first"
     why = (
         "upstream's reshape, unbind, squeeze and stack are ten operations for each of Q and K; in this one "
-        "form the "
-        "pass top-rope can hand them to the chip's rotary operation"
+        "form the pass top-rope can hand them to the chip's rotary operation"
     )
     precondition = "x*cos + r*sin where r holds the negated upper and the lower half of x's last axis"
 
@@ -126,9 +125,7 @@ def _split(node: Any, tensor: Any, x: Any) -> tuple[int, int] | None:
 
 
 def _unbound(tensor: Any, node: Any, x: Any) -> tuple[int, int] | None:
-    """x reshaped to [..., 2, half], one of the two taken out by Split (or Gather) on the last axis but
-    one.
-    """
+    """The half of x that *tensor* is: x as [..., 2, half], split (or gathered) on the last axis but one."""
     dims, out = shape(x), shape(tensor)
     split = made_by(node.inputs[0], "Split")
     if split is None or dims is None or out is None:

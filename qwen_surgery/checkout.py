@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codemods.analysis.identity import identify, may_be_modeling
+from codemods.analysis.source import SourceError
 from codemods.config.facts import CONFIG, SIZES, ModelFacts
 from codemods.config.text import ConfigError
-from codemods.identity import identify, may_be_modeling
-from codemods.source import SourceError
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, Usage
-from qwen_surgery.files import read_regular
+from qwen_surgery.parsing import is_plain_name, read_json
 
-LARGEST_CONFIG = 16 << 20  # bytes; real ones have about a thousand
 DEFAULT_NAME = "modeling_qwen.py"
 DEFAULT_RECIPE = "static"
 DEFAULT_SEQ_LENGTH = 512
@@ -81,7 +79,8 @@ class Checkout:
 
     def _size(self, value: Any, key: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise Refused(f"{self.path / CONFIG}: {key} must be a positive whole number, found {value!r}")
+            where = self.path / CONFIG
+            raise Refused(f"{where}: {key} must be a positive whole number, found {value!r:.100}")
         return value
 
 
@@ -91,13 +90,9 @@ def _read_config(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise Refused(f"{root} is not a directory", hint="give the directory that holds config.json")
     path = root / CONFIG
-    text = read_regular(path, LARGEST_CONFIG, follow=True)
-    if text is None:
+    config = read_json(path, "not valid JSON")
+    if config is None:
         raise Refused(f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory")
-    try:
-        config = json.loads(text.decode("utf-8-sig"))
-    except ValueError as error:
-        raise Refused(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise Refused(f"{path} holds no JSON object")
     _check_type(path, config)
@@ -106,10 +101,11 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 def _check_type(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
-    architectures = config.get("architectures") or []
-    if kind == "qwen" or (kind is None and "QWenLMHeadModel" in architectures):
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and "QWenLMHeadModel" in architectures
+    if kind == "qwen" or (kind is None and named):
         return
-    said = f"says model_type {kind}" if kind is not None else "has no model_type"
+    said = f"says model_type {kind!s:.100}" if kind is not None else "has no model_type"
     raise Refused(f"{path} {said}, not qwen (Qwen v1)", hint=_OTHER_TYPES.get(str(kind), ""))
 
 
@@ -128,7 +124,7 @@ def _mapped_name(config: dict[str, Any]) -> str | None:
 def _find_modeling(root: Path, config: dict[str, Any]) -> Path:
     mapped = _mapped_name(config)
     for name in (mapped, DEFAULT_NAME):
-        if name and Path(name).name == name and (root / name).is_file():
+        if is_plain_name(name) and (root / name).is_file():
             return root / name
     fitting = [p for p in sorted(root.glob("*.py")) if p.is_file() and is_modeling(p.read_bytes())]
     if len(fitting) == 1:

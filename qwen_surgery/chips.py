@@ -13,7 +13,8 @@ class Chip:
     one such chip exist and may share a model. ``dynamic``: prefill at each prompt's own length. ``heads``:
     the bmodel has greedy_head and penalty_sample_head. ``runtimes``: the vendor runtimes that run on it, the
     preferred first. ``emulators``: the library of TPU-MLIR's emulator, by its naming (newer, 1.6).
-    ``in_file_name`` says whether a bmodel's name tells the chip.
+    ``in_file_name`` says whether a bmodel's name tells the chip; ``tags_addresses``, whether TPU-MLIR gives
+    its nets tags in place of addresses unless told otherwise.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Chip:
     runtimes: tuple[str, ...]
     emulators: tuple[str, ...]
     in_file_name: bool = True
+    tags_addresses: bool = False
 
 
 _ROWS = (
@@ -45,6 +47,7 @@ _ROWS = (
         heads=False,
         runtimes=("sophon-demo",),
         emulators=("libcmodel_bm1688.so", "libcmodel_1688.so"),
+        tags_addresses=True,
     ),
     Chip(
         name="cv186x",
@@ -54,6 +57,7 @@ _ROWS = (
         heads=False,
         runtimes=("sophon-demo",),
         emulators=("libcmodel_bm1688.so", "libcmodel_1688.so"),  # the same core
+        tags_addresses=True,
     ),
 )
 CHIPS = {chip.name: chip for chip in _ROWS}

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwen_surgery import parsing
 from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.files import read_regular
 
 VOCABULARY = "qwen.tiktoken"
 #: What the vendor's demos load, in the layout of a Hugging Face tokenizer. The last is wanted, not needed.
@@ -22,6 +23,8 @@ DEMO_FILES = (VOCABULARY, "tokenization_qwen.py", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json",)
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _EXTRAS = 205
+_MOST_EXTRAS = 1 << 16
+_LARGEST = 64 << 20  # bytes of a vocabulary; Qwen's has 2.5 million
 # Letters with one leading mark, single digits, marks, line ends, blanks: how Qwen cuts text before merging.
 _CUTS = "|".join(
     (
@@ -38,10 +41,10 @@ _CUTS = "|".join(
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank of a tiktoken file. Raises Refused, naming the line, when it is not one."""
-    try:
-        rows = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise Refused(f"{path} is missing", hint="it is beside config.json upstream") from None
+    data = read_regular(path, _LARGEST, follow=True)
+    if data is None:
+        raise Refused(f"{path} is missing", hint="it is beside config.json upstream")
+    rows = data.splitlines()
     ranks: dict[bytes, int] = {}
     for number, row in enumerate(rows, start=1):
         if not row.strip():
@@ -71,7 +74,9 @@ class Tokenizer:
         """From a folder that holds ``qwen.tiktoken``. Raises Refused when that is missing or damaged."""
         folder = Path(folder)
         extras = read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
-        return cls(read_ranks(folder / VOCABULARY), int(extras))
+        with parsing.parsing(folder / "tokenizer_config.json", "extras is no number of tokens"):
+            parsing.whole(extras, most=_MOST_EXTRAS)
+        return cls(read_ranks(folder / VOCABULARY), extras)
 
     @cached_property
     def special(self) -> dict[str, int]:
@@ -84,7 +89,7 @@ class Tokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise ToolFailed("this needs tiktoken", hint="pip install 'qwen-surgery[chat]'") from None
+            raise ToolFailed("this needs tiktoken", hint="pip install tiktoken") from None
         return tiktoken.Encoding(
             "qwen", pat_str=_CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
         )
@@ -123,12 +128,7 @@ class Tokenizer:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in *path*, empty when there is none; Refused for a file that is no JSON."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise Refused(f"{path} is not JSON: {error}") from None
+    data = parsing.read_json(path, "not JSON")
     return data if isinstance(data, dict) else {}
 
 

@@ -125,7 +125,7 @@ def test_folders_and_files_with_escapes(tmp_path: Path) -> None:
     folder = tmp_path / f"evil{EVIL}"
     folder.mkdir()
     (folder / f"modeling{EVIL}.py").write_text(modeling_source("sdpa"))
-    (folder / os.fsdecode(b"half\xff.py")).write_text(modeling_source("tril"))
+    (folder / os.fsdecode(b"half\xff.py")).write_text(modeling_source("late"))
     for arguments in (
         ("survey", folder),
         ("survey", folder, "--markdown"),

@@ -11,13 +11,13 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from codemods.source import read
+from codemods.analysis.source import read
 
 
 def defaults(source: bytes | str) -> dict[str, Any]:
     """Key -> default of the configuration class in *source*; empty when no class in it has an ``__init__``.
 
-    Raises :class:`~codemods.source.SourceError` when the source does not parse.
+    Raises :class:`~codemods.analysis.source.SourceError` when the source does not parse.
     """
     tree = read(source.encode() if isinstance(source, str) else source).tree
     found: dict[str, Any] = {}

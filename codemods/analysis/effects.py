@@ -15,8 +15,8 @@ import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from codemods import tree as t
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
 
 
 def words(text: str) -> frozenset[str]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from codemods import tree as t
+from codemods.analysis import tree as t
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import unwrapped
-from codemods.source import Source
+from codemods.analysis.source import Source
 
 SDPA = "scaled_dot_product_attention"
 Term = tuple[Any, ...]

@@ -11,9 +11,9 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codemods import tree as t
+from codemods.analysis import tree as t
 from codemods.analysis.effects import effects, words
-from codemods.source import Source
+from codemods.analysis.source import Source
 
 MASK = "attention_mask"
 #: Methods that give the same values again.

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from codemods.base import Outcome, Status
 from codemods.config.base import ConfigContext, ConfigEdit
 from codemods.config.facts import ModelFacts
 from codemods.config.text import ConfigError, read
-from codemods.recipes import Recipe
-from codemods.recipes import load as load_recipe
+from codemods.framework.base import Outcome, Status
+from codemods.framework.discovery import defined, modules
+from codemods.framework.recipes import Recipe
+from codemods.framework.recipes import load as load_recipe
 
-__all__ = ["BUILTIN", "ConfigError", "ConfigResult", "ModelFacts", "get", "run"]
+__all__ = ["ConfigError", "ConfigResult", "ModelFacts", "get", "names", "run"]
 
-#: name -> module that holds ``EDIT``, in documentation order
-BUILTIN: dict[str, str] = {
-    "seq-length": "codemods.config.seq_length",
-    "max-position-embeddings": "codemods.config.max_position_embeddings",
-    "precision": "codemods.config.precision",
-    "logn-attention": "codemods.config.logn_attention",
-    "dynamic-ntk": "codemods.config.dynamic_ntk",
-    "flash-attention": "codemods.config.flash_attention",
-    "cache-quantization": "codemods.config.cache_quantization",
-}
+_MODULES = modules(__name__, __path__)
 
 
 @dataclass(frozen=True)
@@ -42,9 +33,15 @@ class ConfigResult:
 
 def get(name: str) -> ConfigEdit:
     """The config edit called ``name``. Raises :class:`LookupError` for an unknown one."""
-    if name not in BUILTIN:
-        raise LookupError(f"no config edit is called {name!r}; known: {', '.join(BUILTIN)}")
-    return importlib.import_module(BUILTIN[name]).EDIT
+    edit = defined(_MODULES[name], ConfigEdit) if name in _MODULES else None
+    if edit is None:
+        raise LookupError(f"no config edit is called {name!r}; known: {', '.join(names())}")
+    return edit
+
+
+def names() -> list[str]:
+    """Every config edit's name: those of the modules of this package that define one."""
+    return [name for name, module in _MODULES.items() if defined(module, ConfigEdit) is not None]
 
 
 def run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from codemods.base import Example, Status
 from codemods.config.facts import ModelFacts
 from codemods.config.text import ConfigText
+from codemods.framework.base import Documented, Status
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,8 @@ class Decision:
     value: Any = None
 
 
-class ConfigEdit:
-    """Base class of a config edit."""
-
-    name: ClassVar[str]  #: kebab-case; outcomes are named ``config:<key>``
-    title: ClassVar[str]
-    why: ClassVar[str]
-    declines: ClassVar[tuple[str, ...]] = ()
-    examples: ClassVar[tuple[Example, ...]] = ()  #: made for an export length of 512
+class ConfigEdit(Documented):
+    """Base class of a config edit. Outcomes are named ``config:<key>``; the examples export 512 tokens."""
 
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterable[Decision]:
         """One decision per key this edit is about."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_cache_quantization"
 
 
 class CacheQuantization(ConfigEdit):
-    """Decline a config that quantises its key/value cache."""
+    """Decline a quantised key/value cache.
+
+    Why
+        The nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits computes
+        something else; switching the quantisation off silently would not reproduce it.
+
+    Declines
+        - use_cache_quantization is true
+    """
 
     name = "cache-quantization"
-    title = "Decline a quantised key/value cache"
-    why = (
-        "the nets pass keys and values as bf16 tensors. A model that quantises its cache to 8 bits computes "
-        "something else, so switching the quantisation off silently would not reproduce it."
-    )
-    declines = ("use_cache_quantization is true",)
     examples = (
         Example("not quantised", '{"use_cache_quantization": false}', None, Status.ALREADY),
         Example("not mentioned", '{"bf16": true}', None, Status.ABSENT),
@@ -38,6 +40,3 @@ class CacheQuantization(ConfigEdit):
             yield Decision(KEY, Status.DECLINED, reason)
         else:
             yield Decision(KEY, Status.ALREADY, "is false")
-
-
-EDIT = CacheQuantization()

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, switch_off_within_trained
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_dynamic_ntk"
 
 
 class DynamicNtk(ConfigEdit):
-    """Set ``use_dynamic_ntk`` to false where its factor is one anyway."""
+    """Switch dynamic NTK off for lengths at which it does nothing.
+
+    Why
+        Dynamic NTK raises the rotary base when a prompt is longer than seq_length. With seq_length set to the
+        export length it would be taken relative to the wrong length. Up to the trained length the unpatched
+        model's factor is exactly 1: off is exact.
+
+    Declines
+        - the export length is above the trained length and NTK is on: the base then depends on each prompt's
+          length, which the decode net's inputs do not carry
+    """
 
     name = "dynamic-ntk"
-    title = "Switch dynamic NTK off for lengths at which it does nothing"
-    why = (
-        "dynamic NTK raises the rotary base when a prompt is longer than seq_length. With seq_length set to "
-        "the export length it would be taken relative to the wrong length. Up to the trained length the "
-        "unpatched model's factor is exactly 1: off is exact."
-    )
-    declines = (
-        "the export length is above the trained length and NTK is on: the base then depends on each "
-        "prompt's length, which the decode net's inputs do not carry",
-    )
     examples = (
         Example(
             "within the trained length",
@@ -43,6 +43,3 @@ class DynamicNtk(ConfigEdit):
             "the rotary base then depends on the prompt's length, which the decode net's inputs do not carry"
         )
         yield switch_off_within_trained(config, KEY, context, needed)
-
-
-EDIT = DynamicNtk()

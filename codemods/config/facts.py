@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from codemods.analysis import configuration
+from codemods.analysis.source import SourceError
 from codemods.config.text import ConfigError, read
-from codemods.source import SourceError
 
 CONFIG = "config.json"
 #: The defaults of upstream's configuration_qwen.py. (Its class has no ``seq_length``: the first release's.)

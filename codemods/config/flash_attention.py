@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_flash_attn"
 
 
 class FlashAttention(ConfigEdit):
-    """Set ``use_flash_attn`` to false."""
+    """Switch FlashAttention off.
+
+    Why
+        Where the flash-attn package is installed, upstream's FlashAttention path takes over. It cannot be
+        traced, and in early revisions it ignores attention_mask. The plain path computes the same attention.
+    """
 
     name = "flash-attention"
-    title = "Switch FlashAttention off"
-    why = (
-        "where the flash-attn package is installed, upstream's FlashAttention path takes over: it cannot be "
-        "traced, and in early revisions it ignores attention_mask. The plain path computes the same."
-    )
     examples = (
         Example(
             "left to upstream", '{"use_flash_attn": "auto"}', '{"use_flash_attn": false}', Status.APPLIED
@@ -32,6 +32,3 @@ class FlashAttention(ConfigEdit):
         yield set_to(
             config, KEY, False, f"only the plain attention path can be traced; was {str(was).lower()}"
         )
-
-
-EDIT = FlashAttention()

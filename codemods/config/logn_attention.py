@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, switch_off_within_trained
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "use_logn_attn"
 
 
 class LognAttention(ConfigEdit):
-    """Set ``use_logn_attn`` to false where its factor is one anyway."""
+    """Switch LogN attention off for lengths at which it does nothing.
+
+    Why
+        LogN multiplies the query by log(position) / log(seq_length) beyond seq_length. The decode net's key
+        is always S + 1 long, so with seq_length set to S it would scale every decode query by
+        log(S + 1) / log(S). Up to the trained length the unpatched model's factor is exactly 1: off is exact.
+
+    Declines
+        - the export length is above the trained length and LogN is on: the factor is needed there
+    """
 
     name = "logn-attention"
-    title = "Switch LogN attention off for lengths at which it does nothing"
-    why = (
-        "LogN multiplies the query by log(position) / log(seq_length) beyond seq_length. The decode net's "
-        "key is always S + 1 long, so with seq_length set to S it would scale every decode query by "
-        "log(S + 1) / log(S). Up to the trained length the unpatched model's factor is 1: off is exact."
-    )
-    declines = ("the export length is above the trained length and LogN is on: the factor is needed there",)
     examples = (
         Example(
             "within the trained length",
@@ -38,6 +40,3 @@ class LognAttention(ConfigEdit):
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
         needed = "LogN scales the query there by its position, which the nets' attention does not see"
         yield switch_off_within_trained(config, KEY, context, needed)
-
-
-EDIT = LognAttention()

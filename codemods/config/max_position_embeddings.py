@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 KEY = "max_position_embeddings"
 
 
 class MaxPositionEmbeddings(ConfigEdit):
-    """Set ``max_position_embeddings`` to the export length."""
+    """Set max_position_embeddings to the export length.
+
+    Why
+        Early revisions allocate a square causal mask of this size, in the model or in every layer.
+    """
 
     name = "max-position-embeddings"
-    title = "Set max_position_embeddings to the export length"
-    why = "early revisions allocate a square causal mask of this size in the model or in every layer."
     examples = (
         Example(
             "a trained length",
@@ -30,6 +32,3 @@ class MaxPositionEmbeddings(ConfigEdit):
     def decide(self, config: ConfigText, context: ConfigContext) -> Iterator[Decision]:
         was = config.get(KEY, "not given")
         yield set_to(config, KEY, context.seq_length, f"the export length; was {was}")
-
-
-EDIT = MaxPositionEmbeddings()

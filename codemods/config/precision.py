@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from codemods.base import Example, Status
 from codemods.config.base import ConfigContext, ConfigEdit, Decision, set_to
 from codemods.config.text import ConfigText
+from codemods.framework.base import Example, Status
 
 
 class Precision(ConfigEdit):
-    """Set ``bf16`` and clear ``fp16`` and ``fp32``."""
+    """Say bf16, so that no revision picks a precision by looking at the machine.
+
+    Why
+        With no flag set, upstream chooses bf16, fp16 or fp32 by the GPU it finds, and with two set it refuses
+        to load. bf16 is what the checkpoints and the nets' inputs and outputs are.
+    """
 
     name = "precision"
-    title = "Say bf16, so that no revision picks a precision by looking at the machine"
-    why = (
-        "with no flag set, upstream chooses bf16, fp16 or fp32 by the GPU it finds, and with two set it "
-        "refuses to load; bf16 is what the checkpoints and the nets' inputs and outputs are."
-    )
     examples = (
         Example(
             "chosen by machine",
@@ -39,6 +39,3 @@ class Precision(ConfigEdit):
         for key in ("fp16", "fp32"):
             if config.get(key):
                 yield Decision(key, Status.APPLIED, "upstream refuses more than one precision flag", False)
-
-
-EDIT = Precision()

@@ -101,6 +101,8 @@ def parse_text(text: str, bom: bytes = b"") -> ConfigText:
         raise ConfigError(f"not JSON: {error.msg} (line {error.lineno})", error.lineno) from error
     except RecursionError as error:
         raise ConfigError("not JSON: nested too deep") from error
+    except ValueError as error:  # a number of more digits than Python turns into one
+        raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(whole, dict):
         raise ConfigError("not a JSON object")
     decoder = json.JSONDecoder()

@@ -209,9 +209,9 @@ def _config(era: str, sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_class": "QWenTokenizer",
         "transformers_version": "4.32.0",
         "use_cache": True,
-        "use_dynamic_ntk": options["dynamic_ntk"] and era != "bias_buffer",
+        "use_dynamic_ntk": options["dynamic_ntk"] and era != "bias-buffer",
         "use_flash_attn": "auto",
-        "use_logn_attn": options["logn"] and era != "bias_buffer",
+        "use_logn_attn": options["logn"] and era != "bias-buffer",
         "vocab_size": sizes.vocab,
     }
 
@@ -293,7 +293,7 @@ def make_checkout(
 
     *intermediate* is config.json's number (twice the rows of w1), four times *hidden* by default.
     *trained_length* is config.json's ``seq_length``: LogN scaling and dynamic NTK begin past it (the
-    ``bias_buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
+    ``bias-buffer`` era has neither). *max_positions* is by default the larger of *trained_length* and 2048.
     *weight_dtype* is ``bf16``, ``f16`` or ``f32``; values lie on bfloat16's grid in all three (float16
     rounds the smallest). *tie* leaves out lm_head.weight. *sparse* writes true headers over files of
     zeros that take no disk: for measuring real geometries. *weights* (float32, by tensor name) stand in for

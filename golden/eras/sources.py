@@ -36,7 +36,7 @@ _MASKLESS_MODEL = tuple(
 #: Era -> the parts of its modeling file, oldest era first.
 _PARTS: dict[str, tuple[str, ...]] = {
     # A `bias` buffer is the mask, rotary angles are computed inside attention, attention_mask is never added.
-    "bias_buffer": (
+    "bias-buffer": (
         "head",
         "attention_bias_buffer",
         "mlp",
@@ -50,7 +50,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         "norm",
     ),
     # The model hands down registered_causal_mask and one pair of tables; attention_mask is never added.
-    "rotary_pair": (
+    "registered-mask": (
         "head",
         "attention_init_plain",
         "attn_pair",
@@ -70,7 +70,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         *_MODEL_TAIL,
     ),
     # A list of tables, one per sequence; attention_mask is added.
-    "rotary_list": (
+    "registered-mask-list": (
         "head",
         "attention_init_plain",
         "attn_list",
@@ -93,7 +93,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         *_MODEL_TAIL,
     ),
     # The KV cache may be stored in 8 bits.
-    "cache_quantised": (
+    "kv-quant": (
         "head",
         "cache_quantiser",
         *_QUANTISED_INIT,
@@ -130,7 +130,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         *_MODEL_TAIL,
     ),
     # No _upcast_and_reordered_attn; the mask is built in attention's forward.
-    "no_upcast": (
+    "tril-forward": (
         "head",
         "flag",
         "cache_quantiser",
@@ -141,7 +141,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         "forward_list_rotary",
         "forward_cache_quantised",
         "forward_logn_always",
-        "forward_end_no_upcast",
+        "forward_end_tril",
         "forward_close",
         "mlp",
         "block_maskless",
@@ -149,18 +149,18 @@ _PARTS: dict[str, tuple[str, ...]] = {
         *_MODEL_TAIL,
     ),
     # Scalar divide; causal_mask may be None; LogN only past the trained length.
-    "tril": (
+    "late": (
         "head",
         "flag",
         "cache_quantiser",
         *_QUANTISED_INIT,
-        "attn_tril",
+        "attn_late",
         "heads",
         "forward_list_open_maskless",
         "forward_list_rotary",
         "forward_cache_quantised",
         "forward_logn_past_length",
-        "forward_end_tril",
+        "forward_end_late",
         "forward_close",
         "mlp",
         "block_maskless",

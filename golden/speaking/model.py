@@ -8,6 +8,8 @@ from golden.eras.checkout import make_checkout, read_safetensors
 
 HERE = Path(__file__).parent
 WEIGHTS, TOKENS = HERE / "model.safetensors", HERE / "qwen.tiktoken"
+#: Stories in two languages, kept out of training: what is measured on where nothing else is given.
+TEXT = HERE / "heldout.txt"
 LAYERS, HIDDEN, HEADS, VOCAB = 2, 128, 2, 1024
 
 

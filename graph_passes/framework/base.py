@@ -1,15 +1,19 @@
 """What a pass is, and what it reports.
 
-A pass works on an onnx-graphsurgeon graph of one template: static shapes, opset 15, weights as graph inputs
-named ``weight/<slot>``. It must keep every input and output (name, shape, dtype, order) and compute the same
-values; how the graph between them looks is the pass's business. Passes never see weights.
+An ONNX pass works on an onnx-graphsurgeon graph of one template: static shapes, opset 15, weights as graph
+inputs named ``weight/<slot>``. An MLIR pass works on the Top-dialect text that TPU-MLIR makes of such a
+graph. Both must keep every input and output (name, shape, dtype, order) and compute the same values; how the
+graph between them looks is the pass's business. Passes never see weights.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from graph_passes.mlir.text import Module
 
 WEIGHT_PREFIX = "weight/"
 
@@ -22,12 +26,8 @@ class PassError(Exception):
         self.pass_name = pass_name
 
 
-class GraphPass(ABC):
-    """One graph rewrite.
-
-    Subclasses are stateless: :meth:`rewrite` gets a graph of its own and may edit it in place, so that the
-    pass as a whole (:func:`graph_passes.framework.runner.apply`) is a pure function from model to model.
-    """
+class BasePass:
+    """What every pass says about itself. Passes are stateless: ``rewrite`` edits the copy it is given."""
 
     #: How recipes, reports and the command line call it.
     name: ClassVar[str]
@@ -39,16 +39,28 @@ class GraphPass(ABC):
     precondition: ClassVar[str]
     #: Toolchain versions ("1.6") that cannot take this pass's result; it is switched off for them by name.
     not_for: ClassVar[tuple[str, ...]] = ()
+    #: Whether it only runs where it is asked for by name.
+    optional: ClassVar[bool] = False
+
+
+class GraphPass(BasePass, ABC):
+    """One rewrite of an ONNX graph."""
 
     @abstractmethod
     def rewrite(self, graph: Any) -> list[str]:
-        """Edit *graph* (an ``onnx_graphsurgeon.Graph``) and name each rewritten site; empty when nothing
-        applied.
-        """
+        """Edit *graph* (an ``onnx_graphsurgeon.Graph``) and name each rewritten site; empty for no site."""
+
+
+class MlirPass(BasePass, ABC):
+    """One rewrite of a Top-dialect module."""
+
+    @abstractmethod
+    def rewrite(self, module: Module) -> list[str]:
+        """Edit *module* and name each rewritten site; empty for no site."""
 
 
 @dataclass(frozen=True)
-class Report:
+class PassReport:
     """What one pass did to one graph, over all rounds.
 
     ``sites`` are node or tensor names, ``nodes_before``/``nodes_after`` count nodes around its first and last

@@ -102,9 +102,7 @@ def _compare_regions(
 
 
 def compare_whole(before: onnx.ModelProto, after: onnx.ModelProto, seed: int = 0) -> Difference | None:
-    """Run both models on the same random inputs and weights, whole; the first output that differs, or
-    None.
-    """
+    """Run both models whole on the same random inputs and weights; the first output that differs, or None."""
     a, b = gs.import_onnx(before), gs.import_onnx(after)
     if (odd := _interface_difference(a, b)) is not None:
         return odd

@@ -35,9 +35,7 @@ def random_feed(tensor: Any, rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def index_bound(tensor: Any) -> int:
-    """How large an integer input may get: the smallest dimension that any Gather or Scatter indexes with
-    it.
-    """
+    """How large an integer input may get: the smallest dimension that a Gather or Scatter indexes by it."""
     bounds: list[int] = []
     todo, seen = [tensor], set()
     while todo:

@@ -33,12 +33,6 @@ def constant(tensor: Tensor) -> np.ndarray | None:
     return None
 
 
-def scalar(tensor: Tensor) -> float | None:
-    """The value of a constant with one element."""
-    values = constant(tensor)
-    return float(values.reshape(-1)[0]) if values is not None and values.size == 1 else None
-
-
 def shape(tensor: Tensor) -> tuple[int, ...] | None:
     """A fully static shape, or None."""
     if isinstance(tensor, gs.Constant):
@@ -47,13 +41,6 @@ def shape(tensor: Tensor) -> tuple[int, ...] | None:
     if dims is None or not all(isinstance(d, int) for d in dims):
         return None
     return tuple(dims)
-
-
-def only_user(tensor: Tensor, graph: Any) -> Node | None:
-    """The one node that reads *tensor*, when there is exactly one and it is no graph output."""
-    if len(tensor.outputs) != 1 or any(tensor is o for o in graph.outputs):
-        return None
-    return tensor.outputs[0]
 
 
 def nodes(graph: Any, op: str) -> Iterator[Node]:

@@ -3,8 +3,8 @@
 A recipe is a TOML file::
 
     [passes]
-    joint-mlp = false        # off by name; what is not named stays on
-    my-own-pass = true
+    joint-mlp = false        # off by name; what is not named stays as it is
+    bounded-mask = true      # on by name: it is off unasked
 
     only = ["fold-constants", "rotary"]   # instead of the above: these and no others
 """
@@ -68,11 +68,16 @@ def _switched(path: Path, switches: Any) -> tuple[str, ...]:
         if not isinstance(value, bool):
             raise BadRecipe(f"{path}: pass {name} must be true or false, not {value!r}")
     registry.require_known(switches)
-    return without([name for name, value in switches.items() if not value])
+    off, on = ([name for name, value in switches.items() if value is wanted] for wanted in (False, True))
+    return without(off, also=on)
 
 
-def without(names: Iterable[str]) -> tuple[str, ...]:
-    """Every pass but *names*, in running order; raises UnknownPass for a name that no pass has."""
-    names = set(names)
-    registry.require_known(names)
-    return tuple(p.name for p in registry.all_passes() if p.name not in names)
+def without(names: Iterable[str], also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Every pass that runs unasked and those of *also*, but *names*, in running order.
+
+    Raises UnknownPass for a name that no pass has.
+    """
+    names, also = set(names), set(also)
+    registry.require_known(names | also)
+    chosen = (p.name for p in registry.all_passes() if not p.optional or p.name in also)
+    return tuple(name for name in chosen if name not in names)

@@ -2,29 +2,38 @@
 
 Built-in passes are listed here by hand: their order is part of their meaning. Other packages add passes
 through the entry-point group ``qwen_surgery.passes`` (name = ``module:Class``, a :class:`GraphPass` or an
-:class:`~graph_passes.mlir.MlirPass`); those run after the built-in ones of their kind, sorted by entry-point
-name.
+:class:`MlirPass`); those run after the built-in ones of their kind, sorted by entry-point name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
-from graph_passes.framework.base import GraphPass
+from graph_passes.framework.base import BasePass, GraphPass, MlirPass
+
+Kind = TypeVar("Kind", bound=BasePass)
 
 ENTRY_POINT_GROUP = "qwen_surgery.passes"
 
-#: module:class of every built-in ONNX pass, in running order.
-BUILT_IN = (
+#: module:class of every built-in pass on ONNX graphs, in running order.
+ONNX_PASSES = (
     "graph_passes.fold_constants:FoldConstants",
     "graph_passes.rotary:Rotary",
     "graph_passes.joint_mlp:JointMlp",
     "graph_passes.zero_bias:ZeroBias",
     "graph_passes.token_lanes:TokenLanes",
+    "graph_passes.free_length:FreeLength",
+    "graph_passes.bounded_mask:BoundedMask",
+)
+#: module:class of every built-in pass on the Top-dialect text, in running order.
+MLIR_PASSES = (
+    "graph_passes.mlir.top_rope:TopRope",
+    "graph_passes.mlir.kv_join:KvJoin",
+    "graph_passes.mlir.grouped_norm:GroupedNorm",
 )
 
 
@@ -49,20 +58,19 @@ def _third_party() -> tuple[Any, ...]:
 
 @cache
 def onnx_passes() -> tuple[GraphPass, ...]:
-    """Every ONNX pass in running order; raises ValueError when two share a name."""
-    passes = [_load(reference) for reference in BUILT_IN]
-    passes += [p for p in _third_party() if isinstance(p, GraphPass)]
-    return _distinct(passes)
+    """Every pass on ONNX graphs in running order; raises ValueError when two passes share a name."""
+    provided = (one for one in _third_party() if isinstance(one, GraphPass))
+    return _distinct([*map(_load, ONNX_PASSES), *provided])
 
 
-def mlir_passes() -> tuple[Any, ...]:
-    """Every pass on the Top-dialect text, in running order."""
-    from graph_passes.mlir import MlirPass, built_in
+@cache
+def mlir_passes() -> tuple[MlirPass, ...]:
+    """Every pass on the Top-dialect text in running order; raises ValueError as :func:`onnx_passes` does."""
+    provided = (one for one in _third_party() if isinstance(one, MlirPass))
+    return _distinct([*map(_load, MLIR_PASSES), *provided])
 
-    return _distinct([*built_in(), *(p for p in _third_party() if isinstance(p, MlirPass))])
 
-
-def _distinct(passes: list[Any]) -> tuple[Any, ...]:
+def _distinct(passes: Sequence[Kind]) -> tuple[Kind, ...]:
     seen: set[str] = set()
     for one in passes:
         if one.name in seen:
@@ -71,12 +79,12 @@ def _distinct(passes: list[Any]) -> tuple[Any, ...]:
     return tuple(passes)
 
 
-def all_passes() -> tuple[Any, ...]:
+def all_passes() -> tuple[GraphPass | MlirPass, ...]:
     """ONNX passes, then passes on the Top-dialect text."""
     return _distinct([*onnx_passes(), *mlir_passes()])
 
 
-def select(passes: Iterable[Any], names: Iterable[str] | None) -> tuple[Any, ...]:
+def select(passes: Iterable[Kind], names: Iterable[str] | None) -> tuple[Kind, ...]:
     """Of *passes* those in *names* (all for None), in running order whatever the order of *names*."""
     passes = tuple(passes)
     if names is None:

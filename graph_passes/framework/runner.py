@@ -12,13 +12,13 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graph_passes.framework import equality, registry
-from graph_passes.framework.base import GraphPass, PassError, Report
+from graph_passes.framework.base import GraphPass, PassError, PassReport
 
 #: A pass set that still changes the graph after this many rounds goes in circles.
 MAX_ROUNDS = 8
 
 
-class Check(str, Enum):
+class When(str, Enum):
     """When outputs are compared with the input graph's: after each pass, once at the end, or never."""
 
     EACH = "each"
@@ -31,7 +31,7 @@ class CleanResult:
     """The cleaned model and, in running order, what every pass did (also those that found nothing)."""
 
     model: onnx.ModelProto
-    reports: tuple[Report, ...]
+    reports: tuple[PassReport, ...]
 
     @property
     def applied(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def clean(
     model: onnx.ModelProto,
     passes: Sequence[GraphPass] | Iterable[str] | None = None,
     *,
-    check: Check | str = Check.EACH,
+    check: When | str = When.EACH,
     seed: int = 0,
 ) -> CleanResult:
     """Run *passes* over *model*, in their declared order, again and again until none changes anything.
@@ -94,7 +94,7 @@ def clean(
     that broke them is found by bisection. Raises :class:`PassError` naming the pass, UnknownPass for an
     unknown name.
     """
-    check = Check(check)
+    check = When(check)
     chosen = _resolve(passes)
     current = infer_shapes(_copy(model))
     steps: list[tuple[str, onnx.ModelProto]] = []
@@ -106,14 +106,14 @@ def clean(
             if result is not current:
                 changed = True
                 current = result
-                if check is Check.END:
+                if check is When.END:
                     steps.append((one.name, result))
         if not changed:
             break
     else:
         busy = ", ".join(n for n, t in tallies.items() if t.rounds == MAX_ROUNDS)
         raise PassError(busy, f"still changing the graph after {MAX_ROUNDS} rounds")
-    if check is Check.END and steps and (odd := equality.compare_whole(model, current, seed)) is not None:
+    if check is When.END and steps and (odd := equality.compare_whole(model, current, seed)) is not None:
         raise PassError(_first_breaking(model, steps, seed), f"changed what the net computes: {odd}")
     return CleanResult(current, tuple(_report(n, t, current) for n, t in tallies.items()))
 
@@ -128,18 +128,16 @@ def find_breaking_pass(
     comparison.
     """
     try:
-        clean(model, passes, check=Check.END, seed=seed)
+        clean(model, passes, check=When.END, seed=seed)
     except PassError as error:
         return error
     return None
 
 
-def _step(
-    one: GraphPass, current: onnx.ModelProto, tally: _Tally, check: Check, seed: int
-) -> onnx.ModelProto:
+def _step(one: GraphPass, current: onnx.ModelProto, tally: _Tally, check: When, seed: int) -> onnx.ModelProto:
     started = time.perf_counter()
     result, sites = apply(one, current)
-    if sites and check is Check.EACH and (odd := equality.compare_regions(current, result, seed)) is not None:
+    if sites and check is When.EACH and (odd := equality.compare_regions(current, result, seed)) is not None:
         raise PassError(one.name, f"changed what the net computes: {odd}")
     if tally.before is None:
         tally.before = tally.after = count_ops(current)
@@ -169,13 +167,13 @@ def count_ops(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def _report(name: str, tally: _Tally, model: onnx.ModelProto) -> Report:
+def _report(name: str, tally: _Tally, model: onnx.ModelProto) -> PassReport:
     before = tally.before if tally.before is not None else count_ops(model)
     after = tally.after if tally.after is not None else before
     ops = {
         op: (before[op], after[op]) for op in sorted(before.keys() | after.keys()) if before[op] != after[op]
     }
-    return Report(
+    return PassReport(
         name, tuple(tally.sites), sum(before.values()), sum(after.values()), ops, tally.rounds, tally.seconds
     )
 

@@ -9,7 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from graph_passes.framework.base import WEIGHT_PREFIX
-from graph_passes.lint import Finding
+from graph_passes.lint.finding import LintFinding
 
 #: The newest opset and IR version that TPU-MLIR 1.30.2 (onnx 1.14) reads.
 NEWEST_OPSET, NEWEST_IR = 17, 9
@@ -24,138 +24,34 @@ _REMEDIES = {
     "SimplifiedLayerNormalization": "do not export through onnxruntime's optimizer",
 }
 
+# fmt: off
 #: Standard ONNX ops that TPU-MLIR 1.30.2's ONNX front end has a converter for.
-CONVERTED = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Add",
-        "And",
-        "ArgMax",
-        "ArgMin",
-        "Atan",
-        "Atanh",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Conv",
-        "ConvTranspose",
-        "Cos",
-        "Cosh",
-        "CumSum",
-        "DepthToSpace",
-        "DequantizeLinear",
-        "Div",
-        "Dropout",
-        "Einsum",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "GRU",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gemm",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Greater",
-        "GreaterOrEqual",
-        "GridSample",
-        "GroupNormalization",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "If",
-        "InstanceNormalization",
-        "LRN",
-        "LSTM",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "LogSoftmax",
-        "Loop",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "NonMaxSuppression",
-        "NonZero",
-        "Not",
-        "OneHot",
-        "Or",
-        "PRelu",
-        "Pad",
-        "Pow",
-        "QuantizeLinear",
-        "RandomNormalLike",
-        "Range",
-        "Reciprocal",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "ReverseSequence",
-        "RoiAlign",
-        "Round",
-        "ScatterElements",
-        "ScatterND",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Softsign",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tan",
-        "Tanh",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Upsample",
-        "Where",
-        "Xor",
-    ]
-)
+CONVERTED = frozenset((
+    "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Atan", "Atanh", "AveragePool", "BatchNormalization",
+    "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Cosh",
+    "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
+    "Expand", "Flatten", "Floor", "GRU", "Gather", "GatherElements", "GatherND", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization",
+    "HardSigmoid", "HardSwish", "Identity", "If", "InstanceNormalization", "LRN", "LSTM",
+    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "Loop", "MatMul", "Max",
+    "MaxPool", "Min", "Mod", "Mul", "Neg", "NonMaxSuppression", "NonZero", "Not", "OneHot", "Or", "PRelu",
+    "Pad", "Pow", "QuantizeLinear", "RandomNormalLike", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
+    "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu", "Reshape",
+    "Resize", "ReverseSequence", "RoiAlign", "Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid",
+    "Sign", "Sin", "Sinh", "Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt", "Squeeze", "Sub",
+    "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Upsample", "Where", "Xor",
+))
+# fmt: on
 
 
 def _name(node: onnx.NodeProto) -> str:
     return node.name or (node.output[0] if node.output else node.op_type)
 
 
-def opset(model: onnx.ModelProto) -> Iterator[Finding]:
+def opset(model: onnx.ModelProto) -> Iterator[LintFinding]:
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx") and entry.version > NEWEST_OPSET:
-            yield Finding(
+            yield LintFinding(
                 "opset",
                 "",
                 f"opset {entry.version}: TPU-MLIR reads up to {NEWEST_OPSET} (from 18 on, axes are inputs it "
@@ -164,9 +60,9 @@ def opset(model: onnx.ModelProto) -> Iterator[Finding]:
             )
 
 
-def ir_version(model: onnx.ModelProto) -> Iterator[Finding]:
+def ir_version(model: onnx.ModelProto) -> Iterator[LintFinding]:
     if model.ir_version > NEWEST_IR:
-        yield Finding(
+        yield LintFinding(
             "ir-version",
             "",
             f"IR version {model.ir_version}: the onnxruntime inside TPU-MLIR reads up to {NEWEST_IR}",
@@ -174,11 +70,11 @@ def ir_version(model: onnx.ModelProto) -> Iterator[Finding]:
         )
 
 
-def unknown_op(model: onnx.ModelProto) -> Iterator[Finding]:
+def unknown_op(model: onnx.ModelProto) -> Iterator[LintFinding]:
     for node in model.graph.node:
         standard = node.domain in ("", "ai.onnx")
         if not standard or node.op_type not in CONVERTED:
-            yield Finding(
+            yield LintFinding(
                 "unknown-op",
                 _name(node),
                 f"{node.domain + '.' if not standard else ''}{node.op_type} has no converter in TPU-MLIR",
@@ -186,13 +82,13 @@ def unknown_op(model: onnx.ModelProto) -> Iterator[Finding]:
             )
 
 
-def identity_of_weight(model: onnx.ModelProto) -> Iterator[Finding]:
+def identity_of_weight(model: onnx.ModelProto) -> Iterator[LintFinding]:
     fixed = {i.name for i in model.graph.initializer} | {
         i.name for i in model.graph.input if i.name.startswith(WEIGHT_PREFIX)
     }
     for node in model.graph.node:
         if node.op_type in ("Identity", "Dropout") and node.input[0] in fixed:
-            yield Finding(
+            yield LintFinding(
                 "identity-of-weight",
                 _name(node),
                 f"{node.op_type} of the weight {node.input[0]}: TPU-MLIR loses weights behind an Identity",
@@ -200,11 +96,11 @@ def identity_of_weight(model: onnx.ModelProto) -> Iterator[Finding]:
             )
 
 
-def dynamic_shape(model: onnx.ModelProto) -> Iterator[Finding]:
+def dynamic_shape(model: onnx.ModelProto) -> Iterator[LintFinding]:
     for value in [*model.graph.input, *model.graph.output]:
         dims = value.type.tensor_type.shape.dim
         if not value.type.tensor_type.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
-            yield Finding(
+            yield LintFinding(
                 "dynamic-shape",
                 value.name,
                 f"{value.name} has no static shape",
@@ -212,10 +108,10 @@ def dynamic_shape(model: onnx.ModelProto) -> Iterator[Finding]:
             )
 
 
-def axes_as_input(model: onnx.ModelProto) -> Iterator[Finding]:
+def axes_as_input(model: onnx.ModelProto) -> Iterator[LintFinding]:
     for node in model.graph.node:
         if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd") and len(node.input) > 1:
-            yield Finding(
+            yield LintFinding(
                 "axes-as-input",
                 _name(node),
                 f"{node.op_type} takes its axes as an input, TPU-MLIR reads them from the attribute only",
@@ -224,7 +120,7 @@ def axes_as_input(model: onnx.ModelProto) -> Iterator[Finding]:
             )
 
 
-def half_split_rotary(model: onnx.ModelProto) -> Iterator[Finding]:
+def half_split_rotary(model: onnx.ModelProto) -> Iterator[LintFinding]:
     """x*cos + Reshape(Concat(Unsqueeze(-x2), Unsqueeze(x1)))*sin: taken for interleaved pairs whatever x1
     and x2 are.
     """
@@ -242,21 +138,18 @@ def half_split_rotary(model: onnx.ModelProto) -> Iterator[Finding]:
                 (s for name in product.input if (s := _stacked(producers, name)) is not None), None
             )
             if stacked is not None and any(_is_half(producers, constants, name) for name in stacked):
-                yield Finding(
+                yield LintFinding(
                     "half-split-rotary",
                     _name(node),
                     "rotary over half-split channels written with Unsqueeze, Concat and Reshape: TPU-MLIR "
-                    "compiles it as "
-                    "interleaved pairs and the numbers are wrong",
+                    "compiles it as interleaved pairs and the numbers are wrong",
                     "concatenate the halves directly, Concat(-x2, x1), as upstream's own code traces",
                     miscompiled=True,
                 )
 
 
 def _stacked(producers: dict[str, onnx.NodeProto], name: str) -> list[str] | None:
-    """What is under Reshape(Concat(Unsqueeze(a), Unsqueeze(b))) with signs peeled off, when *name* is
-    that.
-    """
+    """[a, b] when *name* is Reshape(Concat(Unsqueeze(a), Unsqueeze(b))), signs peeled off."""
     reshape = producers.get(name)
     concat = producers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
     if concat is None or concat.op_type != "Concat" or len(concat.input) != 2:
@@ -274,9 +167,7 @@ def _stacked(producers: dict[str, onnx.NodeProto], name: str) -> list[str] | Non
 
 
 def _is_half(producers: dict[str, onnx.NodeProto], constants: dict[str, np.ndarray], name: str) -> bool:
-    """Whether *name* is a contiguous part of its source's channels (a stride-2 slice is an interleaved
-    pair).
-    """
+    """Whether *name* is a contiguous part of its source's channels; a stride-2 slice is not."""
     node = producers.get(name)
     if node is None:
         return False
@@ -303,7 +194,7 @@ def _constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return result
 
 
-RULES: tuple[Callable[[onnx.ModelProto], Iterator[Finding]], ...] = (
+RULES: tuple[Callable[[onnx.ModelProto], Iterator[LintFinding]], ...] = (
     opset,
     ir_version,
     unknown_op,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graph_passes.mlir import MlirPass
+from graph_passes.framework.base import MlirPass
 from graph_passes.mlir.text import Module, Op
 
 
@@ -13,8 +13,7 @@ class GroupedNorm(MlirPass):
     )
     why = (
         "TPU-MLIR keeps groups of operations in local memory, but a lone RMSNorm runs through its slow "
-        "global kernel; "
-        "with a neighbour it is a group (1.8B, one token: 2,269 cycles against 3,853)"
+        "global kernel; with a neighbour it is a group (1.8B, one token: 2,269 cycles against 3,853)"
     )
     precondition = "a top.RMSNorm of one row whose operand is an input of the net"
     not_for = ("1.6",)

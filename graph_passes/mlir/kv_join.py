@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graph_passes.mlir import MlirPass
+from graph_passes.framework.base import MlirPass
 from graph_passes.mlir.text import Module
 
 
@@ -11,8 +11,7 @@ class KvJoin(MlirPass):
     summary = "marks the concat of the KV history with the new unit as a mere joining of neighbours in memory"
     why = (
         "left to itself TPU-MLIR joins K in place but copies the whole V history for every token (1.8B, "
-        "S=512: "
-        "81,052 cycles of 728,046; S=4096: 648,000 of 1,846,499)"
+        "S=512: 81,052 cycles of 728,046; S=4096: 648,000 of 1,846,499)"
     )
     precondition = "an input of the net, then one more unit, joined along the second axis"
     not_for = ("1.6",)

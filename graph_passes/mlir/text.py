@@ -30,9 +30,7 @@ class NotTopText(ValueError):
 
 @dataclass
 class Op:
-    """One operation. ``attrs`` maps names to their raw text; ``raw`` is the original line until something
-    changes.
-    """
+    """One operation. ``attrs`` maps names to raw text; ``raw`` is the original line until a field changes."""
 
     name: str
     result: str
@@ -102,9 +100,7 @@ def _attributes(text: str | None) -> dict[str, str]:
 
 @dataclass
 class Module:
-    """A module in order: text before the first operation, operations, the rest (return line and
-    locations).
-    """
+    """A module in order: text before the first operation, operations, return line, locations."""
 
     head: list[str]
     ops: list[Op]
@@ -160,21 +156,11 @@ class Module:
         """The operation whose result is *value*."""
         return next((op for op in self.ops if op.result == value), None)
 
-    def users(self, value: str) -> list[Op]:
-        return [op for op in self.ops if value in op.operands]
-
     def returned(self) -> list[str]:
         """The values the function returns, in order."""
         match = _RETURN.match(self.return_line)
         assert match is not None
         return [v.strip() for v in match["operands"].split(",")]
-
-    def replace_uses(self, old: str, new: str) -> None:
-        """Let every user of *old*, and the return, take *new* (of the same type) instead."""
-        for op in self.users(old):
-            op.operands = [new if o == old else o for o in op.operands]
-            op.changed()
-        self.return_line = re.sub(rf"{re.escape(old)}(?![\w#])", new, self.return_line)
 
     def fresh(self) -> str:
         """A value name nothing uses yet."""
@@ -190,9 +176,7 @@ class Module:
         return alias
 
     def drop_dead(self) -> int:
-        """Remove operations whose result nobody uses (inputs stay: they are the interface). Returns how
-        many.
-        """
+        """Remove operations whose result nobody uses, inputs excepted, and say how many they were."""
         removed = 0
         while True:
             used = {o for op in self.ops for o in op.operands} | set(self.returned())

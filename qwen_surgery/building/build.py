@@ -16,7 +16,12 @@ from qwen_surgery.building.request import BuildRequest, CompileRequest
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
-from qwen_surgery.compiling.options import refuse_uncleaned
+from qwen_surgery.compiling.options import (
+    needed_passes,
+    refuse_for_runtime,
+    refuse_uncleaned,
+    unsuited,
+)
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import Toolchain
@@ -82,6 +87,8 @@ def build(request: BuildRequest | CompileRequest) -> BuildResult:
                 result = opened.builder.make(graph)
             _verify(opened, graph, result)
             outputs.retire()  # last: what the verification left is part of the build
+        if note := unsuited(opened.builder.options):
+            running.say(note)
         if isinstance(request, BuildRequest):
             for note in _notes(request, opened, result):
                 running.say(note)
@@ -118,8 +125,10 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     index = WeightIndex.open(request.checkout)
     builder = Builder(request.out, geometry, options, toolchain, running)
     version = toolchain.version if toolchain.version != "unknown" else None
-    passes = chosen_passes(skip=request.skip, toolchain=version) if request.clean else ()
+    needed = needed_passes(options)
+    passes = chosen_passes(skip=request.skip, toolchain=version, also=needed) if request.clean else ()
     refuse_uncleaned(options, passes)
+    refuse_for_runtime(options, passes)
     digests = source_digests(sources, index)
     exporting = export_tasks(request, digests, geometry, passes, fused_head=options.fused_head)
     depth = depth_for(request.verify, geometry, options, request.steps)
@@ -155,6 +164,7 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
                 f"{folder} lacks net {net.name} ({net.kind.value}), which --runtime {options.runtime} needs",
                 hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
             )
+    refuse_for_runtime(options, manifest.passes)
     return Opened(builder, manifest.passes, manifest.config, folder)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from qwen_surgery.building.resources import cores
 from qwen_surgery.building.step import decode, encode
 from qwen_surgery.files import write_whole
+from qwen_surgery.parsing import DATA_ERRORS
 
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef
@@ -126,6 +127,6 @@ def _label(ref: TensorRef) -> str:
 def _load(cache: Path) -> dict[str, _Shard]:
     try:
         shards: dict[str, _Shard] = decode(dict[str, _Shard], json.loads(cache.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, *DATA_ERRORS):
         return {}
     return shards

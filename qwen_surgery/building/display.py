@@ -11,7 +11,7 @@ from qwen_surgery import console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qwen_surgery.building.runner import Progress, State
+    from qwen_surgery.building.runner import Progress, TaskState
 
 _MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -114,7 +114,7 @@ def _table(progress: Progress) -> RenderableType:
     return Group(table, ProgressBar(total=len(states), completed=len(done), width=60), foot)
 
 
-def _shown(states: list[State]) -> list[State]:
+def _shown(states: list[TaskState]) -> list[TaskState]:
     active = [state for state in states if state.state in ("running", "failed")]
     done = [state for state in states if state.state == "done"]
     waiting = [state for state in states if state.state == "waiting"]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_surgery.building.step import Step, decode, encode
+from qwen_surgery.parsing import DATA_ERRORS
 
 DONE = "done.json"
 #: Changes when a step's result changes for equal parameters: everything is then made anew.
@@ -187,7 +188,7 @@ class Store:
         """The record of a finished task, None when it is not finished or its record is damaged."""
         try:
             done: Done = decode(Done, json.loads((self.folder(key) / DONE).read_text()))
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, *DATA_ERRORS):
             return None
         return done
 
@@ -201,7 +202,7 @@ class Store:
         done, folder = self.done(key), self.folder(key)
         try:
             whole = done is not None and all(_stamp(folder / name) == was for name, was in done.files.items())
-        except OSError:
+        except (OSError, ValueError):  # a name that no folder can hold
             return None
         return Answer(done.info, folder) if done and whole else None
 

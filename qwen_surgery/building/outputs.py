@@ -20,6 +20,7 @@ from qwen_surgery.building.step import decode, encode
 from qwen_surgery.building.step_assemble import Previous
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import put, write_whole
+from qwen_surgery.parsing import DATA_ERRORS
 
 STATE = ".build"
 SIDE = ".side.json"
@@ -112,7 +113,7 @@ def _read(kind: type[dict[str, Value]], file: Path) -> dict[str, Value]:
     """The record in *file*; empty when that is missing or damaged."""
     try:
         found: dict[str, Value] = decode(kind, json.loads(file.read_text()))
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, *DATA_ERRORS):
         return {}
     return found
 

@@ -42,7 +42,8 @@ class BuildRequest:
 
     ``recipe`` names the source edits; ``skip`` leaves graph passes out, without ``clean`` there are none;
     ``verify`` is ``auto``, ``full``, ``contract`` or ``none``, with so many decode ``steps``; ``toolchain``
-    is a TPU-MLIR version (None: the default one). ``questions`` are put to every engine, ``text`` is read by
+    is a TPU-MLIR version (None: the default one). Without ``twin`` the export is not proven
+    against the unpatched model at a tiny width. ``questions`` are put to every engine, ``text`` is read by
     all of them, so many of its tokens.
     """
 
@@ -55,6 +56,7 @@ class BuildRequest:
     clean: bool = True
     verify: str = "auto"
     steps: int = 8
+    twin: bool = True
     trust_remote_code: bool = False
     toolchain: str | None = None
     run: RunRequest = field(default_factory=RunRequest)

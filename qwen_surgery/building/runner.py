@@ -22,7 +22,7 @@ TICK = 0.25
 
 
 @dataclass
-class State:
+class TaskState:
     """How a task stands: ``waiting``, ``running``, ``done`` or ``failed``; ``expected`` are seconds."""
 
     name: str
@@ -37,7 +37,7 @@ class State:
 class Progress:
     """What a display shows."""
 
-    states: dict[str, State]
+    states: dict[str, TaskState]
     jobs: int = 1
 
     def eta(self) -> float:
@@ -105,7 +105,7 @@ class Runner:
         states = self.progress.states
         for name in todo:
             if name not in states or states[name].state == "done":  # done, but its outputs are gone already
-                states[name] = State(name, self.graph.tasks[name].cost.seconds)
+                states[name] = TaskState(name, self.graph.tasks[name].cost.seconds)
 
     def _all(self) -> None:
         executor = self.executor or ThreadPoolExecutor(self.jobs)

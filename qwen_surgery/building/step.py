@@ -15,6 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from qwen_surgery.parsing import fits
+
 #: Metadata of fields that say where something is or how to run: they don't decide the result.
 PLACE: Mapping[str, Any] = {"place": True}
 Needs = Mapping[str, Path]
@@ -89,4 +91,6 @@ def decode(kind: Any, value: Any) -> Any:
         )
     if isinstance(kind, type) and issubclass(kind, Path | Enum):
         return kind(value)
+    if kind in (str, int, float, bool) and not fits(kind, value):
+        raise TypeError(f"{value!r:.100} is no {kind.__name__}")
     return value

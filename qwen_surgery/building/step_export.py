@@ -26,6 +26,7 @@ class Export(Step):
     recipe: str
     seq_length: int
     fused_head: bool
+    twin: bool
     version: str
     code: str
     checkout: Path = field(metadata=PLACE)
@@ -35,6 +36,7 @@ class Export(Step):
         from qwen_surgery.checkout import Checkout
         from qwen_surgery.exporting.export import export
         from qwen_surgery.patching.sources import Sources
+        from qwen_surgery.twin.twin import prove, skipped
         from qwen_surgery.weights import WeightIndex
 
         checkout = Checkout.open(self.checkout)
@@ -44,6 +46,7 @@ class Export(Step):
             checkout.geometry(self.seq_length),
             work / ONNX,
             trust_remote_code=self.trust_remote_code,
+            prove=prove if self.twin else skipped,
             multi_device=self.fused_head,
         )
         return {"nets": len(manifest.nets), "weights": manifest.weights["mode"]}
@@ -79,12 +82,23 @@ def export_tasks(
     """The export, and cleaning it unless there are no *passes*. *digests* are the sources'."""
     length, checkout = geometry.seq_length, request.checkout
     code = code_digest("qwen_surgery.exporting", *pass_modules(passes))
+    proof = code_digest("qwen_surgery.exporting", "qwen_surgery.twin", "qwen_surgery.runtime")
     tables = 8 * length * geometry.head_dim * (2 * geometry.layers + 4)
     graphs = (2 * geometry.layers + 10) * 100_000 + tables
     trusted = request.trust_remote_code
+    made = Export(
+        recipe=request.recipe,
+        seq_length=length,
+        fused_head=fused_head,
+        twin=request.twin,
+        version=__version__,
+        code=f"{code} {proof}" if request.twin else code,
+        checkout=checkout.absolute(),
+        trust_remote_code=trusted,
+    )
     export = Task(
         EXPORT,
-        Export(request.recipe, length, fused_head, __version__, code, checkout.absolute(), trusted),
+        made,
         digests,
         cost=Cost(1500 * MB, graphs, 8.0),
         keep=True,

@@ -145,7 +145,11 @@ def verify_task(
             text=request.text,
             text_tokens=request.text_tokens,
             code=code_digest(
-                "qwen_surgery.verification", "qwen_surgery.nets", "qwen_surgery.tokenizer", "golden"
+                "qwen_surgery.verification",
+                "qwen_surgery.runtime",
+                "qwen_surgery.nets",
+                "qwen_surgery.tokenizer",
+                "golden",
             ),
             checkout=request.checkout.absolute(),
             trust_remote_code=request.trust_remote_code,

@@ -13,10 +13,11 @@ import numpy as np
 
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.tokenizer import Tokenizer, read_json
 from qwen_surgery.verification.engines import Engine, OrtEngine
 from qwen_surgery.verification.language import SYSTEM
-from qwen_surgery.verification.runtime import Runtime, Sampling, draw
+from qwen_surgery.verification.runtime import Runtime, draw
 
 if TYPE_CHECKING:
     from qwen_surgery.toolchain.emulator import ChipEngine
@@ -48,7 +49,7 @@ class Generation:
                 tuple(int(end) for end in (ends if isinstance(ends, list) else [ends])),
                 int(data.get("max_new_tokens", cls.max_tokens)),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Refused(f"{folder / 'generation_config.json'}: a setting is no number ({error})") from None
 
 

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     "types of the bmodel; auto: full where the emulator needs minutes, not hours.",
 )
 @click.option("--steps", type=click.IntRange(0), default=8, show_default=True, help="Decode steps verified.")
+@click.option(
+    "--no-twin", is_flag=True, help="Skip the proof that nets and unpatched model agree at a tiny size."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
 @word_options
 @compile_options
@@ -68,6 +71,7 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
         clean=not given["no_clean"],
         verify=given["depth"],
         steps=given["steps"],
+        twin=not given["no_twin"],
         trust_remote_code=given["trust_remote_code"],
         toolchain=given["toolchain"],
         run=RunRequest.of(given),

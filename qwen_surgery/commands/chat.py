@@ -16,7 +16,7 @@ from qwen_surgery.errors import SurgeryError, Usage
 if TYPE_CHECKING:
     from qwen_surgery.chatting.chat import Chat
     from qwen_surgery.packing.report import Speed
-    from qwen_surgery.verification.runtime import Sampling
+    from qwen_surgery.runtime.host import Sampling
 
 _HELP = "/reset begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D ends the conversation."
 
@@ -106,7 +106,7 @@ def _sampling(
     """The file's settings, those of the command line over them; None for greedy."""
     import secrets
 
-    from qwen_surgery.verification.runtime import Sampling
+    from qwen_surgery.runtime.host import Sampling
 
     if sample is False or (sample is None and said is None and not settings):
         if settings:

@@ -8,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,6 +42,10 @@ from qwen_surgery import console
     "--nets", "wanted", default="", help="Only these nets or kinds, comma-separated (block,lm_head,block_3)."
 )
 @click.option("--multi-device", is_flag=True, help="The lm_head with the top-1 inside, and no heads.")
+@click.option(
+    "--no-twin", is_flag=True, help="Skip the proof that nets and unpatched model agree at a tiny size."
+)
+@click.option("-v", "--verbose", is_flag=True, help="List the branches of the model's code that no twin ran.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
 def command(
@@ -51,6 +56,8 @@ def command(
     weights: str | None,
     wanted: str,
     multi_device: bool,
+    no_twin: bool,
+    verbose: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -85,6 +92,8 @@ def command(
         finally:
             gc.enable()
     sources = patching()
+    from qwen_surgery.twin.twin import prove, skipped
+
     with console.progress_bars() as progress:
         manifest = export(
             sources,
@@ -95,10 +104,28 @@ def command(
             mode=WeightMode(weights) if weights else None,
             multi_device=multi_device,
             wanted=[name.strip() for name in wanted.split(",") if name.strip()],
+            prove=skipped if no_twin else prove,
             announce=console.err().print,
             progress=progress,
         )
+    _say_twin(manifest.twin, verbose=verbose)
     if as_json:
         console.print_json(manifest.to_json())
     else:
         console.out().print(f"{len(manifest.nets)} nets in {onnx_path} (weights: {manifest.weights['mode']})")
+
+
+def _say_twin(twin: dict[str, Any], *, verbose: bool) -> None:
+    """One line about the proof; with *verbose* the branches that it says nothing about."""
+    if "skipped" in twin:
+        console.err().print(
+            f"no proof that the nets compute what the unpatched model does ({twin['skipped']})"
+        )
+        return
+    branches = twin["branches_not_entered"]
+    console.err().print(
+        f"twin: {twin['passes']} passes of the unpatched model agree with the nets within "
+        f"{twin['worst']:.0e} ({twin['seconds']:.1f} s); {len(branches)} branches of its code did not run"
+    )
+    for line in branches if verbose else ():
+        console.err().print(f"  {line}", markup=False)

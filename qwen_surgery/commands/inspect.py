@@ -10,10 +10,12 @@ import click
 from rich.markup import escape
 
 from qwen_surgery import console
+from qwen_surgery.compiling.options import RUNTIMES
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
     from qwen_surgery.packing.report import BmodelReport, NetReport
+    from qwen_surgery.runtime.memory import Memory, NetMemory
 
 
 def _size(count: float) -> str:
@@ -70,24 +72,80 @@ def _print(report: BmodelReport, every: bool) -> None:
     for name, text in report.notes.items():
         out.print(f"{name}: {text}")
     out.print(f"can be refitted: {report.refit}")
+    for one in report.runtimes:
+        verdict = f"cannot run it: {one.refusal}" if one.refusal else "wrong" if one.hazards else "runs it"
+        out.print(f"{one.generation} ({one.demo}): {verdict}")
     for problem in report.contract:
         out.print(f"contract: {problem}", style="red")
     if not report.contract:
         out.print("contract with the runtimes: kept", style="green")
 
 
+def _print_regions(nets: tuple[NetMemory, ...], every: bool) -> None:
+    """Where inputs and outputs lie when nets share memory, in bytes from the region's start."""
+    out = console.out()
+    out.print("\nmemory of each net when a runtime shares it: place and size in bytes")
+    seen: list[str] = []
+    for net in nets:
+        kind = net.name.rstrip("0123456789")
+        if kind in seen and not every:
+            continue
+        seen.append(kind)
+        region = "of its own" if net.io_alone else "shared"
+        work = f", works in {net.work.size:,} shared bytes" if net.work and net.work.size else ""
+        out.print(f"[bold]{net.name}[/bold]  inputs and outputs {region}{work}")
+        start = min(place.memory.address for place in (*net.inputs, *net.outputs)) if net.io_alone else 0
+        for arrow, places in (("in ", net.inputs), ("out", net.outputs)):
+            for place in places:
+                out.print(f"  {arrow} {escape(place.name)}  {_range(place.memory, start)}")
+
+
+def _range(memory: Memory, start: int) -> str:
+    return f"{memory.address - start:,} + {memory.size:,}"
+
+
+def _bundle(model: Path, folder: Path) -> None:
+    from qwen_surgery.packing.report import geometry_of
+    from qwen_surgery.toolchain.emulator import ChipEngine
+    from qwen_surgery.verification.bundle import write_bundle
+
+    with ChipEngine(model) as chip, console.err().status("bundle") as status:
+        write_bundle(model, chip, geometry_of(model), folder, lambda net: status.update(f"bundle {net}"))
+    console.err().print(f"bundle: {folder}; copy it to the board with its files and run run.sh")
+
+
 @click.command(name="inspect", help="Show the nets of MODEL.bmodel and check the contract with the runtimes.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON to stdout.")
 @click.option("--all", "every", is_flag=True, help="Show every layer, not only the first.")
-def command(model: Path, as_json: bool, every: bool) -> None:
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write inputs and expected outputs of every net, for bmrt_test on a board (runs the emulator: "
+    "small models take seconds, a 1.8B one hours).",
+)
+@click.option("--regions", is_flag=True, help="Show where inputs and outputs lie under shared memory.")
+@click.option(
+    "--runtime",
+    type=click.Choice(list(RUNTIMES)),
+    help="Only judge by the demos that this --runtime of a build is for.  [default: by all that can read it]",
+)
+def command(
+    model: Path, as_json: bool, every: bool, bundle: Path | None, regions: bool, runtime: str | None
+) -> None:
     """Exit code 1 when the contract is not kept, 3 when MODEL is not a whole bmodel."""
     from qwen_surgery.packing.report import inspect
+    from qwen_surgery.runtime.memory import layout
 
-    report = inspect(model)
+    report = inspect(model, runtime)
     if as_json:
         console.print_json(report.to_json())
     else:
         _print(report, every)
+    if regions and not as_json:
+        _print_regions(layout(model, shared=True), every)
+    if bundle is not None:
+        _bundle(model, bundle)
     if report.contract:
         raise Missed(f"{model} does not keep the contract with the vendor's runtimes")

@@ -46,8 +46,9 @@ def _numbers(
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["source", "onnx", "mlir", "chip"]),
-    help="Only these levels.  [default: source, and what --onnx and --bmodel allow]",
+    type=click.Choice(["source", "onnx", "mlir", "chip", "runtime"]),
+    help="Only these levels; runtime follows the vendor's demos call by call. "
+    "  [default: source, and what --onnx and --bmodel allow]",
 )
 @click.option("--layers", callback=_numbers, help="Only these layers, such as 0,15,31 (no end-to-end then).")
 @click.option(
@@ -68,7 +69,7 @@ def _numbers(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="For prompts and sampling."
 )
 @word_options
-@click.option("--toolchain", metavar="VERSION", help="TPU-MLIR version for levels mlir and chip.")
+@click.option("--toolchain", metavar="VERSION", help="TPU-MLIR version for levels mlir, chip and runtime.")
 @click.option("--every-net", is_flag=True, help="A table row for every single check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report to stdout as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a page with plots, one file.")

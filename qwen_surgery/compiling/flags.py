@@ -69,8 +69,8 @@ _COMPILE = (
         type=click.Choice(ADDR_MODES),
         default="io_alone",
         show_default=True,
-        help="Addresses of block_cache's inputs and outputs: of their own, so that the KV cache stays in "
-        "place, or anywhere.",
+        help="Addresses of inputs and outputs: of each net's own (but for the prefill blocks), so that the "
+        "KV cache stays in place and no net's inputs lie over another's results, or anywhere.",
     ),
     click.option(
         "--dynamic",

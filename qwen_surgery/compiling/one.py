@@ -42,8 +42,10 @@ def transform_args(job: NetJob, toolchain: Toolchain) -> list[str]:
 
 def deploy_args(job: NetJob, options: CompileOptions, cores: int, toolchain: Toolchain) -> list[str]:
     """``model_deploy``'s arguments."""
-    flags = [*deploy_flags(job.net.kind, options, cores), *_precision(job, toolchain)]
-    return ["--mlir", job.mlir, *flags, "--model", job.bmodel(cores)]
+    flags = deploy_flags(job.net.kind, options, cores)
+    if "--addr_mode" not in flags:
+        flags += _plain_addresses(options, toolchain)
+    return ["--mlir", job.mlir, *flags, *_precision(job, toolchain), "--model", job.bmodel(cores)]
 
 
 def supports(toolchain: Toolchain, tool: str, flag: str) -> bool:
@@ -101,6 +103,14 @@ def deploy(
     args = deploy_args(job, options, cores, toolchain)
     result = toolchain.run("model_deploy", args, work, log, net=job.net.name)
     return work / job.bmodel(cores), result
+
+
+def _plain_addresses(options: CompileOptions, toolchain: Toolchain) -> list[str]:
+    """``--addr_mode basic`` where TPU-MLIR would choose tagged addresses unasked: the
+    vendor's demos know basic and io_alone, and take a tag for an address.
+    """
+    wanted = options.chip.tags_addresses and supports(toolchain, "model_deploy", "--addr_mode")
+    return ["--addr_mode", "basic"] if wanted else []
 
 
 def _precision(job: NetJob, toolchain: Toolchain) -> list[str]:

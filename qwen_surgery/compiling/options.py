@@ -34,6 +34,8 @@ class VendorRuntime:
     fused_head: bool
     dynamic: bool
     count: str
+    #: Passes that its demos need beside those that always run.
+    passes: tuple[str, ...] = ()
 
     @property
     def chips(self) -> tuple[str, ...]:
@@ -48,7 +50,9 @@ RUNTIMES = {
         "(nets - 5) / 2 with a greedy_head, (nets - 3) / 2 without",
     ),
     "sophon-demo-2024.1": VendorRuntime(
-        "sophon-demo-2024.1", ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2"
+        "sophon-demo-2024.1", ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2",
+        # It writes float16's -10000 as mask, whatever the nets' type is.
+        ("bounded-mask",),
     ),
 }  # fmt: skip
 
@@ -135,6 +139,12 @@ class CompileOptions:
             raise Usage(
                 f"--dynamic is not supported on {self.target}", hint=f"it needs {with_ability('dynamic')}"
             )
+        if self.dynamic and self.num_device > 1 and runtime.name == "llm-tpu":
+            raise Usage(
+                "--dynamic does not go with --num-device on --runtime llm-tpu: demo_parallel keeps the "
+                "hidden states in the first block's memory, where a dynamic block works while it reads them",
+                hint="leave --dynamic out, or use --runtime sophon-demo",
+            )
         if self.dynamic and not runtime.dynamic:
             raise Usage(
                 f"--runtime {runtime.name} always gives the whole sequence length: --dynamic has no use"
@@ -208,22 +218,57 @@ def _group_axes(geometry: Geometry | None) -> tuple[tuple[str, int], ...]:
     return (("hidden size", geometry.hidden), ("MLP width", geometry.intermediate // 2))
 
 
-#: What needs the graph passes, and why: found by compiling the raw graphs with TPU-MLIR 1.30.2.
+#: What needs which graph passes, and why: found by compiling without them with TPU-MLIR 1.30.2.
 _NEEDS_PASSES = {
-    "--dynamic": "compiled from the raw graphs, dynamic nets crash or give wrong numbers",
-    "--num-device": "TPU-MLIR cannot split the raw graphs over several chips (it fails an assertion)",
+    "--dynamic": (
+        ("rotary", "free-length"),
+        "without, a launch at a prompt's own length ends the process or gives wrong numbers",
+    ),
+    "--num-device": (
+        ("rotary",),
+        "TPU-MLIR cannot split the raw graphs over several chips (it fails an assertion)",
+    ),
 }
 
 
+def unsuited(options: CompileOptions) -> str:
+    """What demos cannot do with a bmodel of these resolved options; empty when all of its runtime's can."""
+    if options.addr_mode == "io_alone":
+        return ""
+    return (
+        "--addr-mode basic does not suit LLM-TPU's chat.cpp: where nets share memory, "
+        "penalty_sample_head's inputs lie over the logits, and from 2025-06 on the KV cache over "
+        "everything; it suits sophon-demo's qwen.py, which has buffers of its own"
+    )
+
+
+def needed_passes(options: CompileOptions) -> tuple[str, ...]:
+    """Passes that the runtime of resolved *options* needs beside those that always run."""
+    return RUNTIMES[options.runtime or "llm-tpu"].passes
+
+
 def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
-    """Raise :class:`Usage` for options that only work on nets that the pass ``rotary`` has been over."""
+    """Raise :class:`Usage` for options that only work on nets that certain passes have been over."""
     asked = {"--dynamic": options.dynamic, "--num-device": options.num_device > 1}
-    for option, why in _NEEDS_PASSES.items():
-        if asked[option] and "rotary" not in passes:
+    for option, (needed, why) in _NEEDS_PASSES.items():
+        missing = [name for name in needed if name not in passes]
+        if asked[option] and missing:
             raise Usage(
                 f"{option} needs cleaned nets: {why}",
-                hint="run `qwen-surgery clean` on the export first, with the pass rotary",
+                hint=f"run `qwen-surgery clean` on the export first, with the pass {' and '.join(missing)}",
             )
+
+
+def refuse_for_runtime(options: CompileOptions, passes: tuple[str, ...]) -> None:
+    """Raise :class:`Usage` where the runtime needs a pass that the nets have not been through."""
+    missing = [name for name in needed_passes(options) if name not in passes]
+    if missing:
+        raise Usage(
+            f"--runtime {options.runtime} needs nets cleaned with the pass {' and '.join(missing)}: "
+            "its demo writes masks of another float format",
+            hint="run `qwen-surgery build --runtime`, or clean with a recipe that says "
+            f"{missing[0]} = true under [passes]",
+        )
 
 
 def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str]:
@@ -240,9 +285,12 @@ def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str
         flags += ["--num_device", str(options.num_device)]
     if cores > 1:
         flags += ["--num_core", str(cores)]
-    if options.dynamic and kind in (NetKind.EMBEDDING, NetKind.BLOCK, NetKind.BLOCK_CACHE):
+    if options.dynamic and kind in (NetKind.EMBEDDING, NetKind.BLOCK):
+        # Not block_cache: it has one length, and compiled dynamic it gives wrong tokens.
         flags += ["--dynamic"]
-    if options.addr_mode == "io_alone" and kind is NetKind.BLOCK_CACHE:
+    if options.addr_mode == "io_alone" and kind is not NetKind.BLOCK:
+        # Runtimes that share memory between nets would write one net's inputs over another's results. Only
+        # the prefill blocks share: their tensors would take S x S bytes and more in every layer.
         flags += ["--addr_mode", "io_alone"]
     return flags
 

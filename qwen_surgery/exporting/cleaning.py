@@ -11,7 +11,7 @@ from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.nets import NetKind
 
 if TYPE_CHECKING:
-    from graph_passes import Report
+    from graph_passes import PassReport
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.exporting.template import Template
 
@@ -23,7 +23,7 @@ class KindReport:
     kind: NetKind
     before: dict[str, int]
     after: dict[str, int]
-    passes: tuple[Report, ...]
+    passes: tuple[PassReport, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -44,12 +44,16 @@ class Cleaning:
 
 
 def chosen_passes(
-    recipe: str | Path | None = None, skip: Iterable[str] = (), toolchain: str | None = None
+    recipe: str | Path | None = None,
+    skip: Iterable[str] = (),
+    toolchain: str | None = None,
+    also: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Names of the passes that run, ONNX and Top dialect, in running order.
 
     *recipe* is a TOML file (see :mod:`graph_passes.framework.recipe`), *skip* switches more of them off, and
-    *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take. Raises Usage for a bad
+    *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take; *also* are passes that only
+    run where something needs them. Raises Usage for a bad
     recipe or an unknown name.
     """
     from graph_passes.framework import recipe as recipes
@@ -57,7 +61,7 @@ def chosen_passes(
 
     skip = tuple(skip)
     try:
-        names = recipes.read(recipe) if recipe is not None else recipes.without(())
+        names = recipes.read(recipe) if recipe is not None else recipes.without((), also)
         registry.require_known(skip)
     except registry.UnknownPass as error:
         raise Usage(str(error), hint=f"passes are {', '.join(error.known)}") from error

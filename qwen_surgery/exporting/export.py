@@ -26,6 +26,9 @@ from qwen_surgery.weights import WeightIndex
 if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
 
+#: What a proof takes, and gives for the manifest; raises Refused where nets and model differ.
+Prove = Callable[["Sources", WeightIndex, Geometry], dict[str, Any]]
+
 
 def export(
     sources: Sources,
@@ -37,14 +40,16 @@ def export(
     mode: WeightMode | None = None,
     multi_device: bool = False,
     wanted: Iterable[str] = (),
+    prove: Prove | None = None,
     announce: Callable[[str], None] = lambda text: None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Write every net of the contract into *onnx_path* (see :class:`ExportPlan` for what it takes).
 
     The folder appears whole or not at all. *announce* gets the cost before work starts, *progress* what is
-    being done with how much of how much. Raises Usage without trust, Refused for input that does not fit,
-    ToolFailed when the disk or torch fails.
+    being done with how much of how much. *prove* compares the unpatched model with the
+    nets first and gives what the manifest tells of it. Raises Usage without trust, Refused for input that
+    does not fit, ToolFailed when the disk or torch fails.
     """
     require_trust(trust_remote_code, "export")
     onnx_path = Path(onnx_path)
@@ -59,6 +64,7 @@ def export(
     )
     announce(todo.cost)
     require_space(todo, onnx_path)
+    proof = prove(sources, index, geometry) if prove else {"skipped": "not asked for"}
     kinds = tuple(dict.fromkeys(binding.kind for binding in todo.bindings))
     progress("trace", 0, len(kinds))
     templates = trace_templates(sources, geometry, kinds)
@@ -69,6 +75,7 @@ def export(
         trained_length=sources.facts.trained_length,
         sources={"reference": _hashes(sources.reference), "patched": _hashes(sources.patched)},
         config=sources.facts.written_out(),
+        twin=proof,
     )
     return write_folder(onnx_path, templates, todo, origin, progress)
 

@@ -14,10 +14,13 @@ from typing import Any
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.parsing import build, inner_path, is_plain_name, parsing, read_json, sizes, whole
 from qwen_surgery.weights import TensorRef
 
 FILE_NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+#: Bytes; a model of 72B has 160 nets with about twenty weights each, some 500 KB in all.
+_LARGEST = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Manifest:
     ``sources`` are SHA-256 of the unpatched (``reference``) and patched files; ``weights`` says the mode and,
     per shard, its size and a fingerprint (names, dtypes, shapes and a sample of each tensor's bytes);
     ``passes`` are the graph passes that ran, in order (empty for a plain export); ``config`` is the unpatched
-    config.json with its silent keys written out.
+    config.json with its silent keys written out; ``twin`` is what the tiny twin showed, or why there is none.
     """
 
     checkout: str
@@ -58,6 +61,7 @@ class Manifest:
     constants: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    twin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seq_length(self) -> int:
@@ -78,48 +82,32 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """Read *folder*/manifest.json; raises Refused when it is missing, damaged or of another format."""
         path = Path(folder) / FILE_NAME
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        data = read_json(path, "damaged", limit=_LARGEST)
+        if data is None:
             raise Refused(
                 f"{folder}: not an exported folder (no {FILE_NAME})", hint="make one with qwen-surgery export"
-            ) from None
-        except ValueError as error:
-            raise Refused(f"{path}: damaged ({error})") from error
-        if data.get("format") != FORMAT:
-            raise Refused(f"{path}: format {data.get('format')} is not the format {FORMAT} of this version")
-        try:
+            )
+        with parsing(path):
+            if data["format"] != FORMAT:
+                raise Refused(
+                    f"{path}: format {data['format']!r:.100} is not the format {FORMAT} of this version"
+                )
             return cls._from_json(data, Path(folder).absolute())
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
     @classmethod
     def _from_json(cls, data: dict[str, Any], folder: Path) -> Manifest:
-        nets = tuple(
-            NetEntry(
-                name=net["name"],
-                kind=NetKind(net["kind"]),
-                layer=net["layer"],
-                file=net["file"],
-                sha256=net["sha256"],
-                weights={slot: _ref_from_json(ref, folder) for slot, ref in net["weights"].items()},
-            )
+        nets = [
+            {**net, "weights": {slot: _ref_from_json(ref, folder) for slot, ref in net["weights"].items()}}
             for net in data["nets"]
-        )
-        return cls(
-            checkout=data["checkout"],
-            recipe=data["recipe"],
-            trained_length=data["trained_length"],
-            geometry=Geometry(**data["geometry"]),
-            sources=data["sources"],
-            weights=data["weights"],
-            templates=data["templates"],
-            nets=nets,
-            tools=data["tools"],
-            constants=data["constants"],
-            passes=tuple(data["passes"]),
-            config=dict(data["config"]),
-        )
+        ]
+        said = {name: value for name, value in data.items() if name not in ("format", "seq_length")}
+        manifest = build(cls, {**said, "nets": nets})
+        for name in (*(net.file for net in manifest.nets), *manifest.constants):
+            inner_path(name)
+        for entry in manifest.templates.values():
+            inner_path(entry["file"])
+            entry["sha256"]
+        return manifest
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document."""
@@ -132,6 +120,7 @@ class Manifest:
             "geometry": asdict(self.geometry),
             "sources": self.sources,
             "config": self.config,
+            "twin": self.twin,
             "weights": self.weights,
             "templates": self.templates,
             "constants": self.constants,
@@ -171,7 +160,8 @@ class Manifest:
             for ref in net.weights.values():
                 shards.setdefault(ref.file, []).append(ref)
         for file, refs in shards.items():
-            expected = self.weights["files"][file.name]["fingerprint"]
+            with parsing(folder / FILE_NAME):
+                expected = self.weights["files"][file.name]["fingerprint"]
             _refuse_unless(file, partial(fingerprint, refs=refs), expected)
 
 
@@ -194,13 +184,17 @@ def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
 
 
 def _ref_from_json(data: dict[str, Any], folder: Path) -> TensorRef:
+    if not isinstance(data["file"], str) or not data["file"].startswith("/"):
+        inner_path(data["file"])
+    elif not all(part in ("", "..") or is_plain_name(part) for part in data["file"].split("/")):
+        raise ValueError(f"{data['file']!r:.100} is no file of weights")
     return TensorRef(
-        data["tensor"],
+        str(data["tensor"]),
         folder / data["file"],
-        data["offset"],
-        data["nbytes"],
-        data["dtype"],
-        tuple(data["shape"]),
+        whole(data["offset"]),
+        whole(data["nbytes"]),
+        str(data["dtype"]),
+        sizes(data["shape"]),
     )
 
 

@@ -40,6 +40,10 @@ _DOC_DECORATORS = (
 )
 
 
+# What a model's forward returns, by the first words of the class's name.
+_OUTPUTS = ("BaseModelOutput", "CausalLMOutput")
+
+
 def require_trust(trust_remote_code: bool, what: str) -> None:
     """Raise Usage unless the user allowed running the checkout's Python."""
     if not trust_remote_code:
@@ -221,6 +225,10 @@ class _OptionalPackage(types.ModuleType):
             return _OptionalPackage(f"{self.__name__}.{name}")
         if name in ("PretrainedConfig", "PreTrainedConfig"):
             return _Config
+        if name in ("PreTrainedModel", "ModelOutput") or name.startswith(_OUTPUTS):
+            from qwen_surgery.exporting import stand_ins
+
+            return stand_ins.Model if name == "PreTrainedModel" else stand_ins.Output
         return _stand_in(self.__name__, name)
 
 
@@ -244,6 +252,8 @@ class _Config:
     """
 
     attribute_map: Mapping[str, str] = {}
+    output_attentions = output_hidden_states = False
+    use_return_dict = return_dict = True
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():

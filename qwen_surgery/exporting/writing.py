@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Provenance:
     sources: dict[str, dict[str, str]]
     config: dict[str, Any]
     passes: tuple[str, ...] = ()
+    twin: dict[str, Any] = field(default_factory=dict)
 
 
 def rebind(
@@ -70,7 +71,9 @@ def rebind(
         onnx_path=target,
     )
     require_space(todo, target)
-    origin = Provenance(old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes)
+    origin = Provenance(
+        old.checkout, old.recipe, old.trained_length, old.sources, old.config, passes, old.twin
+    )
     return write_folder(target, templates, todo, origin, progress)
 
 
@@ -114,6 +117,7 @@ def write_folder(
             constants={constants.name: sha256_file(constants)} if constants.exists() else {},
             passes=origin.passes,
             config=origin.config,
+            twin=origin.twin,
         )
         manifest.write(folder)
     return Manifest.load(onnx_path)

@@ -27,6 +27,8 @@ from qwen_surgery.packing.check_code import CheckCode
 MAGIC = 0xFF55AAEE
 HEADER = struct.Struct("<4I48x")
 PAGE = 4096
+#: Bytes of a flatbuffer that is read at most; one of 80 layers has some MB.
+LARGEST_FLAT = 64 << 20
 _CHUNK = 1 << 22
 
 
@@ -90,6 +92,8 @@ class Bmodel:
             raise flat.Damaged(
                 f"the header asks for {self.base} bytes of description, the file has {self.length}"
             )
+        if flat_size > LARGEST_FLAT:
+            raise flat.Damaged(f"its description of {flat_size:,} bytes is over {LARGEST_FLAT:,}")
         self._file.seek(header_size)
         #: the root table, as :func:`flat.read` gives it
         self.model: dict[str, Any] = flat.read(self._file.read(flat_size))

@@ -107,7 +107,7 @@ def _is_expression(part: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class Placed:
     """What a template says about its weights.
 
     ``frontier``: expressions that the graph proper consumes; ``inner``: those on the way there.
@@ -121,11 +121,11 @@ class Found:
     shapes: dict[str, Shape]
 
 
-class _Unknown(Exception):
+class _UnknownExpression(Exception):
     """A node that this module has no expression for."""
 
 
-class _Reader:
+class _ExpressionReader:
     """Walks a template's nodes in order, keeping expressions and constants by tensor name."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -150,7 +150,7 @@ class _Reader:
             return self._fold(node)
         try:
             results = self._weight_node(node)
-        except _Unknown:
+        except _UnknownExpression:
             return False
         for name, (expression, shape) in zip(node.output, results, strict=True):
             self.values[name], self.shapes[name] = expression, shape
@@ -177,7 +177,7 @@ class _Reader:
                 return list(entry.ints)
         if len(node.input) > index and node.input[index]:
             if node.input[index] not in self.constants:
-                raise _Unknown(node.op_type)
+                raise _UnknownExpression(node.op_type)
             return [int(v) for v in self.constants[node.input[index]].ravel()]
         return None
 
@@ -189,7 +189,7 @@ class _Reader:
             return self.values[name], self.shapes[name]
         array = self.constants[name]
         if array.size > _MAX_CONSTANT or array.dtype != np.float32:
-            raise _Unknown("constant")
+            raise _UnknownExpression("constant")
         return ["const", list(array.shape), [float(v) for v in array.ravel()]], array.shape
 
     def _weight_node(self, node: onnx.NodeProto) -> list[tuple[Expression, Shape]]:
@@ -205,7 +205,7 @@ class _Reader:
             return [(["concat", axis, [part[0] for part in parts]], tuple(shape))]
         inner, shape_ = self._operand(node.input[0])
         if node.input[0] not in self.values:
-            raise _Unknown(op)
+            raise _UnknownExpression(op)
         return self._moved(node, inner, shape_)
 
     def _moved(self, node: onnx.NodeProto, inner: Expression, shape: Shape) -> list[tuple[Expression, Shape]]:
@@ -224,14 +224,14 @@ class _Reader:
             axis = self._attribute(node, "axis", 0) % rank
             indices = self.constants.get(node.input[1])
             if indices is None or indices.ndim != 1:
-                raise _Unknown(op)
+                raise _UnknownExpression(op)
             new = (*shape[:axis], len(indices), *shape[axis + 1 :])
             return [(["gather", axis, [int(i) % shape[axis] for i in indices], inner], new)]
         if op == "Slice":
             return [self._slice(node, inner, shape)]
         if op == "Split":
             return self._split(node, inner, shape)
-        raise _Unknown(op)
+        raise _UnknownExpression(op)
 
     def _new_shape(self, node: onnx.NodeProto, shape: Shape) -> Shape:
         op = node.op_type
@@ -256,7 +256,7 @@ class _Reader:
     def _slice(self, node: onnx.NodeProto, inner: Expression, shape: Shape) -> tuple[Expression, Shape]:
         starts, stops = self._constant(node, 1, "starts"), self._constant(node, 2, "ends")
         if starts is None or stops is None:
-            raise _Unknown("Slice")
+            raise _UnknownExpression("Slice")
         axes = self._constant(node, 3, "axes") or list(range(len(starts)))
         steps = self._constant(node, 4, "steps") or [1] * len(starts)
         bounds: list[list[int | None]] = [[0, size, 1] for size in shape]
@@ -280,9 +280,9 @@ class _Reader:
         return results
 
 
-def read_template(model: onnx.ModelProto) -> Found:
+def read_template(model: onnx.ModelProto) -> Placed:
     """The weight expressions and constants of a template (weights are the inputs ``weight/<slot>``)."""
-    reader = _Reader(model)
+    reader = _ExpressionReader(model)
     consumed = {value.name for value in model.graph.output}
     for node in model.graph.node:
         if not reader.visit(node):
@@ -294,7 +294,7 @@ def read_template(model: onnx.ModelProto) -> Found:
         for name, array in reader.constants.items()
         if array.dtype.kind in "fiu" and 0 < array.size <= _MAX_TABLE
     }
-    return Found(frontier, inner, tables, reader.shapes)
+    return Placed(frontier, inner, tables, reader.shapes)
 
 
 def _single_node_model(node: onnx.NodeProto, feeds: Mapping[str, np.ndarray]) -> onnx.ModelProto:

@@ -13,19 +13,12 @@ from typing import Any
 from qwen_surgery.packing.schema import SCALARS, STRUCTS, TABLES, Field
 
 Dict = dict[str, Any]
+#: Values in one bmodel. A net has about 500; as Python values these take 500 MB.
+MOST_VALUES = 5_000_000
 
 
 class Damaged(ValueError):
     """The buffer is not a flatbuffer of the expected schema."""
-
-
-def _unpack(fmt: str, data: bytes, position: int) -> Any:
-    if position < 0:
-        raise Damaged(f"offset {position} lies outside the buffer")
-    try:
-        return struct.unpack_from("<" + fmt, data, position)[0]
-    except struct.error as error:
-        raise Damaged(f"offset {position} lies outside the buffer of {len(data)} bytes") from error
 
 
 def _struct_size(name: str) -> int:
@@ -39,58 +32,86 @@ def element_size(type_: str) -> int:
     return _struct_size(type_) if type_ in STRUCTS else 4
 
 
-def _read_inline(data: bytes, type_: str, position: int) -> Any:
-    """The value of *type_* whose inline part is at *position*."""
-    if type_ in SCALARS:
-        return _unpack(SCALARS[type_][0], data, position)
-    if type_ in STRUCTS:
+class _Buffer:
+    """Reads values out of *data*, at most :data:`MOST_VALUES`: offsets may lead to one table many times."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._left = MOST_VALUES
+
+    def _spend(self, values: int) -> None:
+        self._left -= values
+        if self._left < 0:
+            raise Damaged(f"it describes more than {MOST_VALUES:,} values")
+
+    def unpack(self, fmt: str, position: int) -> Any:
+        if position < 0:
+            raise Damaged(f"offset {position} lies outside the buffer")
+        try:
+            return struct.unpack_from("<" + fmt, self._data, position)[0]
+        except struct.error as error:
+            raise Damaged(f"offset {position} lies outside the buffer of {len(self._data)} bytes") from error
+
+    def _inline(self, type_: str, position: int) -> Any:
+        """The value of *type_* whose inline part is at *position*."""
+        if type_ in SCALARS:
+            return self.unpack(SCALARS[type_][0], position)
+        if type_ in STRUCTS:
+            return self._struct(type_, position)
+        target = position + self.unpack("I", position)
+        if type_ == "string":
+            return self._string(target)
+        if type_.startswith("["):
+            return self._vector(type_[1:-1], target)
+        return self.table(type_, target)
+
+    def _struct(self, name: str, position: int) -> Dict:
+        self._spend(len(STRUCTS[name]))
         values, at = {}, position
-        for name, member in STRUCTS[type_]:
-            values[name] = _unpack(SCALARS[member][0], data, at)
-            at += SCALARS[member][1]
+        for member, type_ in STRUCTS[name]:
+            values[member] = self.unpack(SCALARS[type_][0], at)
+            at += SCALARS[type_][1]
         return values
-    target = position + _unpack("I", data, position)
-    if type_ == "string":
-        length = _unpack("I", data, target)
-        text = data[target + 4 : target + 4 + length]
+
+    def _string(self, position: int) -> str:
+        length = self.unpack("I", position)
+        text = self._data[position + 4 : position + 4 + length]
         if len(text) != length:
             raise Damaged("a string runs past the end of the buffer")
+        self._spend(1 + length // 8)
         return text.decode("utf-8", "surrogateescape")
-    if type_.startswith("["):
-        return _read_vector(data, type_[1:-1], target)
-    return _read_table(data, type_, target)
 
+    def _vector(self, type_: str, position: int) -> list[Any]:
+        length = self.unpack("I", position)
+        size = element_size(type_)
+        if position + 4 + length * size > len(self._data):
+            raise Damaged("a vector runs past the end of the buffer")
+        self._spend(1 + length)
+        if type_ == "uint8":
+            return list(self._data[position + 4 : position + 4 + length])
+        return [self._inline(type_, position + 4 + i * size) for i in range(length)]
 
-def _read_vector(data: bytes, type_: str, position: int) -> list[Any]:
-    length = _unpack("I", data, position)
-    size = element_size(type_)
-    if position + 4 + length * size > len(data):
-        raise Damaged("a vector runs past the end of the buffer")
-    if type_ == "uint8":
-        return list(data[position + 4 : position + 4 + length])
-    return [_read_inline(data, type_, position + 4 + i * size) for i in range(length)]
-
-
-def _read_table(data: bytes, name: str, position: int) -> Dict:
-    vtable = position - _unpack("i", data, position)
-    size = _unpack("H", data, vtable)
-    if size < 4 or size % 2:
-        raise Damaged(f"the field list of a {name} is damaged")
-    known = TABLES[name]
-    count = (size - 4) // 2
-    for index in range(len(known), count):
-        if _unpack("H", data, vtable + 4 + 2 * index):
-            raise Damaged(f"a {name} holds field {index}, which this program does not know")
-    result: Dict = {}
-    for index, field in enumerate(known):
-        offset = _unpack("H", data, vtable + 4 + 2 * index) if index < count else 0
-        if offset:
-            result[field.name] = _read_inline(data, field.type, position + offset)
-        elif field.required:
-            raise Damaged(f"a {name} lacks its {field.name}")
-        elif field.type in SCALARS:
-            result[field.name] = field.default
-    return result
+    def table(self, name: str, position: int) -> Dict:
+        self._spend(1 + len(TABLES[name]))
+        vtable = position - self.unpack("i", position)
+        size = self.unpack("H", vtable)
+        if size < 4 or size % 2:
+            raise Damaged(f"the field list of a {name} is damaged")
+        known = TABLES[name]
+        count = (size - 4) // 2
+        for index in range(len(known), count):
+            if self.unpack("H", vtable + 4 + 2 * index):
+                raise Damaged(f"a {name} holds field {index}, which this program does not know")
+        result: Dict = {}
+        for index, field in enumerate(known):
+            offset = self.unpack("H", vtable + 4 + 2 * index) if index < count else 0
+            if offset:
+                result[field.name] = self._inline(field.type, position + offset)
+            elif field.required:
+                raise Damaged(f"a {name} lacks its {field.name}")
+            elif field.type in SCALARS:
+                result[field.name] = field.default
+        return result
 
 
 def read(data: bytes) -> Dict:
@@ -99,8 +120,9 @@ def read(data: bytes) -> Dict:
     Scalars that are absent get their default; absent strings, vectors, structs and tables are left out.
     Raises :class:`Damaged`.
     """
+    reader = _Buffer(data)
     try:
-        return _read_table(data, "Model", _unpack("I", data, 0))
+        return reader.table("Model", reader.unpack("I", 0))
     except RecursionError as error:  # offsets that lead back to themselves
         raise Damaged("the tables of the buffer form a circle") from error
 

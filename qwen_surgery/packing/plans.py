@@ -17,6 +17,7 @@ import numpy as np
 from qwen_surgery.errors import Refused
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
+from qwen_surgery.parsing import build, parsing, sizes, whole
 
 #: Elements handled at once: small enough to stay in a core's cache through all passes over them.
 _BLOCK = 1 << 17
@@ -133,11 +134,9 @@ class PackPlan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackPlan:
         """Inverse of :meth:`to_json`. Raises Refused for anything that is not a plan."""
-        try:
-            placements = tuple(_placement(dict(entry)) for entry in data["placements"])
-            plan = cls(int(data["size"]), placements)
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"a pack plan is damaged ({error})") from error
+        with parsing("a pack plan"):
+            plan = cls(whole(data["size"]), tuple(_placement(entry) for entry in data["placements"]))
+            plan.slots  # noqa: B018  (walks every expression)
         for offset, size in (extent for p in plan.placements for extent in p.extents()):
             if offset < 0 or size <= 0 or offset + size > plan.size:
                 raise Refused("a pack plan is damaged (it writes outside its section)")
@@ -145,14 +144,27 @@ class PackPlan:
 
 
 def _placement(data: dict[str, Any]) -> Placement:
-    kind = data.pop("kind")
-    data["shape"] = tuple(data["shape"])
-    if kind == "plain":
-        return Plain(**data)
-    if kind == "quantised":
-        data["form"] = formats.Quantisation(**data["form"])
-        return Quantised(**data)
-    raise ValueError(f"unknown placement {kind!r}")
+    fields = {name: value for name, value in data.items() if name != "kind"}
+    placement: Placement
+    if data["kind"] == "plain":
+        placement = build(Plain, fields)
+        formats.STORAGE[placement.target]
+    elif data["kind"] == "quantised":
+        placement = build(Quantised, fields)
+        _check_form(placement.form, placement.stop - placement.start, placement.shape[1])
+    else:
+        raise ValueError(f"unknown placement {data['kind']!r:.100}")
+    rows, _columns = sizes(placement.shape)
+    if not 0 <= placement.start < placement.stop <= rows:
+        raise ValueError(f"rows {placement.start} to {placement.stop} of {rows}")
+    return placement
+
+
+def _check_form(form: formats.Quantisation, rows: int, columns: int) -> None:
+    formats.STORAGE[form.scale]
+    known = form.bits in (4, 8) and form.group > 0 and form.lanes > 0
+    if not known or columns % form.group or rows % form.lanes:
+        raise ValueError(f"no such quantisation of {rows} rows of {columns}: {form!s:.200}")
 
 
 class Matrix:
@@ -165,8 +177,11 @@ class Matrix:
         if expression[0] == "slot":
             self._direct = tensors[expression[1]]
         else:
-            value = evaluate(expression, lambda name: Stored(tensors[name].read_raw(), tensors[name].dtype))
-            self._whole = Stored(value.array.reshape(shape), value.dtype)
+            with parsing("a pack plan", "its expression cannot be evaluated"):
+                value = evaluate(
+                    expression, lambda name: Stored(tensors[name].read_raw(), tensors[name].dtype)
+                )
+                self._whole = Stored(value.array.reshape(shape), value.dtype)
 
     def rows(self, start: int, stop: int) -> Stored:
         """Rows *start* to *stop*. Raises Refused when the shard ends too early."""

@@ -28,7 +28,7 @@ from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.coverage import Coverage, ElementOrigins
 from qwen_surgery.packing.expressions import (
     Expression,
-    Found,
+    Placed,
     Stored,
     evaluate,
     read_template,
@@ -346,7 +346,7 @@ def prove(compiled: Compiled, template: onnx.ModelProto, tensors: Tensors) -> Pa
     return plan
 
 
-def _explain(found: Found, mlir: str, base: int, section: bytes, tensors: Tensors) -> list[Placement]:
+def _explain(found: Placed, mlir: str, base: int, section: bytes, tensors: Tensors) -> list[Placement]:
     cache: dict[str, Stored] = {}
     shapes = {name: found.shapes["weight/" + name] for name in tensors}
 

@@ -14,6 +14,8 @@ from qwen_surgery.packing import sidefile
 from qwen_surgery.packing.container import Bmodel, Region, regions
 from qwen_surgery.packing.schema import DATA_TYPES
 from qwen_surgery.packing.sidefile import Prediction, SideFile
+from qwen_surgery.runtime.generations import Suitability, suitability
+from qwen_surgery.runtime.memory import BASIC, IO_ALONE
 
 _PER_LAYER = re.compile(r"(block|block_cache)_(\d+)")
 
@@ -29,7 +31,9 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class NetReport:
-    """One net: its tensors and its bytes. ``shared``: a net before it holds its weights."""
+    """One net: its tensors and the bytes it takes. ``shared`` says that another net before it holds its
+    weights; ``io_alone``, that its inputs and outputs have addresses of their own; ``tagged``, that they have
+    none, but tags that the demos do not know."""
 
     name: str
     inputs: tuple[TensorReport, ...]
@@ -40,6 +44,7 @@ class NetReport:
     shared: bool
     dynamic: bool
     io_alone: bool
+    tagged: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class BmodelReport:
     layers: int
     nets: tuple[NetReport, ...]
     contract: tuple[str, ...]
+    runtimes: tuple[Suitability, ...]
     speed: Speed | None
     notes: Mapping[str, str]
     refit: str
@@ -103,7 +109,8 @@ def _net(net: dict[str, Any], seen: set[Region]) -> NetReport:
         runtime_bytes=parameter["ctx_size"] + parameter["io_size"],
         shared=shared and weights.size > 0,
         dynamic=bool(parameter["is_dynamic"]),
-        io_alone=net["addr_mode"] == 1,
+        io_alone=net["addr_mode"] == IO_ALONE,
+        tagged=net["addr_mode"] not in (BASIC, IO_ALONE),
     )
 
 
@@ -149,8 +156,10 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     try:
         fused = found["lm_head"].outputs[0].dtype in ("int32", "uint32")
         geometry = _geometry(found, layers)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         return [f"not the nets of a Qwen v1 model (missing or odd: {error})"]
+    if layers > len(reports):
+        return [f"a net of layer {layers - 1}, but {len(reports)} nets in all"]
     heads = "greedy_head" in found or "penalty_sample_head" in found
     wanted = [net.name for net in nets(layers, heads=heads, multi_device=fused)]
     if names != wanted:
@@ -164,12 +173,14 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     problems = []
     for report in reports:
         kind = _kind(report.name, fused)
+        if report.tagged:
+            problems.append(
+                f"{report.name}: its tensors have tags for addresses, which the demos do not know"
+            )
         if fused and kind is NetKind.LM_HEAD_TOPK:
             continue  # its token's shape differs between TPU-MLIR versions, and runtimes read one number
         problems += _compare(report.name, "input", report.inputs, inputs(kind, geometry))
         problems += _compare(report.name, "output", report.outputs, outputs(kind, geometry))
-        if kind is not NetKind.BLOCK_CACHE and report.io_alone:
-            problems.append(f"{report.name}: io_alone is only for block_cache nets")
     return problems
 
 
@@ -200,14 +211,33 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
     return side, "yes"
 
 
-def inspect(path: Path) -> BmodelReport:
-    """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel."""
+def geometry_of(path: Path) -> Geometry:
+    """The sizes that the tensors of the bmodel at *path* speak of. Raises Refused when they speak of none."""
+    with Bmodel(path) as bmodel:
+        reports = {net["name"]: _net(net, set()) for net in bmodel.nets if net.get("parameter")}
+    layers = sum(name.startswith("block_cache_") for name in reports)
+    try:
+        return _geometry(reports, layers)
+    except (KeyError, IndexError, ValueError) as error:
+        raise Refused(f"{path} does not hold the nets of a Qwen v1 model") from error
+
+
+def inspect(path: Path, profile: str | None = None) -> BmodelReport:
+    """Read the bmodel at *path* (not its weights). Raises Refused when it is not a whole bmodel.
+
+    It is held against every generation of demos, or those of *profile*: one of them that cannot read the file
+    at all breaks the contract only where a profile was named.
+    """
     with Bmodel(path) as bmodel:
         seen: set[Region] = set()
         reports = tuple(_net(net, seen) for net in bmodel.nets if net.get("parameter"))
         model, length = bmodel.model, bmodel.length
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
+    contract = tuple(_contract(reports, layers))
+    runtimes = () if contract else suitability(path, profile)
+    overwritten = tuple(f"{one.generation}: {what}" for one in runtimes for what in one.hazards)
+    refused = tuple(f"{one.generation}: {one.refusal}" for one in runtimes if profile and one.refusal)
     return BmodelReport(
         path=str(path),
         size=length,
@@ -217,7 +247,8 @@ def inspect(path: Path) -> BmodelReport:
         devices=max(1, model["device_num"]),
         layers=layers,
         nets=reports,
-        contract=tuple(_contract(reports, layers)),
+        contract=contract + refused + overwritten,
+        runtimes=runtimes,
         speed=speed(side.predictions, layers, any(r.name == "greedy_head" for r in reports))
         if side
         else None,

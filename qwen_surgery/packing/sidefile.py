@@ -21,8 +21,12 @@ from qwen_surgery.nets import Geometry
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.packing.expand import Piece
 from qwen_surgery.packing.plans import PackPlan
+from qwen_surgery.parsing import build, parsing, read_json, whole
 
 FORMAT = 1
+#: Bytes. A plan takes some KB, but a constant inside an expression may have a million numbers.
+_LARGEST = 64 << 20
+_LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
 
 #: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
@@ -134,17 +138,12 @@ def describe(
 def load(bmodel: Path) -> SideFile:
     """The side file of *bmodel*. Raises Refused when it is missing, damaged, or belongs to another file."""
     path = path_for(bmodel)
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    data = read_json(path, "not a side file", limit=_LARGEST)
+    if data is None:
         hint = "it is written by `qwen-surgery build`; without it nobody knows where the weights lie"
-        raise Refused(f"{bmodel} has no side file ({path.name})", hint=hint) from None
-    except ValueError as error:
-        raise Refused(f"{path} is not a side file ({error})") from error
-    try:
+        raise Refused(f"{bmodel} has no side file ({path.name})", hint=hint)
+    with parsing(path):
         side = _parse(data)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise Refused(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if head_digest(bmodel) not in side.heads:
         raise Refused(f"{path} belongs to another bmodel than {bmodel}", hint="build the bmodel again")
     return side
@@ -164,16 +163,16 @@ def _parse(data: dict[str, Any]) -> SideFile:
     plans = tuple(PackPlan.from_json(plan) for plan in data["plans"])
     nets = {}
     for name, net in data["nets"].items():
-        tensors = {slot: (str(t[0]), tuple(t[1])) for slot, t in net["tensors"].items()}
-        if plans[net["plan"]].slots - set(tensors):
+        weights = build(NetWeights, net)
+        if plans[whole(weights.plan)].slots - set(weights.tensors):
             raise ValueError(f"net {name} lacks tensors")
-        nets[name] = NetWeights(int(net["plan"]), tensors)
-    return SideFile(
-        heads=tuple(str(head) for head in data["heads"]),
-        geometry=Geometry(**data["geometry"]),
-        plans=plans,
-        nets=nets,
-        config=dict(data["config"]),
-        predictions={kind: Prediction(**p) for kind, p in data["predictions"].items()},
-        notes=dict(data["notes"]),
-    )
+        nets[name] = weights
+    said = {name: value for name, value in data.items() if name != "format"}
+    side = build(SideFile, {**said, "plans": plans, "nets": nets})
+    if set(side.config) != {*COMPILED_IN, "trained_length"}:
+        raise ValueError("it does not say what is compiled in")
+    whole(side.config["trained_length"], 1)
+    for prediction in side.predictions.values():
+        if not (whole(prediction.cycles) and 0 < prediction.milliseconds < _LONGEST):
+            raise ValueError("a prediction is no time")
+    return side

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from codemods.base import Outcome, Status
+from codemods.analysis.source import SourceError
 from codemods.config.facts import CONFIG, ModelFacts
-from codemods.source import SourceError
+from codemods.framework.base import Outcome, Status
 from qwen_surgery.errors import Refused, Usage
 
 #: The recipes that ship with the program.
@@ -51,7 +51,7 @@ def apply(
     """
     import codemods
     import codemods.config
-    from codemods import recipes, registry
+    from codemods.framework import recipes, registry
 
     chosen = recipes.load(recipe)
     source_skip = [name for name in skip if name in registry.names()]
@@ -99,7 +99,7 @@ def era(data: bytes) -> str:
 
 def warm() -> None:
     """Import everything that a run needs, before processes are forked."""
-    from codemods import registry
+    from codemods.framework import registry
 
     for name in registry.names():
         registry.get(name)
@@ -107,7 +107,7 @@ def warm() -> None:
 
 def check_names(recipe: str, skip: Sequence[str]) -> None:
     """Raise Usage for a recipe nobody provides, or for a skip that names none of its edits."""
-    from codemods import recipes
+    from codemods.framework import recipes
 
     try:
         chosen = recipes.load(recipe)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from codemods.base import Example
+from codemods.framework.base import Documented, Example
 from qwen_surgery.patching import edits
 
 
@@ -72,27 +72,22 @@ class Page:
 
 def everything() -> dict[str, Page]:
     """Every source codemod, then every config edit, by name."""
-    from codemods import config, recipes, registry
+    from codemods import config
+    from codemods.framework import recipes, registry
 
     pages = {}
     for name in registry.names():
-        rule = registry.get(name)
-        pages[name] = Page(
-            name,
-            rule.title,
-            rule.why,
-            rule.precondition,
-            rule.postcondition,
-            rule.declines,
-            rule.examples,
-            tuple(r for r in recipes.names() if name in recipes.load(r).codemods),
-        )
-    for name in config.BUILTIN:
-        edit = config.get(name)
+        used = tuple(r for r in recipes.names() if name in recipes.load(r).codemods)
+        pages[name] = _page(registry.get(name), used)
+    for name in config.names():
         used = tuple(r for r in recipes.names() if name in recipes.load(r).config)
-        labels = edits.config_labels(name)
-        pages[name] = Page(name, edit.title, edit.why, "", "", edit.declines, edit.examples, used, labels)
+        pages[name] = _page(config.get(name), used, edits.config_labels(name))
     return pages
+
+
+def _page(codemod: Documented, used: tuple[str, ...], labels: tuple[str, ...] = ()) -> Page:
+    said = asdict(codemod.prose)
+    return Page(name=codemod.name, examples=codemod.examples, recipes=used, outcomes=labels, **said)
 
 
 def find(name: str) -> Page | None:

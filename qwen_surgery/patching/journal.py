@@ -71,7 +71,7 @@ def _is_ours(name: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Write:
+class WriteFile:
     """Put *data* at *path* (created when missing) with the permission bits *mode* (None keeps what is there).
 
     ``expect`` is the digest of the bytes the plan was made on; other bytes found there end the commit.
@@ -88,8 +88,8 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Remove:
-    """Remove the file at *path*, if it is there."""
+class RemoveFile:
+    """RemoveFile the file at *path*, if it is there."""
 
     path: Path
 
@@ -103,8 +103,8 @@ class _Step:
     after: str | None
 
     @classmethod
-    def of(cls, action: Write | Remove) -> _Step:
-        after = digest(action.data) if isinstance(action, Write) else None
+    def of(cls, action: WriteFile | RemoveFile) -> _Step:
+        after = digest(action.data) if isinstance(action, WriteFile) else None
         return cls(action.path, _digest_of(action.path), after)
 
     @property
@@ -143,12 +143,12 @@ def _digest_of(path: Path) -> str | None:
     return None if data is None else digest(data)
 
 
-def _make_temporary(temp: Path, action: Write, like: os.stat_result | None) -> None:
+def _make_temporary(temp: Path, action: WriteFile, like: os.stat_result | None) -> None:
     if not (_as_symlink(temp, action) or _as_link(temp, action)):
         write_temporary(temp, action.data, like, action.mode)
 
 
-def _as_symlink(temp: Path, action: Write) -> bool:
+def _as_symlink(temp: Path, action: WriteFile) -> bool:
     """Make *temp* the symbolic link that *action* names, if it still leads to the wanted bytes."""
     if not action.symlink:
         return False
@@ -161,7 +161,7 @@ def _as_symlink(temp: Path, action: Write) -> bool:
     return False
 
 
-def _as_link(temp: Path, action: Write) -> bool:
+def _as_link(temp: Path, action: WriteFile) -> bool:
     """Make *temp* another name of the file that *action* names, if that holds the wanted bytes and mode."""
     if action.link is None:
         return False
@@ -215,11 +215,11 @@ def _take_back(step: _Step, old: _Old) -> None:
     if old.data is None:
         step.target.unlink(missing_ok=True)
         return
-    _make_temporary(step.temp, Write(step.target, old.data, symlink=old.symlink), old.status)
+    _make_temporary(step.temp, WriteFile(step.target, old.data, symlink=old.symlink), old.status)
     step.temp.replace(step.target)
 
 
-def commit(root: Path, actions: Iterable[Write | Remove]) -> None:
+def commit(root: Path, actions: Iterable[WriteFile | RemoveFile]) -> None:
     """Do all *actions* on the checkout *root* or none, keeping the journal in its existing state folder.
 
     On an error every target holds its old bytes again and ToolFailed says why; only when even that fails is
@@ -228,7 +228,7 @@ def commit(root: Path, actions: Iterable[Write | Remove]) -> None:
     todo = list(actions)
     steps = [_Step.of(action) for action in todo]
     for action, step in zip(todo, steps, strict=True):
-        if isinstance(action, Write) and action.expect is not None and action.expect != step.before:
+        if isinstance(action, WriteFile) and action.expect is not None and action.expect != step.before:
             raise Refused(f"{action.path} was changed by someone else meanwhile; nothing was changed")
     for path in (root / STATE / JOURNAL, *(action.path for action in todo)):
         _refuse_folder(temporary_of(path))
@@ -237,7 +237,7 @@ def commit(root: Path, actions: Iterable[Write | Remove]) -> None:
     try:
         _write_journal(root, "prepare", steps)
         for action, step, was in zip(todo, steps, old, strict=True):
-            if isinstance(action, Write):
+            if isinstance(action, WriteFile):
                 _make_temporary(step.temp, action, was.status)
         _write_journal(root, "commit", steps)
         for index, step in enumerate(steps):
@@ -324,7 +324,7 @@ def make_state(root: Path) -> None:
 
 
 def drop_state(root: Path) -> None:
-    """Remove the state folder when it holds neither a receipt nor a journal (nothing anyone needs).
+    """RemoveFile the state folder when it holds neither a receipt nor a journal (nothing anyone needs).
 
     Only what this program puts there is removed: a folder that holds anything else stays, with that.
     """

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from golden import revisions
 from qwen_surgery import console, files
 from qwen_surgery.errors import ToolFailed

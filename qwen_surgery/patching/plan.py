@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from golden import revisions
 from golden.revisions import Revision
 from qwen_surgery.errors import Refused, ToolFailed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import digest, read_regular
 from qwen_surgery.patching.journal import (
@@ -137,6 +137,7 @@ class Receipt:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    value.encode()  # raises ValueError for half a character, which could not be written again
     return value
 
 
@@ -148,10 +149,8 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 def outcome_from_json(data: dict[str, Any]) -> Outcome:
     """The inverse of :func:`outcome_json`. Raises TypeError for a field of another type."""
     outcome = Outcome(**{**data, "status": Status(data["status"])})
-    texts = (outcome.codemod, outcome.reason, outcome.where)
-    lines = (outcome.line, outcome.end_line)
-    if not all(isinstance(text, str) for text in texts) or not all(
-        line is None or isinstance(line, int) for line in lines
-    ):
-        raise TypeError("an outcome has a field of another type")
+    for text in (outcome.codemod, outcome.reason, outcome.where):
+        _text(text)
+    if not all(line is None or isinstance(line, int) for line in (outcome.line, outcome.end_line)):
+        raise TypeError("an outcome has a line that is no number")
     return outcome

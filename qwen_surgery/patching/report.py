@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from codemods.base import Outcome, Status
+from codemods.framework.base import Outcome, Status
 from qwen_surgery import __version__, console
 from qwen_surgery.patching.edits import blocks
 from qwen_surgery.patching.receipt import outcome_json

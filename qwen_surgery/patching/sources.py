@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods.base import Outcome
 from codemods.config.facts import ModelFacts
-from codemods.recipes import UnknownRecipe
+from codemods.framework.base import Outcome
+from codemods.framework.recipes import UnknownRecipe
 from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.patching import plan, write

@@ -9,8 +9,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from codemods.base import Outcome, Status
-from codemods.identity import may_be_modeling
+from codemods.analysis.identity import may_be_modeling
+from codemods.framework.base import Outcome, Status
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.history import Item, RevisionSource
 

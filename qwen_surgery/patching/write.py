@@ -18,7 +18,7 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.files import digest, locked, read_regular
 from qwen_surgery.patching import journal
 from qwen_surgery.patching import plan as planning
-from qwen_surgery.patching.journal import RECEIPT, STATE, Remove, Write
+from qwen_surgery.patching.journal import RECEIPT, STATE, RemoveFile, WriteFile
 from qwen_surgery.patching.receipt import FileRecord, Receipt
 
 
@@ -69,7 +69,7 @@ def restore(path: Path) -> Restored | None:
         if receipt is None:
             return None
         back, untouched = _to_restore(path, receipt)
-        journal.commit(path, [*back, Remove(path / STATE / RECEIPT)])
+        journal.commit(path, [*back, RemoveFile(path / STATE / RECEIPT)])
         notes += _lost_links(path, back)
         return Restored(tuple(a.path.name for a in back), untouched, tuple(notes))
 
@@ -124,33 +124,35 @@ def _commit(plan: planning.Patch, receipt: Receipt) -> None:
     root = plan.checkout.path
     state = root / STATE
     journal.make_state(root)
-    actions: list[Write | Remove] = []
+    actions: list[WriteFile | RemoveFile] = []
     for name, record in receipt.files.items():
         stored = state / record.stored(name)
         if digest(read_regular(stored, journal.LARGEST) or b"") != record.before:
-            actions.append(Write(stored, plan.reference[name], 0o600))
+            actions.append(WriteFile(stored, plan.reference[name], 0o600))
             _keep_links(root / name, stored)
     for name in plan.changed:
         actions.append(_changed(plan, receipt, name))
     if receipt.files:
-        actions.append(Write(state / RECEIPT, receipt.to_bytes()))
+        actions.append(WriteFile(state / RECEIPT, receipt.to_bytes()))
     else:
-        actions.append(Remove(state / RECEIPT))
+        actions.append(RemoveFile(state / RECEIPT))
     journal.commit(root, actions)
 
 
-def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> Write:
+def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> WriteFile:
     """The new content of *name*; other options that leave it unpatched bring its mode and links back too."""
     path, result, expect = plan.checkout.path / name, plan.result[name], digest(plan.current[name])
     old = plan.receipt.files.get(name) if plan.receipt else None
     if old is None or name in receipt.files or digest(result) != old.before:
-        return Write(path, result, expect=expect)
+        return WriteFile(path, result, expect=expect)
     return _back(plan.checkout.path, name, old, result, expect)
 
 
-def _back(root: Path, name: str, record: FileRecord, original: bytes, expect: str | None) -> Write:
+def _back(root: Path, name: str, record: FileRecord, original: bytes, expect: str | None) -> WriteFile:
     link = _linked(root / STATE / record.stored(name))
-    return Write(root / name, original, record.mode, expect, link if link.exists() else None, record.symlink)
+    return WriteFile(
+        root / name, original, record.mode, expect, link if link.exists() else None, record.symlink
+    )
 
 
 def _linked(stored: Path) -> Path:
@@ -164,8 +166,8 @@ def _keep_links(path: Path, stored: Path) -> None:
             os.link(path, _linked(stored), follow_symlinks=False)
 
 
-def _to_restore(path: Path, receipt: Receipt) -> tuple[list[Write], tuple[str, ...]]:
-    back: list[Write] = []
+def _to_restore(path: Path, receipt: Receipt) -> tuple[list[WriteFile], tuple[str, ...]]:
+    back: list[WriteFile] = []
     untouched: list[str] = []
     for name, record in receipt.files.items():
         target = path / name
@@ -190,7 +192,7 @@ def _stands_as_before(target: Path, record: FileRecord) -> bool:
     return not target.is_symlink() and stat.S_IMODE(target.stat().st_mode) == record.mode
 
 
-def _lost_links(path: Path, back: Sequence[Write]) -> list[str]:
+def _lost_links(path: Path, back: Sequence[WriteFile]) -> list[str]:
     return [
         f"{action.path.name} was a link to {action.symlink}, which does not hold the original any more: "
         "it was restored as a file"

@@ -48,6 +48,18 @@ def chip_of(bmodel: Path, toolchain: Toolchain) -> str:
     return chip.group(1)
 
 
+def emulator_library(chip: str, toolchain: Toolchain) -> Path:
+    """The emulator of *chip*; raises :class:`ToolFailed` where *toolchain* has none."""
+    names = _EMULATORS.get(chip)
+    if names is None:
+        raise ToolFailed(f"no emulator is known for {chip}", hint="known: " + ", ".join(_EMULATORS))
+    folder = toolchain.root / "lib"
+    library = next((folder / name for name in names if (folder / name).exists()), None)
+    if library is None:
+        raise ToolFailed(f"TPU-MLIR {toolchain.version} has no emulator for {chip}")
+    return library
+
+
 class ChipEngine:
     """A bmodel open on the emulator. Use it in a ``with`` block: leaving it ends the worker.
 
@@ -64,7 +76,7 @@ class ChipEngine:
         self.chip = chip_of(self.bmodel, self.toolchain)
         arguments = ("emulator", str(self.bmodel))
         # The chip's emulator under the name the runtime loads, without touching the toolchain's own links.
-        libraries = {"libcmodel.so": self._library()}
+        libraries = {"libcmodel.so": emulator_library(self.chip, self.toolchain)}
         self._worker = Worker(
             self.toolchain,
             arguments,
@@ -78,17 +90,6 @@ class ChipEngine:
         except BaseException:
             self.close()
             raise
-
-    def _library(self) -> Path:
-        """The emulator of this bmodel's chip."""
-        folder = self.toolchain.root / "lib"
-        names = _EMULATORS.get(self.chip)
-        if names is None:
-            raise ToolFailed(f"no emulator is known for {self.chip}", hint="known: " + ", ".join(_EMULATORS))
-        library = next((folder / name for name in names if (folder / name).exists()), None)
-        if library is None:
-            raise ToolFailed(f"TPU-MLIR {self.toolchain.version} has no emulator for {self.chip}")
-        return library
 
     def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One forward of *net* on *inputs*, in the net's order."""

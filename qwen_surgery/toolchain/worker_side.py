@@ -2,6 +2,7 @@
 
     worker_side.py PIPE emulator BMODEL      nets of a compiled model on the chip emulator
     worker_side.py PIPE top-dialect          nets in TPU-MLIR's Top dialect, in its own interpreter
+    worker_side.py PIPE device BMODEL FLAGS  the vendor's bmruntime, call by call (``device_side.py``)
 
 Messages on stdin and a private copy of stdout; ``worker.py`` describes them.
 """
@@ -127,6 +128,13 @@ def from_chip(data: Any, dtype: str) -> Any:
     return data.astype(np.int32 if dtype == "i32" else np.float32)
 
 
+def device(*arguments: str) -> Any:
+    """The session that ``device_side.py`` has; libbmrt is loaded for it alone."""
+    from device_side import Bmruntime  # type: ignore[import-not-found]  # beside this file, in the worker's path
+
+    return Bmruntime(*arguments)
+
+
 def serve(session: Any, requests: Any, replies: Any) -> None:
     import numpy as np
 
@@ -171,7 +179,8 @@ def main() -> None:
     # TPU-MLIR's C code prints to stdout: keep the real one for replies, give it stderr.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    session: Any = {"emulator": Emulator, "top-dialect": TopDialect}[kind](*arguments)
+    sessions: dict[str, Any] = {"emulator": Emulator, "top-dialect": TopDialect, "device": device}
+    session = sessions[kind](*arguments)
     write_frame(replies, b'{"ready": true, "arrays": 0}')
     replies.flush()
     serve(session, sys.stdin.buffer, replies)

@@ -15,6 +15,7 @@ import numpy as np
 from qwen_surgery import nets
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.runtime import host
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.metrics import Distance, distance, total_variation
 
@@ -189,13 +190,13 @@ class CaseMaker:
     def _prefill_cases(self, record: Pass) -> Iterator[NetCase]:
         g, length = self._g, len(record.tokens)
         label = f"prefill {length}"
-        ids = runtime.padded(record.tokens, g.seq_length)
+        ids = host.padded(record.tokens, g.seq_length)
         if 0 in record.block_inputs:
             yield NetCase(
                 "embedding", NetKind.EMBEDDING, None, label, (ids,), (record.block_inputs[0][None],), length
             )
-        positions = runtime.prefill_positions(length, g.seq_length)
-        mask = runtime.prefill_mask(length, g.seq_length)
+        positions = host.prefill_positions(length, g.seq_length)
+        mask = host.prefill_mask(length, g.seq_length)
         for i in self._layers:
             states = np.zeros((1, g.seq_length, g.hidden), dtype=np.float32)
             states[0, :length] = record.block_inputs[i]
@@ -218,8 +219,8 @@ class CaseMaker:
                 (token,),
                 (record.block_inputs[0][None],),
             )
-        position = runtime.decode_position(length)
-        mask = runtime.decode_mask(length, g.seq_length)
+        position = host.decode_position(length)
+        mask = host.decode_mask(length, g.seq_length)
         for i in self._layers:
             inputs = (
                 record.block_inputs[i][None],
@@ -248,10 +249,10 @@ class CaseMaker:
         yield NetCase("lm_head", NetKind.LM_HEAD, None, label, (record.last_hidden[None],), (logits,))
         best = np.array([[int(np.argmax(logits))]], dtype=np.int32)
         yield NetCase("greedy_head", NetKind.GREEDY_HEAD, None, label, (logits,), (best,))
-        settings = runtime.Sampling()
+        settings = host.Sampling()
         # As if the three best tokens had just been said: a head that forgets the penalty must show.
         said = [*record.tokens, *(int(token) for token in np.argsort(logits[0])[-3:])]
-        ids = runtime.sampling_ids(said, g.seq_length, settings.last_n)
+        ids = host.sampling_ids(said, g.seq_length, settings.last_n)
         knobs = (settings.top_p, settings.temperature, settings.penalty)
         inputs = (logits, ids, *(np.array([knob], dtype=np.float32) for knob in knobs))
         expected = runtime.penalty_sample(logits, ids, settings)

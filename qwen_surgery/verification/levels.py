@@ -12,6 +12,7 @@ from golden.tolerances import Limit
 from qwen_surgery import nets
 from qwen_surgery.errors import Refused, SurgeryError, Usage
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.runtime import host
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.cases import NetCase, as_distribution
 from qwen_surgery.verification.engines import has_fused_head
@@ -132,7 +133,7 @@ def check_end_to_end(
     limits: dict[str, Limit],
     prompt: Sequence[int],
     steps: int,
-    sampling: runtime.Sampling,
+    sampling: host.Sampling,
     *,
     progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[list[Check], dict[str, list[int]]]:
@@ -227,7 +228,7 @@ def _sampled(
     limits: dict[str, Limit],
     prompt: Sequence[int],
     steps: int,
-    sampling: runtime.Sampling,
+    sampling: host.Sampling,
     label: str,
     progress: Callable[[str], None],
 ) -> Check:
@@ -243,7 +244,7 @@ def _sampled(
     for step in range(steps + 1):
         assert record.logits is not None
         progress(f"{END_TO_END} sampling {step}/{steps}")
-        ids = runtime.sampling_ids(run.tokens, geometry.seq_length, sampling.last_n)
+        ids = host.sampling_ids(run.tokens, geometry.seq_length, sampling.last_n)
         expected = runtime.penalty_sample(record.logits, ids, sampling)
         got = run.candidates(logits, sampling)
         gaps.append(_shift(record.logits, logits, ids, sampling))
@@ -261,9 +262,7 @@ def _sampled(
     return Check(END_TO_END, None, label, "tokens", values, judge(limits, "sampling", values))
 
 
-def _shift(
-    reference: np.ndarray, candidate: np.ndarray, ids: np.ndarray, sampling: runtime.Sampling
-) -> float:
+def _shift(reference: np.ndarray, candidate: np.ndarray, ids: np.ndarray, sampling: host.Sampling) -> float:
     """Total variation between the distributions that two models would sample from, without top-p."""
     expected, found = (
         softmax(runtime.penalised(logits, ids, sampling) / np.float32(sampling.temperature))

@@ -1,7 +1,8 @@
 """The reference of everything: the unpatched upstream model, run in fp32 on the CPU with its own config.
 
-The checkout's own ``QWenLMHeadModel`` runs, its forward and its cache untouched. What each block takes and
-gives is recorded by hooks. Models that do not fit in memory run with one layer's weights loaded at a time.
+The checkout's own ``QWenLMHeadModel`` runs whole, from token ids to logits: its forward, its masks and its
+cache are untouched. What each block takes and gives is recorded by hooks. A model that does not fit in memory
+runs with one layer's weights loaded at a time, and reads its tables of words by the row.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Pass:
 
     ``block_inputs`` and ``block_outputs`` map a recorded layer to [L, H]; ``keys`` and ``values`` to the L
     new units [L, n, d]; ``past_keys`` and ``past_values`` to the units before them [P, n, d]. ``logits`` [V]
-    are those after the last token and ``last_hidden`` [H] is what they were made from, before the final norm;
-    both are None when the reference has only the model's first layers.
+    are those after the last token, as they leave the model, and ``last_hidden`` [H] is what they were made
+    from, before the final norm; both are None when the reference has only the model's first layers. ``order``
+    are the layers as they ran.
     """
 
     tokens: tuple[int, ...]
@@ -47,6 +49,7 @@ class Pass:
     past_values: dict[int, np.ndarray] = field(default_factory=dict)
     logits: np.ndarray | None = None
     last_hidden: np.ndarray | None = None
+    order: list[int] = field(default_factory=list)
 
 
 class ReferenceModel:
@@ -131,21 +134,34 @@ class ReferenceModel:
         for name in names:
             module, attribute = self._places[name]
             shape = module._parameters[attribute].shape
+            # Not a number: code that reads a weight that is not there must not get away with it.
             module._parameters[attribute] = torch.nn.Parameter(
-                torch.zeros(()).expand(shape), requires_grad=False
+                torch.full((), torch.nan).expand(shape), requires_grad=False
             )
 
     def _install(self) -> None:
-        left = set(_TABLES) if self._by_rows else set()
-        self._load([n for n in self._places if n not in left and not (self.streamed and ".h." in n)])
+        left = self._read_by_rows() if self.streamed or self._cut else set()
+        left |= {name for name in self._places if self.streamed and ".h." in name}
+        self._load([name for name in self._places if name not in left])
+        self._unload(sorted(left))
         for i, block in enumerate(self._model.transformer.h):
             block.register_forward_pre_hook(self._before(i), with_kwargs=True)
             block.register_forward_hook(self._after(i), with_kwargs=True)
 
-    @property
-    def _by_rows(self) -> bool:
-        """Whether the two matrices of the vocabulary's size are read row by row instead of loaded."""
-        return self.streamed or self._cut
+    def _read_by_rows(self) -> set[str]:
+        """Have plain tables read from the checkpoint where they are used; the names of their parameters."""
+        from torch import nn
+
+        table: Any = self._model.transformer.wte
+        head: Any = self._model.lm_head
+        found = set()
+        if type(table) is nn.Embedding:
+            object.__setattr__(table, "forward", self._embed)
+            found.add(_TABLES[0])
+        if type(head) is nn.Linear and head.bias is None:
+            object.__setattr__(head, "forward", self._product)
+            found.add(_TABLES[1])
+        return found
 
     def _layer_parameters(self, i: int) -> list[str]:
         return [name for name in self._places if name.startswith(f"transformer.h.{i}.")]
@@ -155,8 +171,10 @@ class ReferenceModel:
             if self.streamed:
                 self._load(self._layer_parameters(i))
             states = args[0] if args else kwargs["hidden_states"]
-            if self._pass is not None and i in self.layers:
-                self._pass.block_inputs[i] = states[0].numpy().copy()
+            if self._pass is not None:
+                self._pass.order.append(i)
+                if i in self.layers:
+                    self._pass.block_inputs[i] = states[0].numpy().copy()
 
         return hook
 
@@ -181,43 +199,38 @@ class ReferenceModel:
 
         return hook
 
-    def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embedding's forward: [1, L] -> [1, L, H], the rows read from the checkpoint."""
         import torch
 
-        table = self._index["transformer.wte.weight"]
-        if not self._by_rows:
-            return self._model.transformer.wte(torch.tensor([tokens]))
-        return torch.from_numpy(read_rows(table, tokens))[None]
+        rows = read_rows(self._index[_TABLES[0]], ids.ravel().tolist())
+        return torch.from_numpy(rows).reshape(*ids.shape, -1)
 
-    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+    def _product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output layer's forward: [1, L, H] -> [1, 1, V], the last token's alone, some rows at a time."""
         import torch
 
-        if not self.streamed:
-            return self._model.lm_head(hidden).numpy().copy()
-        table = self._index[self._tensor("lm_head.weight")]
+        table = self._index[self._tensor(_TABLES[1])]
         parts = []
         for first in range(0, table.shape[0], _ROWS_AT_A_TIME):
             rows = range(first, min(first + _ROWS_AT_A_TIME, table.shape[0]))
-            parts.append(hidden @ torch.from_numpy(read_rows(table, rows)).T)
-        return torch.cat(parts).numpy()
+            parts.append(hidden[:, -1:] @ torch.from_numpy(read_rows(table, rows)).T)
+        return torch.cat(parts, dim=-1)
 
     def _forward(self, tokens: Sequence[int]) -> Pass:
         import torch
 
         self._pass = Pass(tuple(tokens), self.length)
+        inputs = {"input_ids": torch.tensor([list(tokens)]), "past_key_values": self._past}
         with torch.no_grad():
-            result = self._model.transformer(
-                inputs_embeds=self._embed(tokens),
-                past_key_values=self._past,
-                use_cache=True,
-                output_attentions=False,
-                output_hidden_states=False,
-                return_dict=True,
-            )
-            self._past = result.past_key_values
-            if not self._cut:
-                self._pass.logits = self._logits(result.last_hidden_state[0, -1])
+            # Without its last layers a model has no logits: then only the stack runs.
+            run = self._model.transformer if self._cut else self._model
+            result = run(**inputs, use_cache=True, return_dict=True)
+        self._past = result.past_key_values
+        if not self._cut:
+            self._pass.logits = result.logits[0, -1].numpy().copy()
         record, self._pass = self._pass, None
+        _refuse_other_order(record.order, self.layer_count)
         self.length += len(tokens)
         return record
 
@@ -231,6 +244,15 @@ class ReferenceModel:
         if self._past is None:
             raise Refused("decode needs a prefill before it")
         return self._forward([token])
+
+
+def _refuse_other_order(order: Sequence[int], layers: int) -> None:
+    if list(order) != list(range(layers)):
+        raise Refused(
+            f"the model's forward runs the layers {', '.join(map(str, order))}, and the nets run each of the "
+            f"{layers} once, in order",
+            hint="look at the loop over the layers in QWenModel.forward",
+        )
 
 
 def read_rows(table: TensorRef, rows: Sequence[int]) -> np.ndarray:

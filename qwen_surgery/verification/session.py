@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from golden import tolerances
+from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification import language
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
-from qwen_surgery.verification.results import LevelResult, Report
-from qwen_surgery.verification.runtime import Sampling
+from qwen_surgery.verification.results import Check, LevelResult, Report
 
 if TYPE_CHECKING:
     from qwen_surgery.nets import Geometry
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import WeightIndex
 
-LEVELS = ("source", "onnx", "mlir", "chip")
+LEVELS = ("source", "onnx", "mlir", "chip", "runtime")
 MODES = ("bf16", "f16", "int8", "int4")
 _DEFAULT_STEPS = 8
 #: Cases are kept for the next level up to this many bytes.
@@ -72,8 +73,8 @@ class Request:
                 raise Usage(f"there is no level {level}", hint=f"levels are {', '.join(LEVELS)}")
             if level in ("onnx", "mlir") and not self.onnx:
                 raise Usage(f"level {level} needs an exported folder", hint="give --onnx DIR")
-            if level == "chip" and not self.bmodels:
-                raise Usage("level chip needs a bmodel", hint="give --bmodel FILE")
+            if level in ("chip", "runtime") and not self.bmodels:
+                raise Usage(f"level {level} needs a bmodel", hint="give --bmodel FILE")
         return tuple(level for level in LEVELS if level in levels)
 
 
@@ -156,6 +157,8 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
         report.levels.append(_mlir_level(parts, folders[-1]))
     for bmodel in request.bmodels if "chip" in levels else ():
         report.levels.append(_chip_level(parts, bmodel))
+    for bmodel in request.bmodels if "runtime" in levels else ():
+        report.levels.append(_runtime_level(parts, bmodel))
     # Linux counts in KiB; children are the emulator and TPU-MLIR's tools.
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     report.peak_rss = max(usage) * 1024
@@ -172,7 +175,7 @@ def _open(
 
     checkout = Checkout.open(request.checkout)
     folders = [OrtEngine(folder) for folder in request.onnx]
-    bmodels = request.bmodels if "chip" in levels else ()
+    bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
         _ready_for_chips(request, bmodels)
     seq_length = _seq_length(request, folders, bmodels)
@@ -258,15 +261,15 @@ def _folder_name(folder: OrtEngine) -> str:
 
 
 def _level(
-    parts: _Opened, level: str, mode: str, name: str, engine: Engine, *, contract: bool = False
+    parts: _Opened, level: str, mode: str, name: str, engine: Engine, bmodel: Path | None = None
 ) -> LevelResult:
     result = LevelResult(level, mode, name)
     limits = parts.limits_for(level, mode)
     heads = "greedy_head" in engine.nets or level != "chip"
 
     def work() -> None:
-        if contract:
-            result.checks += check_contract(engine, parts.geometry)
+        if bmodel is not None:
+            result.checks += [*check_contract(engine, parts.geometry), _memory_check(bmodel)]
         wanted = parts.selection.net_names(parts.geometry, heads=heads)
         result.checks += check_nets(
             engine,
@@ -311,7 +314,11 @@ def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str
 
 
 def _end_to_end_prompt(parts: _Opened) -> list[int]:
-    """The longest prompt that leaves room for the decode steps; a shortened one when none does."""
+    """The longest prompt that leaves room for the decode steps; a shortened one when none does.
+
+    It is text where the checkout has its tokenizer: on random tokens a trained model sees nothing it knows,
+    and its distribution, which is then compared, hangs on little.
+    """
     prompts = make_prompts(parts.selection, parts.geometry)
     room = parts.geometry.seq_length - parts.request.steps
     if room < 1:
@@ -320,7 +327,19 @@ def _end_to_end_prompt(parts: _Opened) -> list[int]:
             hint="use fewer --steps",
         )
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    return max(fitting, key=len) if fitting else prompts[0][:room]
+    prompt = max(fitting, key=len) if fitting else prompts[0][:room]
+    return _text_tokens(parts)[: len(prompt)] or prompt
+
+
+def _text_tokens(parts: _Opened) -> list[int]:
+    """Tokens of the text, else of one that comes with this program; none without a tokenizer that fits."""
+    try:
+        tokenizer = parts.tokenizer
+    except Refused:
+        return []
+    if tokenizer.size > parts.geometry.vocab:
+        return []
+    return tokenizer.encode(parts.request.text or TEXT.read_text(encoding="utf-8"))
 
 
 def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
@@ -330,7 +349,40 @@ def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
 
     mode = _mode_of(parts.request, bmodel)
     with ChipEngine(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
-        return _level(parts, "chip", mode, chip.chip, chip, contract=True)
+        return _level(parts, "chip", mode, chip.chip, chip, bmodel)
+
+
+def _memory_check(bmodel: Path) -> Check:
+    """Whether the demos find every tensor as they left it, by the bmodel's addresses."""
+    from qwen_surgery.packing.report import inspect
+
+    return Check("all nets", None, "contract", "memory", {}, inspect(bmodel).contract)
+
+
+def _runtime_level(parts: _Opened, bmodel: Path) -> LevelResult:
+    """A bmodel in the vendor's own runtime, as each generation of demos drives it."""
+    from qwen_surgery.toolchain.environment import Toolchain
+    from qwen_surgery.verification.on_runtime import check_runtimes
+
+    result = LevelResult("runtime", _mode_of(parts.request, bmodel), "bmruntime")
+
+    def work() -> None:
+        longest = _end_to_end_prompt(parts)
+        seq_length, steps = parts.geometry.seq_length, parts.request.steps
+        # Short, and as long as it may be: what overlaps shows in a prompt's last rows.
+        lengths = Selection((max(1, seq_length // 3), seq_length - steps), seed=parts.request.seed)
+        prompts = make_prompts(lengths, parts.geometry) if not parts.request.prompt_lengths else [longest]
+        result.checks += check_runtimes(
+            bmodel,
+            Toolchain.find(parts.request.toolchain),
+            parts.geometry,
+            prompts,
+            steps,
+            Sampling(seed=parts.request.seed),
+            progress=lambda what: parts.progress(f"runtime: {what}"),
+        )
+
+    return timed(result, work)
 
 
 def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:

@@ -106,6 +106,7 @@ _CANDIDATES = {
     "onnx": "onnxruntime",
     "mlir": "TPU-MLIR",
     "chip": "emulated chip",
+    "runtime": "the vendor's runtime",
 }
 
 

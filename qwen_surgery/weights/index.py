@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_surgery.errors import Refused
+from qwen_surgery.errors import Refused, SurgeryError
+from qwen_surgery.parsing import is_plain_name, parsing, read_json
 from qwen_surgery.weights.refs import TensorRef
 from qwen_surgery.weights.safetensors_header import read_header
 from qwen_surgery.weights.torch_zip import read_torch_zip
@@ -17,6 +17,7 @@ _LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors", read_header),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
 )
+_NO_INDEX = "not a weight index"
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
@@ -73,16 +74,15 @@ class WeightIndex(Mapping[str, TensorRef]):
 
 
 def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], tuple[Path, ...]]:
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"{index_file}: not a weight index ({error})") from error
+    index = read_json(index_file, _NO_INDEX)
+    with parsing(index_file, _NO_INDEX):
+        names = dict(index["weight_map"].items())
+    for shard in names.values():
+        if not is_plain_name(shard):
+            raise Refused(f"{index_file}: shard {shard!r:.100} is not a plain file name")
     refs: dict[str, TensorRef] = {}
     files: list[Path] = []
     for shard in dict.fromkeys(names.values()):
-        if Path(shard).name != shard:
-            raise Refused(f"{index_file}: shard {shard!r} is not a plain file name")
         file = index_file.parent / shard
         if not file.is_file():
             first = next(tensor for tensor, where in names.items() if where == shard)
@@ -107,8 +107,8 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
 
 def _refuse_quantised_config(path: Path) -> None:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(path / "config.json", "not JSON")
+    except SurgeryError:
         return  # reading config.json is not this module's business
     quantisation = config.get("quantization_config") if isinstance(config, dict) else None
     if quantisation:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import Refused
+from qwen_surgery.parsing import DATA_ERRORS, parsing, reason, sizes, whole
 from qwen_surgery.weights.refs import ITEM_SIZE, TensorRef, check_ranges
 from qwen_surgery.weights.safetensors_header import LFS_MARK, refuse_lfs_pointer
 
@@ -36,6 +37,11 @@ _STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
+#: Bytes of the archive's directory and of data.pkl; a model of 72B in one file has 200 KB of each.
+_LARGEST = 16 << 20
+#: Pickle instructions that say a value, and those that say nothing.
+_CONSTANTS = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_IGNORED = {"PROTO", "FRAME"}
 _OTHER_ITEM_SIZE = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -66,22 +72,15 @@ def read_torch_zip(file: Path) -> dict[str, TensorRef]:
     """
     with file.open("rb") as stream:
         refuse_lfs_pointer(file, stream.read(len(LFS_MARK)))
-    try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
-        raise Refused(
-            f"{file}: not a zip archive: truncated, or written by a PyTorch older than 1.6",
-            hint="download it again, or save it again with a current torch",
-        ) from None
-    with archive:
-        entries = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in entries if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise Refused(f"{file}: not a PyTorch checkpoint (it has {len(pickles)} data.pkl)")
-        prefix = pickles[0][: -len("data.pkl")]
-        if entries.get(prefix + "byteorder") and archive.read(prefix + "byteorder") != b"little":
-            raise Refused(f"{file}: written on a big-endian machine, which is not supported")
-        state = _unpickle(file, archive.read(pickles[0]))
+    entries = _directory(file)
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise Refused(f"{file}: not a PyTorch checkpoint (it has {len(pickles)} data.pkl)")
+    prefix = pickles[0][: -len("data.pkl")]
+    order = entries.get(prefix + "byteorder")
+    if order is not None and _small(file, order) != b"little":
+        raise Refused(f"{file}: written on a big-endian machine, which is not supported")
+    state = _unpickle(file, _small(file, entries[pickles[0]]))
     refs = [
         _ref(file, name, tensor, entries.get(f"{prefix}data/{tensor.storage.key}"))
         for name, tensor in state.items()
@@ -90,28 +89,187 @@ def read_torch_zip(file: Path) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in refs}
 
 
-def _unpickle(file: Path, data: bytes) -> dict[str, _Tensor]:
+class _Limited(io.BufferedReader):
+    """A file of which no more than :data:`_LARGEST` bytes are read at once, whatever it says of itself."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST:
+            raise ValueError(f"it asks for {size:,} bytes at once, the most is {_LARGEST:,}")
+        return super().read(size)
+
+
+def _directory(file: Path) -> dict[str, zipfile.ZipInfo]:
+    """The entries of a zip archive by name; reads its directory only."""
     try:
-        state = _StateDictUnpickler(file, data).load()
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError, TypeError) as error:
-        raise Refused(f"{file}: data.pkl is damaged ({error})") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+        with _Limited(io.FileIO(file)) as stream, zipfile.ZipFile(stream) as archive:
+            return {info.filename: info for info in archive.infolist()}
+    except (zipfile.BadZipFile, OSError, NotImplementedError, *DATA_ERRORS) as error:
+        raise Refused(
+            f"{file}: not a zip archive: truncated, or written by a PyTorch older than 1.6 ({reason(error)})",
+            hint="download it again, or save it again with a current torch",
+        ) from None
+
+
+def _small(file: Path, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of an entry of which each has a few hundred per tensor."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _LARGEST:
+        raise Refused(f"{file}: {entry.filename:.100}: its storage is compressed, or over {_LARGEST:,} bytes")
+    with file.open("rb") as stream:
+        stream.seek(_data_offset(file, entry))
+        data = stream.read(entry.file_size)
+    if zlib.crc32(data) != entry.CRC:
+        raise Refused(f"{file}: {entry.filename:.100} is damaged", hint="download it again")
+    return data
+
+
+def _unpickle(file: Path, data: bytes) -> dict[str, _Tensor]:
+    with parsing(f"{file}: data.pkl"):
+        state = _StateDict(file).read(data)
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
     if not isinstance(state, dict):
         raise Refused(f"{file}: holds a {type(state).__name__}, not a state dict")
-    return {str(name): value for name, value in state.items() if isinstance(value, _Tensor)}
+    return {name: value for name, value in state.items() if isinstance(value, _Tensor)}
 
 
-class _StateDictUnpickler(pickle.Unpickler):
-    """Unpickles descriptions of tensors; every name outside the table below is refused, never imported."""
+_MARK = object()
 
-    def __init__(self, file: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+
+class _StateDict:
+    """Runs the few pickle instructions that a state dict takes; every other one, and every name outside the
+    table below, is refused and never imported.
+
+    Python's own unpickler would run more, and lets a file of a few bytes ask for any amount of memory.
+    """
+
+    def __init__(self, file: Path) -> None:
         self._file = file
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def read(self, data: bytes) -> Any:
+        for opcode, argument, _position in pickletools.genops(data):
+            if opcode.name == "STOP":
+                break
+            if opcode.name in _CONSTANTS:
+                self._stack.append(argument)
+            elif opcode.name not in _IGNORED:
+                step = getattr(self, f"_{opcode.name.lower()}", None)
+                if step is None:
+                    raise ValueError(f"the instruction {opcode.name} has no place in a state dict")
+                step(argument)
+        (state,) = self._stack
+        return state
+
+    def _pop(self, kind: type = object) -> Any:
+        value = self._stack.pop()
+        if value is _MARK or not isinstance(value, kind):
+            raise TypeError(f"a {type(value).__name__} where there must be a {kind.__name__}")
+        return value
+
+    def _pop_to_mark(self) -> list[Any]:
+        values = []
+        while (value := self._stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
+
+    def _top(self, kind: type) -> Any:
+        value = self._stack[-1]
+        if not isinstance(value, kind):
+            raise TypeError(f"a {type(value).__name__} where there must be a {kind.__name__}")
+        return value
+
+    # ---- values ----
+
+    def _none(self, _: Any) -> None:
+        self._stack.append(None)
+
+    def _newtrue(self, _: Any) -> None:
+        self._stack.append(True)
+
+    def _newfalse(self, _: Any) -> None:
+        self._stack.append(False)
+
+    def _empty_dict(self, _: Any) -> None:
+        self._stack.append({})
+
+    def _empty_list(self, _: Any) -> None:
+        self._stack.append([])
+
+    def _empty_tuple(self, _: Any) -> None:
+        self._stack.append(())
+
+    def _mark(self, _: Any) -> None:
+        self._stack.append(_MARK)
+
+    def _tuple(self, _: Any) -> None:
+        self._stack.append(tuple(self._pop_to_mark()))
+
+    def _tuple1(self, _: Any) -> None:
+        self._stack.append((self._pop(),))
+
+    def _tuple2(self, _: Any) -> None:
+        last = self._pop()
+        self._stack.append((self._pop(), last))
+
+    def _tuple3(self, _: Any) -> None:
+        last, middle = self._pop(), self._pop()
+        self._stack.append((self._pop(), middle, last))
+
+    # ---- what was seen before ----
+
+    def _binput(self, key: int) -> None:
+        self._memo[key] = self._top(object)
+
+    def _binget(self, key: int) -> None:
+        self._stack.append(self._memo[key])
+
+    def _memoize(self, _: Any) -> None:
+        self._binput(len(self._memo))
+
+    _long_binput = _put = _binput
+    _long_binget = _get = _binget
+
+    # ---- filling ----
+
+    def _append(self, _: Any) -> None:
+        value = self._pop()
+        self._top(list).append(value)
+
+    def _appends(self, _: Any) -> None:
+        values = self._pop_to_mark()
+        self._top(list).extend(values)
+
+    def _put_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
+        if not isinstance(key, (str, int)):  # to hash or to print a nested tuple may take for ever
+            raise TypeError(f"a {type(key).__name__} as a name")
+        target[str(key)] = value
+
+    def _setitem(self, _: Any) -> None:
+        value, key = self._pop(), self._pop()
+        self._put_item(self._top(dict), key, value)
+
+    def _setitems(self, _: Any) -> None:
+        values = self._pop_to_mark()
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            self._put_item(self._top(dict), key, value)
+
+    def _build(self, _: Any) -> None:
+        self._pop()  # attributes of the state dict, such as _metadata: nothing about its tensors
+        self._top(dict)
+
+    # ---- names ----
+
+    def _global(self, names: str) -> None:
+        self._stack.append(self._known(*names.split(" ", 1)))
+
+    def _stack_global(self, _: Any) -> None:
+        name = self._pop(str)
+        self._stack.append(self._known(self._pop(str), name))
+
+    def _known(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): _ordered_dict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         }
@@ -120,24 +278,39 @@ class _StateDictUnpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _StorageType(_STORAGES[name])
         raise Refused(
-            f"{self._file}: the pickle asks for {module}.{name}, which a state dict does not need",
+            f"{self._file}: the pickle asks for {module:.100}.{name:.100}, which a state dict does not need",
             hint="it may run code when loaded; convert the checkpoint to safetensors from a source you trust",
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _location, _numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
-        return _Storage(str(key), storage_type.dtype)
+    def _reduce(self, _: Any) -> None:
+        arguments = self._pop(tuple)
+        function = self._stack.pop()
+        if function not in (_ordered_dict, _rebuild_tensor, _rebuild_parameter):
+            raise TypeError(f"a {type(function).__name__} cannot be called")
+        self._stack.append(function(*arguments))
+
+    def _binpersid(self, _: Any) -> None:
+        kind, storage_type, key, _location, _numel = self._pop(tuple)
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, (str, int)):
+            raise ValueError("it refers to something that is no storage")
+        self._stack.append(_Storage(str(key), storage_type.dtype))
 
 
-def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_rest: Any
-) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+def _ordered_dict(pairs: list[Any] | None = None) -> dict[str, Any]:
+    if pairs:
+        raise ValueError("a dict with unknown content")
+    return {}
 
 
-def _rebuild_parameter(data: _Tensor, *_rest: Any) -> _Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor without a storage")
+    return _Tensor(storage, whole(offset), sizes(shape), sizes(stride))
+
+
+def _rebuild_parameter(data: Any, *_rest: Any) -> _Tensor:
+    if not isinstance(data, _Tensor):
+        raise TypeError("a parameter without a tensor")
     return data
 
 
@@ -170,9 +343,9 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
     """Byte offset of the entry's data. The local header's lengths decide; the directory's may differ."""
     with file.open("rb") as stream:
-        stream.seek(entry.header_offset)
+        stream.seek(max(0, entry.header_offset))
         local = stream.read(30)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+    if entry.header_offset < 0 or len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise Refused(f"{file}: damaged zip entry {entry.filename}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     return entry.header_offset + 30 + name_length + extra_length

@@ -25,7 +25,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     for fused in (False, True):
         flags = ["--onnx-path", str(folder / f"onnx-{fused}"), "--seq-length", "32", "--trust-remote-code"]
         run("export", str(folder / "Qwen-wide"), *flags, *(["--multi-device"] if fused else []))
-        run("clean", str(folder / f"onnx-{fused}"))
+        recipe = folder / "recipe.toml"
+        recipe.write_text(f"[passes]\nbounded-mask = {str(fused).lower()}\n")
+        run("clean", str(folder / f"onnx-{fused}"), "--recipe", str(recipe))
     return {fused: folder / f"onnx-{fused}" for fused in (False, True)}
 
 

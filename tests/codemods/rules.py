@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import libcst
 
-from codemods.base import Example, Outcome, Rule, Status
-from codemods.runner import SourceResult, run_rules
+from codemods.framework.base import Example, Outcome, Rule, Status
+from codemods.framework.runner import SourceResult, run_rules
 
 
 class RuleTest:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from codemods import registry
-from codemods.base import Status
+from codemods.framework import registry
+from codemods.framework.base import Status
 from golden.eras import modeling_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +20,10 @@ def test_the_command_does_what_the_rule_does(name: str) -> None:
     from libcst import parse_module
     from libcst.codemod import CodemodContext, SkipFile
 
+    from codemods.libcst_commands.command import command as command_of
+
     rule = registry.get(name)
-    module = importlib.import_module(registry.BUILTIN[name])
-    command = getattr(module, f"{type(rule).__name__}Command")
-    assert command.__name__ in dir(module)
+    command = command_of(rule)
     for example in rule.examples:
         context = CodemodContext()
         tree = parse_module(example.before)

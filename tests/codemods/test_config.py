@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codemods.base import Status
 from codemods.config import ConfigError, ModelFacts, run
+from codemods.framework.base import Status
 
 UPSTREAM = """{
   "architectures": ["QWenLMHeadModel"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codemods import config, docs, registry
+from codemods import config, docs
+from codemods.framework import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,8 +19,8 @@ def test_every_rule_has_a_page_with_why_and_when_it_declines() -> None:
     for name in registry.BUILTIN:
         page = pages[f"{name}.md"]
         assert "**Why.**" in page and "```diff" in page
-        assert all(reason in page for reason in registry.get(name).declines)
-    for name in config.BUILTIN:
+        assert all(reason in page for reason in registry.get(name).prose.declines)
+    for name in config.names():
         assert "**Why.**" in pages[f"config-{name}.md"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import codemods
-from codemods.base import Status
+from codemods.framework.base import Status
 
 #: The revision the vendor's hand-edited 7B file was made from, and where the vendor keeps that file.
 STARTED_FROM = "7b08ae1"

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import codemods
-from codemods.source import DEEPEST, LARGEST, SourceError, read
+from codemods.analysis.source import DEEPEST, LARGEST, SourceError, read
 from golden.eras import modeling_source
 
 TEXT = modeling_source("sdpa")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import codemods
-from codemods.base import Status
+from codemods.framework.base import Status
 from golden.eras import ERAS, modeling_source
 from tests.codemods import transforms
 

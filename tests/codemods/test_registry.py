@@ -8,9 +8,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import codemods
-from codemods import recipes, registry
-from codemods.base import Plan, Rule, Site, Status
-from codemods.source import Source
+from codemods.analysis.source import Source
+from codemods.framework import recipes, registry
+from codemods.framework.base import Decisions, Rule, Site, Status
 from golden.eras import modeling_source
 
 
@@ -18,10 +18,9 @@ class Greeting(Rule):
     """A third party's rule: declines every file that says hello."""
 
     name = "no-greeting"
-    title = why = precondition = postcondition = absent = "for tests"
-    declines = ("it says hello",)
+    absent = "it says nothing"
 
-    def sites(self, source: Source, plan: Plan) -> Iterator[Site]:
+    def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
         if "hello" in source.text:
             yield Site(Status.DECLINED, "it says hello", 1, 1)
 
@@ -114,6 +113,6 @@ def test_a_string_is_not_a_suppression() -> None:
 
 def test_suppressing_the_sum_keeps_the_mask() -> None:
     """Without the added attention_mask the causal mask must stay, however it came to be missing."""
-    result = codemods.run(modeling_source("bias_buffer"), "static", skip=["add-attention-mask"])
+    result = codemods.run(modeling_source("bias-buffer"), "static", skip=["add-attention-mask"])
     (mask,) = [o for o in result.outcomes if o.codemod == "drop-causal-mask"]
     assert mask.status is Status.DECLINED and not mask.suppressed

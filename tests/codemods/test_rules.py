@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from codemods import registry
-from codemods.base import Status
-from codemods.config import BUILTIN as CONFIG_EDITS
-from codemods.config import get, run
-from codemods.recipes import Recipe
+from codemods.config import get, names, run
+from codemods.framework import prose, registry
+from codemods.framework.base import Status
+from codemods.framework.recipes import Recipe
 from tests.codemods.rules import RuleTest, expected
 
 
@@ -19,7 +18,7 @@ class TestBuiltinRules(RuleTest):
         type(self).rule = registry.get(name)
 
 
-@pytest.mark.parametrize("name", CONFIG_EDITS)
+@pytest.mark.parametrize("name", names())
 def test_config_examples(name: str) -> None:
     """A config edit's examples end as they say at an export length of 512, and once is enough."""
     edit = get(name)
@@ -34,11 +33,35 @@ def test_config_examples(name: str) -> None:
             assert result.changed
 
 
-def test_names_are_unique_and_say_the_file() -> None:
-    """``explain`` and the docs find a rule by name: the name, the key and the module must agree."""
-    for name, module in registry.BUILTIN.items():
+def test_names_say_the_file() -> None:
+    """A codemod is found by its file and reported by its name: the two must agree."""
+    for name in registry.BUILTIN:
         assert registry.get(name).name == name
-        assert module == "codemods." + name.replace("-", "_")
-    for name, module in CONFIG_EDITS.items():
+    for name in names():
         assert get(name).name == name
-        assert module.rsplit(".", 1)[-1] == name.replace("-", "_")
+
+
+@pytest.mark.parametrize("name", [*registry.BUILTIN, *names()])
+def test_every_codemod_says_what_why_and_when_it_declines(name: str) -> None:
+    """The docstring is what ``explain`` and the pages print: a section left out is a hole in both."""
+    codemod = registry.get(name) if name in registry.BUILTIN else get(name)
+    said = codemod.prose
+    assert said.title and said.why.endswith(".")
+    if name in registry.BUILTIN:
+        assert said.precondition.endswith(".") and said.postcondition.endswith(".")
+    declining = any(example.status is Status.DECLINED for example in codemod.examples)
+    assert bool(said.declines) == declining
+
+
+def test_a_section_with_an_unknown_heading_is_an_error() -> None:
+    class Odd:
+        """Do something.
+
+        Whence
+            Nowhere.
+        """
+
+        name = "odd"
+
+    with pytest.raises(ValueError, match=r"Odd: 'Whence' is none of the sections Why,"):
+        prose.read(Odd)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 import codemods
-from codemods import recipes, registry
 from codemods.add_attention_mask import NAME as ADD
-from codemods.base import Status
-from codemods.runner import run_rules
+from codemods.framework import recipes, registry
+from codemods.framework.base import Status
+from codemods.framework.runner import run_rules
 from golden.eras import ERAS, modeling_source
 from tests.codemods.transforms import expression, mutated
 
@@ -126,7 +126,7 @@ REWRITES = {
 
 
 @pytest.mark.parametrize("kind", REWRITES)
-@pytest.mark.parametrize("era", ["bias_buffer", "sdpa", "tril"])
+@pytest.mark.parametrize("era", ["bias-buffer", "sdpa", "late"])
 def test_scores_rewritten_in_a_form_not_known_keep_their_mask(era: str, kind: str) -> None:
     text = mutated(modeling_source(era), before_softmax(REWRITES[kind]))
     assert text is not None

@@ -8,8 +8,8 @@ import difflib
 import pytest
 
 import codemods
-from codemods.base import Status
-from codemods.source import SourceError, read
+from codemods.analysis.source import SourceError, read
+from codemods.framework.base import Status
 from golden.eras import ERAS, modeling_source
 
 FORMS = {
@@ -25,7 +25,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("era", ["bias_buffer", "sdpa", "tril"])
+@pytest.mark.parametrize("era", ["bias-buffer", "sdpa", "late"])
 def test_lines_outside_the_outcomes_keep_their_bytes(era: str, form: str) -> None:
     data = FORMS[form](modeling_source(era))
     result = codemods.run(data, "static")
@@ -94,7 +94,7 @@ def test_two_statements_on_a_line_decline() -> None:
 
 
 def test_failure_inside_an_edit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from codemods import runner
+    from codemods.framework import runner
 
     def explode(*_: object) -> str:
         raise RuntimeError("out of luck")

@@ -10,7 +10,7 @@ import ast
 import random
 from collections.abc import Callable, Iterator
 
-from codemods import tree as t
+from codemods.analysis import tree as t
 
 NOISE = ("# a note", "# qwen: `key = quantise(key)` was here", "", "#", "# if attention_mask is not None:")
 

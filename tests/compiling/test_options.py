@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions, deploy_flags, refuse_uncleaned
+from qwen_surgery.compiling.options import (
+    CompileOptions,
+    deploy_flags,
+    needed_passes,
+    refuse_for_runtime,
+    refuse_uncleaned,
+)
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
@@ -36,22 +42,35 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         (
             NetKind.BLOCK_CACHE,
             {"mode": "bf16", "addr_mode": "basic", "dynamic": True},
+            "--quantize BF16 --quant_input --quant_output --chip bm1684x",
+        ),
+        (
+            NetKind.BLOCK,
+            {"mode": "bf16", "dynamic": True},
             "--quantize BF16 --quant_input --quant_output --chip bm1684x --dynamic",
         ),
-        (NetKind.LM_HEAD, {"mode": "int8"}, "--quantize W8BF16 --quant_input --chip bm1684x"),
         (
             NetKind.LM_HEAD,
-            {"mode": "int4", "lm_head_mode": "bf16"},
+            {"mode": "int8"},
+            "--quantize W8BF16 --quant_input --chip bm1684x --addr_mode io_alone",
+        ),
+        (
+            NetKind.LM_HEAD,
+            {"mode": "int4", "lm_head_mode": "bf16", "addr_mode": "basic"},
             "--quantize BF16 --quant_input --chip bm1684x",
         ),
-        (NetKind.EMBEDDING, {"mode": "int4"}, "--quantize BF16 --quant_input --quant_output --chip bm1684x"),
+        (
+            NetKind.EMBEDDING,
+            {"mode": "int4", "dynamic": True},
+            "--quantize BF16 --quant_input --quant_output --chip bm1684x --dynamic --addr_mode io_alone",
+        ),
         (
             NetKind.EMBEDDING_CACHE,
             {"mode": "f16"},
-            "--quantize F16 --quant_input --quant_output --chip bm1684x",
+            "--quantize F16 --quant_input --quant_output --chip bm1684x --addr_mode io_alone",
         ),
-        (NetKind.GREEDY_HEAD, {"mode": "int4"}, "--chip bm1684x"),
-        (NetKind.PENALTY_SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x"),
+        (NetKind.GREEDY_HEAD, {"mode": "int4"}, "--chip bm1684x --addr_mode io_alone"),
+        (NetKind.PENALTY_SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x --addr_mode io_alone"),
         (
             NetKind.BLOCK,
             {"mode": "int4", "q_group_size": 32, "symmetric": True},
@@ -60,11 +79,11 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         (
             NetKind.LM_HEAD_TOPK,
             {"mode": "int8", "num_device": 8},
-            "--quantize W8BF16 --quant_input --chip bm1684x --num_device 8",
+            "--quantize W8BF16 --quant_input --chip bm1684x --num_device 8 --addr_mode io_alone",
         ),
     ],
 )
-def test_flags_are_those_of_the_reference_scripts(
+def test_flags_are_those_of_the_reference_scripts_with_addresses_apart(
     kind: NetKind, options: dict[str, object], expected: str
 ) -> None:
     assert flags(kind, **options) == expected
@@ -105,7 +124,10 @@ def test_the_oldest_runtime_gets_a_token_from_its_lm_head() -> None:
     ("options", "path"),
     [
         ({}, "BM1684X/qwen_int4_seq512_1dev.bmodel"),
-        ({"mode": "int8", "num_device": 2, "dynamic": True}, "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel"),
+        (
+            {"mode": "int8", "num_device": 2, "dynamic": True, "runtime": "sophon-demo"},
+            "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel",
+        ),
         ({"target": "bm1688", "mode": "f16"}, "BM1688/qwen_f16_seq512_bm1688_1dev.bmodel"),
         ({"target": "cv186x", "name": "q"}, "CV186X/q_int4_seq512_cv186x_1dev.bmodel"),
     ],
@@ -147,7 +169,14 @@ def test_what_raw_graphs_cannot_carry_is_refused(options: dict[str, object]) -> 
     resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
     with pytest.raises(Usage, match="needs cleaned nets"):
         refuse_uncleaned(resolved, ("fold-constants",))
-    refuse_uncleaned(resolved, ("fold-constants", "rotary"))
+    refuse_uncleaned(resolved, ("fold-constants", "rotary", "free-length"))
+
+
+def test_a_runtime_that_needs_a_pass_gets_no_net_without_it() -> None:
+    resolved = CompileOptions(runtime="sophon-demo-2024.1").resolved(QWEN_7B)
+    with pytest.raises(Usage, match="cleaned with the pass bounded-mask"):
+        refuse_for_runtime(resolved, ("fold-constants", "rotary"))
+    refuse_for_runtime(resolved, needed_passes(resolved))
 
 
 def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> None:

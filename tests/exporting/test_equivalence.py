@@ -12,9 +12,9 @@ import torch
 from golden.eras import ERAS
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K
+from qwen_surgery.runtime.host import decode_mask, padded, prefill_mask, prefill_positions
 from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.reference import ReferenceModel
-from qwen_surgery.verification.runtime import decode_mask, padded, prefill_mask, prefill_positions
 from qwen_surgery.weights import WeightIndex
 from tests.exporting.conftest import LENGTH, Tiny, small_checkout
 

@@ -222,7 +222,7 @@ def test_a_patched_checkout_is_exported_as_it_was_patched(own_checkout: Path, tm
     assert patched.returncode == 0, patched.stderr
     done = run(
         *("export", own_checkout, "--onnx-path", tmp_path / "onnx", "--trust-remote-code"),
-        *("--nets", "embedding"),
+        *("--nets", "embedding", "--no-twin"),  # documented edits are not exact with LogN on
     )
     assert done.returncode == 0, done.stderr
     manifest = Manifest.load(tmp_path / "onnx")

@@ -13,9 +13,9 @@ from qwen_surgery.exporting.modules import ModuleFactory
 from qwen_surgery.exporting.template import make_binding, resolve
 from qwen_surgery.nets import Net, NetKind, inputs, outputs
 from qwen_surgery.packing.container import Bmodel, Region
+from qwen_surgery.runtime.host import decode_mask, prefill_mask, prefill_positions
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
-from qwen_surgery.verification.runtime import decode_mask, prefill_mask, prefill_positions
 from tests.exporting.conftest import LENGTH, Tiny, small_checkout
 
 pytestmark = pytest.mark.tpu

@@ -96,7 +96,7 @@ def test_logn_and_ntk_act_past_the_trained_length(tmp_path: Path) -> None:
 def test_later_eras_agree_past_the_trained_length_too(tmp_path: Path) -> None:
     """Eras with LogN and NTK differ only in when the stretch is applied, not in what it is."""
     tokens = PROMPT * 2
-    eras = [era for era in ERAS if era != "bias_buffer"]
+    eras = [era for era in ERAS if era != "bias-buffer"]
     logits = {
         era: run(load_model(make_checkout(tmp_path / era, era=era, trained_length=8)), tokens) for era in eras
     }
@@ -104,7 +104,7 @@ def test_later_eras_agree_past_the_trained_length_too(tmp_path: Path) -> None:
         torch.testing.assert_close(logits[era], logits["sdpa"], atol=2e-5, rtol=0, msg=f"{era} differs")
 
 
-@pytest.mark.parametrize("era", ["cache_quantised", "sdpa", "no_upcast", "tril"])
+@pytest.mark.parametrize("era", ["kv-quant", "sdpa", "tril-forward", "late"])
 def test_the_quantised_cache_runs_and_stays_close(era: str, tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path, era=era)
     exact = run(load_model(checkout), PROMPT, split=4)
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     first, second, other = (
         {
             f.name: f.read_bytes()
-            for f in make_checkout(tmp_path / name, era="tril", seed=seed).iterdir()
+            for f in make_checkout(tmp_path / name, era="late", seed=seed).iterdir()
             if f.is_file()
         }
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
@@ -183,21 +183,21 @@ def test_the_tokenizer_reads_back_what_it_wrote(tmp_path: Path) -> None:
 
 def test_each_era_holds_the_construct_it_is_named_for() -> None:
     held = {
-        "bias_buffer": ('"bias",', "rotary_emb(kv_seq_len)"),
-        "rotary_pair": ("rotary_pos_emb: Optional", "registered_causal_mask"),
-        "rotary_list": ("rotary_pos_emb_list",),
-        "cache_quantised": ("quantize_cache_v",),
+        "bias-buffer": ('"bias",', "rotary_emb(kv_seq_len)"),
+        "registered-mask": ("rotary_pos_emb: Optional", "registered_causal_mask"),
+        "registered-mask-list": ("rotary_pos_emb_list",),
+        "kv-quant": ("quantize_cache_v",),
         "sdpa": ("SUPPORT_TORCH2", "_upcast_and_reordered_attn"),
-        "no_upcast": ("torch.tril(",),
-        "tril": ("if causal_mask is not None:", "(size_temp ** 0.5)", "torch.tril("),
+        "tril-forward": ("torch.tril(",),
+        "late": ("if causal_mask is not None:", "(size_temp ** 0.5)", "torch.tril("),
     }
     assert set(held) == set(ERAS)
     for era, texts in held.items():
         source = modeling_source(era)
         ast.parse(source)
         assert all(text in source for text in texts), era
-    assert "torch.full(" not in modeling_source("tril")
-    assert "_upcast_and_reordered_attn" not in modeling_source("no_upcast")
+    assert "torch.full(" not in modeling_source("late")
+    assert "_upcast_and_reordered_attn" not in modeling_source("tril-forward")
 
 
 def test_demo_checkout_command_refuses_a_folder_that_is_in_use(tmp_path: Path) -> None:
@@ -207,10 +207,10 @@ def test_demo_checkout_command_refuses_a_folder_that_is_in_use(tmp_path: Path) -
     assert stop.value.code == 3
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(SystemExit) as stop:
-        main(["demo-checkout", str(tmp_path / "new"), "--era", "tril", "--layers", "3"])
+        main(["demo-checkout", str(tmp_path / "new"), "--era", "late", "--layers", "3"])
     assert stop.value.code == 2, "the trained model has two layers: more are only to be had at random"
     with pytest.raises(SystemExit) as stop:
-        main(["demo-checkout", str(tmp_path / "new"), "--era", "tril", "--layers", "3", "--random"])
+        main(["demo-checkout", str(tmp_path / "new"), "--era", "late", "--layers", "3", "--random"])
     assert stop.value.code == 0
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["model_type"] == "qwen"

@@ -42,23 +42,23 @@ def test_the_shipped_references_hold_on_this_machine() -> None:
 
 def test_record_then_check_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "references.jsonl"
-    limits = ("--era", "tril", "--stage", "torch", "--file", file)
+    limits = ("--era", "late", "--stage", "torch", "--file", file)
     assert check("check", *limits) == 3, "nothing recorded is not a pass"
     assert check("record", *limits) == 0
     assert check("check", *limits) == 0
-    assert "tril torch" in capsys.readouterr().out
+    assert "late torch" in capsys.readouterr().out
     stages = record.load(file)
-    stage = stages["tril"]["torch"]
+    stage = stages["late"]["torch"]
     assert record.load(file) == stages
 
     name = next(iter(stage.tensors))
     moved = replace(stage.tensors[name], sha256="0" * 64)
     newer = replace(stage, versions={**stage.versions, "torch": "0"}, tensors={**stage.tensors, name: moved})
-    file.write_bytes(record.dump({"tril": {"torch": newer}}))
+    file.write_bytes(record.dump({"late": {"torch": newer}}))
     capsys.readouterr()
     assert check("check", *limits) == 0, "another version's rounding is drift, no failure"
     assert "1 drift" in (said := capsys.readouterr().out) and "torch 0 to" in said
 
     wrong = replace(moved, mean=moved.mean + 1)
-    file.write_bytes(record.dump({"tril": {"torch": replace(newer, tensors={**newer.tensors, name: wrong})}}))
+    file.write_bytes(record.dump({"late": {"torch": replace(newer, tensors={**newer.tensors, name: wrong})}}))
     assert check("check", *limits) == 1

@@ -101,7 +101,7 @@ def models(shared: Path) -> Callable[[int], Model]:
         def make(folder: Path) -> None:
             make_checkout(
                 folder / "checkout",
-                era="bias_buffer",
+                era="bias-buffer",
                 layers=LAYERS,
                 hidden=128,
                 heads=2,

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qwen_surgery.packing.coverage import Coverage
-from qwen_surgery.packing.expressions import Found, Stored, evaluate, read_template, slots
+from qwen_surgery.packing.expressions import Placed, Stored, evaluate, read_template, slots
 
 A, B = "weight/a", "weight/b"
 
@@ -92,7 +92,7 @@ def test_expression_equals_onnxruntime(case: str) -> None:
 
 def test_two_transposes_leave_the_tensor_as_it_lies() -> None:
     """So that it is read from its shard block by block instead of whole."""
-    found: Found = read_template(_model(*CASES["transposed twice"]))
+    found: Placed = read_template(_model(*CASES["transposed twice"]))
     assert ["slot", "a"] in found.frontier.values()
 
 

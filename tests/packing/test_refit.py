@@ -131,7 +131,7 @@ def test_another_model_is_refused_and_nothing_is_written(
     change: dict[str, object], message: str, built: Path, tmp_path: Path
 ) -> None:
     sizes: dict[str, object] = {"layers": LAYERS, "hidden": 128, "heads": 2, "vocab": VOCAB, **change}
-    era = "sdpa" if "rotary_base" in change else "bias_buffer"
+    era = "sdpa" if "rotary_base" in change else "bias-buffer"
     other = make_checkout(tmp_path / "other", era=era, **sizes)  # type: ignore[arg-type]
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(Refused, match=message):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from codemods import recipes
+from codemods.framework import recipes
 from qwen_surgery.patching import explaining
 from tests.patching.conftest import Result
 

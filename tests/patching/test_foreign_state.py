@@ -104,6 +104,14 @@ def test_a_record_holds_only_what_this_program_writes(
     assert snapshot(patched) == before
 
 
+def test_half_a_character_in_a_receipt_is_refused(patched: Path, cli: Callable[..., Result]) -> None:
+    """It could be read and not written again: the next patch would end in an unexpected error."""
+    _forge(patched, lambda data: data.update(time="\ud800"))
+    for command in ("restore", "patch"):
+        result = cli(command, patched)
+        assert result.code == 3 and "a bug" not in result.err
+
+
 STEPS = (
     {"target": "/etc/passwd", "before": None, "after": "0" * 64},
     {"target": "../victim/.profile", "before": None, "after": None},

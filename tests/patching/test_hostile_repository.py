@@ -37,7 +37,7 @@ def repository(tmp_path: Path) -> Path:
     path = tmp_path / "upstream"
     path.mkdir()
     git("init", cwd=path)
-    for era in ("rotary_list", "sdpa"):
+    for era in ("registered-mask-list", "sdpa"):
         (path / "modeling_qwen.py").write_text(modeling_source(era))
         git("add", "-A", cwd=path)
         assert git("commit", "-m", era, cwd=path).returncode == 0
@@ -143,11 +143,11 @@ def test_packed_loose_and_detached_refs_are_all_seen(repository: Path, cli: Cli)
     """What is on a branch, a tag or nowhere but under HEAD counts, as it does for git log --all."""
     first = survey(cli, repository)
     git("checkout", "-q", "-b", "side/branch", cwd=repository)
-    (repository / "modeling_qwen.py").write_text(modeling_source("tril"))
+    (repository / "modeling_qwen.py").write_text(modeling_source("late"))
     git("commit", "-q", "-am", "side", cwd=repository)
     git("tag", "-a", "v1", "-m", "one", cwd=repository)
     git("checkout", "-q", "--detach", cwd=repository)
-    (repository / "modeling_qwen.py").write_text(modeling_source("no_upcast"))
+    (repository / "modeling_qwen.py").write_text(modeling_source("tril-forward"))
     git("commit", "-q", "-am", "detached", cwd=repository)
     git("pack-refs", "--all", cwd=repository)
     found = survey(cli, repository)

@@ -41,7 +41,9 @@ def test_commit_writes_removes_and_keeps_modes(tmp_path: Path) -> None:
     root = _made(tmp_path)
     old, gone, new = root / ONE, root / TWO, root / NEW
     old.chmod(0o640)
-    journal.commit(root, [journal.Write(old, b"11"), journal.Remove(gone), journal.Write(new, b"3", 0o755)])
+    journal.commit(
+        root, [journal.WriteFile(old, b"11"), journal.RemoveFile(gone), journal.WriteFile(new, b"3", 0o755)]
+    )
     assert (old.read_bytes(), old.stat().st_mode & 0o7777) == (b"11", 0o640)
     assert (new.read_bytes(), new.stat().st_mode & 0o7777) == (b"3", 0o755)
     assert not gone.exists()
@@ -51,7 +53,7 @@ def test_commit_writes_removes_and_keeps_modes(tmp_path: Path) -> None:
 def test_commit_refuses_a_file_that_changed_since_the_plan(tmp_path: Path) -> None:
     root = _made(tmp_path)
     with pytest.raises(Refused, match="changed by someone else"):
-        journal.commit(root, [journal.Write(root / ONE, b"ours", expect=digest(b"planned on"))])
+        journal.commit(root, [journal.WriteFile(root / ONE, b"ours", expect=digest(b"planned on"))])
     assert (root / ONE).read_bytes() == b"1"
 
 
@@ -82,9 +84,9 @@ def test_one_failing_call_anywhere_leaves_every_file_old(
     root = _made(tmp_path)
     one, two, new = root / ONE, root / TWO, root / NEW
     actions = [
-        journal.Write(one, b"new 1", 0o600),
-        journal.Write(two, b"new 2"),
-        journal.Write(new, b"3"),
+        journal.WriteFile(one, b"new 1", 0o600),
+        journal.WriteFile(two, b"new 2"),
+        journal.WriteFile(new, b"3"),
     ]
     with monkeypatch.context() as patched:
         left = _fail_at(patched, call, use, errno.EIO)
@@ -120,7 +122,7 @@ def test_when_undoing_fails_too_the_next_run_finishes(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", broken)
         with pytest.raises(ToolFailed, match="next run"):
-            journal.commit(root, [journal.Write(one, b"new 1"), journal.Write(two, b"new 2")])
+            journal.commit(root, [journal.WriteFile(one, b"new 1"), journal.WriteFile(two, b"new 2")])
     assert one.read_bytes() in (b"1", b"new 1")
     assert two.read_bytes() == b"2"
     assert "finished" in journal.recover(root)
@@ -137,7 +139,7 @@ def test_recover_leaves_alone_what_somebody_changed_after_the_kill(
         patched.setattr(journal._Step, "commit", lambda self: os._exit(9))
         child = os.fork()
         if child == 0:
-            journal.commit(root, [journal.Write(one, b"new")])
+            journal.commit(root, [journal.WriteFile(one, b"new")])
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     one.write_bytes(b"somebody's")

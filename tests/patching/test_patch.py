@@ -92,7 +92,7 @@ def test_quiet_prints_nothing_but_errors(checkout: Path, cli: Cli) -> None:
 
 def test_a_required_edit_declined_is_exit_3_and_nothing_is_written(make: Make, cli: Cli) -> None:
     """The oldest code never adds attention_mask: without its triangle it would see the future."""
-    checkout = make("bias_buffer")
+    checkout = make("bias-buffer")
     before = snapshot(checkout)
     for options in ([], ["--check"], ["--diff"], ["--json"]):
         result = cli("patch", checkout, "--recipe", "documented", *options)
@@ -204,7 +204,7 @@ def test_sarif_has_a_result_for_every_site(checkout: Path, cli: Cli, tmp_path: P
 
 def test_sarif_calls_a_declined_required_edit_an_error(make: Make, cli: Cli, tmp_path: Path) -> None:
     report = tmp_path / "out.sarif"
-    cli("patch", make("bias_buffer"), "--recipe", "documented", "--sarif", report)
+    cli("patch", make("bias-buffer"), "--recipe", "documented", "--sarif", report)
     levels = {r["level"] for r in json.loads(report.read_text())["runs"][0]["results"]}
     assert "error" in levels
 

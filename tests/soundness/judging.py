@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 import codemods
-from codemods import tree as t
-from codemods.base import Status
+from codemods.analysis import tree as t
+from codemods.framework.base import Status
 from tests.soundness.numbers import LIMIT, NotViable, compute, difference
 
 

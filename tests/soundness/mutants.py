@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from codemods import tree as t
+from codemods.analysis import tree as t
 
 Change = Callable[[ast.Module, random.Random], str]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 import codemods
-from codemods.base import Status
+from codemods.framework.base import Status
 from golden.eras import modeling_source
 
 _ADD = "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
@@ -36,17 +36,17 @@ class Known:
 
 def before_add(*lines: str) -> Known:
     """*lines* before the caller's mask is added."""
-    return Known("rotary_list", _ADD, "".join(f"        {line}\n" for line in lines) + _ADD)
+    return Known("registered-mask-list", _ADD, "".join(f"        {line}\n" for line in lines) + _ADD)
 
 
 def in_block(line: str) -> Known:
-    return Known("rotary_list", _BLOCK, f"        {line}\n{_BLOCK}")
+    return Known("registered-mask-list", _BLOCK, f"        {line}\n{_BLOCK}")
 
 
 def in_init(*lines: str) -> Known:
     """*lines* at the end of the model's ``__init__``."""
     return Known(
-        "rotary_list",
+        "registered-mask-list",
         "        self.post_init()\n\n    def set_input",
         "".join(f"        {line}\n" for line in lines) + "        self.post_init()\n\n    def set_input",
     )
@@ -54,12 +54,12 @@ def in_init(*lines: str) -> Known:
 
 def handed(value: str) -> Known:
     """The model hands its layers *value*."""
-    return Known("rotary_list", _LOOP, _LOOP.replace("=attention_mask", f"={value}", 1))
+    return Known("registered-mask-list", _LOOP, _LOOP.replace("=attention_mask", f"={value}", 1))
 
 
 def before_class(text: str) -> Known:
     """*text* after the attention class, with ``OtherAttention`` used by the blocks."""
-    return Known("rotary_list", _HEAD, f"{text}\n\n{_HEAD}")
+    return Known("registered-mask-list", _HEAD, f"{text}\n\n{_HEAD}")
 
 
 KNOWN = {
@@ -86,7 +86,7 @@ KNOWN = {
     "mask changed in the block": in_block("attention_mask.zero_()"),
     "mask changed in the block through a view": in_block("part = attention_mask[..., 1:]; part.zero_()"),
     "mask changed by a function of the file": Known(
-        "rotary_list",
+        "registered-mask-list",
         _BLOCK,
         "        hush(attention_mask)\n" + _BLOCK + "",
     ),
@@ -96,8 +96,10 @@ KNOWN = {
         "attention_mask.masked_fill(torch.arange(attention_mask.size(-1)) < 2, -1e9)"
     ),
     "mask dropped by the model": handed("None"),
-    "mask not inverted": Known("rotary_list", "1.0 - attention_mask", "attention_mask"),
-    "mask of small numbers": Known("rotary_list", "hidden * torch.finfo(self.dtype).min", "hidden * -1.0"),
+    "mask not inverted": Known("registered-mask-list", "1.0 - attention_mask", "attention_mask"),
+    "mask of small numbers": Known(
+        "registered-mask-list", "hidden * torch.finfo(self.dtype).min", "hidden * -1.0"
+    ),
     "buffer filled after it was registered": in_init("self.registered_causal_mask.fill_(True)"),
     "buffer replaced by setattr": in_init(
         "setattr(self, 'registered_causal_mask', ~self.registered_causal_mask)"
@@ -107,18 +109,18 @@ KNOWN = {
     "buffer changed through _buffers": in_init("self._buffers['registered_causal_mask'].fill_(True)"),
     "buffer changed through another name": in_init("mask = self.registered_causal_mask", "mask.fill_(True)"),
     "triangle changed in the method": Known(
-        "rotary_list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
+        "registered-mask-list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
     ),
     "triangle changed on the way": in_block("registered_causal_mask.fill_(True)"),
     "scores called otherwise before a mask in place": Known(
-        "rotary_list",
+        "registered-mask-list",
         _WHERE,
         "        seen = attn_weights\n        attn_weights.masked_fill_(~causal_mask, mask_value)\n"
         "        total = seen.sum()\n"
         "        query = query * total\n",
     ),
     "masked scores kept": Known(
-        "rotary_list",
+        "registered-mask-list",
         _ADD,
         "        kept = attn_weights.clone()\n" + _ADD + "        value = value * kept.sum()\n",
     ),
@@ -132,7 +134,7 @@ KNOWN = {
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
     ),
     "no mask at all": Known(
-        "rotary_pair",
+        "registered-mask",
         "        attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n",
         "",
         "add-attention-mask",
@@ -156,12 +158,12 @@ KNOWN = {
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
     ),
     "buffer filled where weights are": Known(
-        "rotary_list",
+        "registered-mask-list",
         "    def _init_weights(self, module):\n",
         "    def _init_weights(self, module):\n        if isinstance(module, nn.Linear):\n"
         "            self.registered_causal_mask.fill_(True)\n",
     ),
-    "a decorated method": Known("rotary_list", "    def _attn(", "    @halved\n    def _attn("),
+    "a decorated method": Known("registered-mask-list", "    def _attn(", "    @halved\n    def _attn("),
     "the plain branch has another scale": Known(
         "sdpa", "size_temp ** 0.5", "size_temp ** 0.25", "disable-torch2"
     ),
@@ -187,22 +189,25 @@ KNOWN = {
         "disable-torch2",
     ),
     "key changed in place after the join": Known(
-        "rotary_list",
+        "registered-mask-list",
         "        attn_weights = torch.matmul(query, key",
         "        key.neg_()\n        attn_weights = torch.matmul(query, key",
         "early-present",
     ),
     "present changed in place after the join": Known(
-        "rotary_list",
+        "registered-mask-list",
         "            present = None\n",
         "            present = None\n        for half in present or ():\n            half.mul_(2)\n",
         "early-present",
     ),
     "part of the past joined": Known(
-        "rotary_list", _ONE_PAST, _ONE_PAST.replace("earlier_key,", "earlier_key[:, 1:],"), "early-present"
+        "registered-mask-list",
+        _ONE_PAST,
+        _ONE_PAST.replace("earlier_key,", "earlier_key[:, 1:],"),
+        "early-present",
     ),
     "part of the history handed on": Known(
-        "rotary_list",
+        "registered-mask-list",
         "            layer_past=layer_past,\n            output",
         "            layer_past=layer_past and [half[:, 1:] for half in layer_past],\n            output",
         "early-present",
@@ -238,12 +243,14 @@ LOOKS = {
         "    def _attn(self, *args, **kwargs):\n        return super()._attn(*args, **kwargs)\n"
     ),
     "a function of the file looks at it": Known(
-        "rotary_list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
+        "registered-mask-list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
     ),
     "the buffer is a copy of itself": in_init(
         "self.registered_causal_mask = self.registered_causal_mask.clone()"
     ),
-    "no else for present": Known("rotary_list", "            present = None\n", "            pass\n"),
+    "no else for present": Known(
+        "registered-mask-list", "            present = None\n", "            pass\n"
+    ),
     "a copy of the buffer is changed": in_init(
         "spare = self.registered_causal_mask.clone()", "spare.fill_(True)"
     ),

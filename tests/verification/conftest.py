@@ -12,12 +12,12 @@ from qwen_surgery.checkout import Checkout
 from qwen_surgery.exporting.export import export
 from qwen_surgery.nets import Geometry
 from qwen_surgery.patching.sources import Sources
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection
 from qwen_surgery.verification.engines import Engine
 from qwen_surgery.verification.levels import check_end_to_end, check_nets
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check
-from qwen_surgery.verification.runtime import Sampling
 from qwen_surgery.weights import WeightIndex
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_surgery.patching.sources import Sources
+from qwen_surgery.runtime import host
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from tests.verification.conftest import SEQ_LENGTH, Bench
@@ -158,7 +159,7 @@ def _decode_open(length: int, seq_length: int) -> np.ndarray:
 
 
 _WEAK = 1e-3  # of the contract's constant: exp(-10) is little, not nothing
-_true_prefill_mask, _true_decode_mask = runtime.prefill_mask, runtime.decode_mask
+_true_prefill_mask, _true_decode_mask = host.prefill_mask, host.decode_mask
 
 
 def _weak_prefill(length: int, seq_length: int) -> np.ndarray:

@@ -17,8 +17,9 @@ from qwen_surgery.commands.chat import _answer
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.export import export
 from qwen_surgery.patching.sources import Sources
+from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.tokenizer import Tokenizer, check
-from qwen_surgery.verification.runtime import Runtime, Sampling
+from qwen_surgery.verification.runtime import Runtime
 from qwen_surgery.weights import WeightIndex
 from tests.verification.conftest import Bench
 from tests.verification.mutants import Tampered

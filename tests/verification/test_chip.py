@@ -107,7 +107,7 @@ def chip_report(era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("era", "mode"),
     [
-        pytest.param(era, mode, marks=() if (era, mode) == ("rotary_pair", "bf16") else pytest.mark.slow)
+        pytest.param(era, mode, marks=() if (era, mode) == ("registered-mask", "bf16") else pytest.mark.slow)
         for era in ERAS
         for mode in BARS
     ],

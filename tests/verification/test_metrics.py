@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from golden import tolerances
+from qwen_surgery.runtime import host
 from qwen_surgery.verification import runtime
 from qwen_surgery.verification.metrics import agreement, distance, kl_divergence, total_variation, worst
 from qwen_surgery.verification.results import LevelResult, Report, judge, net_check
@@ -69,7 +70,7 @@ def test_every_tolerance_has_a_reason_and_every_level_is_covered() -> None:
 
 
 def test_masks_and_positions_are_the_vendor_runtimes() -> None:
-    mask = runtime.prefill_mask(3, 5)[0, 0]
+    mask = host.prefill_mask(3, 5)[0, 0]
     assert [[int(v == 0) for v in row] for row in mask] == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -78,14 +79,14 @@ def test_masks_and_positions_are_the_vendor_runtimes() -> None:
         [0, 0, 0, 0, 0],
     ]
     assert mask.min() == -10000
-    assert [int(v == 0) for v in runtime.decode_mask(3, 5).ravel()] == [1, 1, 0, 0, 0, 1]
-    assert runtime.prefill_positions(3, 5).tolist() == [[0, 1, 2, 0, 0]]
+    assert [int(v == 0) for v in host.decode_mask(3, 5).ravel()] == [1, 1, 0, 0, 0, 1]
+    assert host.prefill_positions(3, 5).tolist() == [[0, 1, 2, 0, 0]]
 
 
 def test_what_the_penalty_looks_back_on() -> None:
     """The latest tokens, then the last one again: padding must not penalise a token that was not said."""
-    assert runtime.sampling_ids([7, 8, 9], 6, 2).tolist() == [[8, 9, 9, 9, 9, 9]]
-    assert runtime.sampling_ids(range(10), 4, 32).tolist() == [[6, 7, 8, 9]]
+    assert host.sampling_ids([7, 8, 9], 6, 2).tolist() == [[8, 9, 9, 9, 9, 9]]
+    assert host.sampling_ids(range(10), 4, 32).tolist() == [[6, 7, 8, 9]]
 
 
 def test_a_sampling_that_is_no_number_misses_in_every_mode() -> None:
@@ -109,7 +110,7 @@ def test_no_limit_is_empty() -> None:
 def test_penalty_sampling_follows_the_contract() -> None:
     logits = np.zeros(100, dtype=np.float32)
     logits[:60] = np.linspace(8, 1, 60)
-    settings = runtime.Sampling(top_p=0.1, temperature=0.5, penalty=2.0)
+    settings = host.Sampling(top_p=0.1, temperature=0.5, penalty=2.0)
     probabilities, tokens = runtime.penalty_sample(logits, np.array([[0]]), settings)
     assert probabilities.shape == tokens.shape == (1, 50)
     assert probabilities.sum() == pytest.approx(1, abs=1e-6)

@@ -13,6 +13,8 @@ from qwen_surgery.verification import session
 from qwen_surgery.verification.cases import Selection
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.session import Request, verify
+from tests.twin.forks import FORKS
+from tests.twin.test_twin import checkout as fork_checkout
 from tests.verification.conftest import SEQ_LENGTH, Bench
 
 TRUST = "--trust-remote-code"
@@ -91,7 +93,7 @@ def test_another_models_export_is_refused(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
-    run(capsys, "demo-checkout", other, "--era", "tril")
+    run(capsys, "demo-checkout", other, "--era", "late")
     code, _, err = run(capsys, "verify", other, "--onnx", bench.folder, TRUST)
     assert code == 3 and "exported from another" in err
 
@@ -163,3 +165,31 @@ def test_cases_that_take_much_memory_are_made_again_for_each_level(
     for one, other in zip(kept.levels, again.levels, strict=True):
         assert {check.phase for check in one.checks} == {"prefill", "decode"}
         assert one.checks == other.checks
+
+
+@pytest.mark.parametrize(
+    ("fork", "net"),
+    [
+        ("logits capped", "lm_head"),
+        ("embeddings scaled", "embedding"),
+        ("embeddings scaled behind dropout", "embedding"),
+        ("distances added to the mask", "block_cache_0"),
+        ("layers changed after they were made", "block_1"),
+    ],
+)
+def test_what_the_model_does_around_its_layers_is_in_the_reference(
+    fork: str, net: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A reference that fed the layers itself would agree with nets that lack the same step."""
+    path = fork_checkout(tmp_path / "fork", next(f for f in FORKS if f.name == fork))
+    code, out, _ = run(capsys, "verify", path, "--seq-length", 16, "--trust-remote-code", "--json")
+    assert code == 1
+    (level,) = json.loads(out)["levels"]
+    assert net in {check["net"] for check in level["checks"] if not check["passed"]}
+
+
+def test_a_model_that_skips_a_layer_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = fork_checkout(tmp_path / "fork", next(f for f in FORKS if f.name == "a layer skipped"))
+    code, _, err = run(capsys, "verify", path, "--seq-length", 16, "--trust-remote-code")
+    assert code == 3
+    assert "forward runs the layers 0, 1" in " ".join(err.split())

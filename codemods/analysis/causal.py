@@ -2,19 +2,18 @@
 
 Every form upstream has used: a lower-triangular buffer of the class (``bias``) or of the model
 (``registered_causal_mask``), sliced to the last ``query_length`` rows and ``key_length`` columns; a
-triangle built
-with ``torch.tril`` in ``forward``; and ``None`` where a single query sees every key. Each function returns an
-empty string when it is shown, otherwise the reason why not.
+triangle built with ``torch.tril`` in ``forward``; and ``None`` where a single query sees every key. Each
+function returns an empty string when it is shown, otherwise the reason why not.
 """
 
 from __future__ import annotations
 
 import ast
 
-from codemods import tree as t
+from codemods.analysis import tree as t
+from codemods.analysis.attention import ScorePath, uncast
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import Found, changed_buffer, passed_on
-from codemods.attention import ScorePath, uncast
 
 
 def not_causal(path: ScorePath, node: ast.expr) -> str:

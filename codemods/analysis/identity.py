@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from enum import Enum
 
-from codemods import tree as t
-from codemods.attention import Attention, attentions
-from codemods.causal import is_triangle
-from codemods.source import Source, SourceError, read
+from codemods.analysis import tree as t
+from codemods.analysis.attention import Attention, attentions
+from codemods.analysis.causal import is_triangle
+from codemods.analysis.source import Source, SourceError, read
 
 
 class Era(str, Enum):
@@ -29,7 +29,7 @@ class Era(str, Enum):
 def identify(source: bytes | str) -> Era | None:
     """The era of a Qwen v1 modeling file, or None when the content is something else.
 
-    Raises :class:`~codemods.source.SourceError` when the source does not parse.
+    Raises :class:`~codemods.analysis.source.SourceError` when the source does not parse.
     """
     return era_of(read(source.encode() if isinstance(source, str) else source))
 

@@ -1,12 +1,12 @@
-"""Run rules over one source: plan on the tree, edit with LibCST, prove on the result."""
+"""Run rules over one source: decide on the tree, edit with LibCST, prove on the result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from codemods.base import EditError, Outcome, Plan, Rule, Site, Status
-from codemods.source import Source, SourceError, Suppression, parse, read
+from codemods.analysis.source import Source, SourceError, Suppression, parse, read
+from codemods.framework.base import Decisions, EditError, Outcome, Rule, Site, Status
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,30 @@ class SourceResult:
 
 
 def run_rules(data: bytes, rules: Sequence[Rule], skip: Iterable[str] = ()) -> SourceResult:
-    """Apply ``rules`` in order to ``data``. Raises :class:`~codemods.source.SourceError` if it does not
-    parse."""
+    """Apply ``rules`` in order to ``data``; raises ``SourceError`` if it does not parse."""
     source = read(data)
     skipped, used = set(skip), set()
-    plan = Plan()
+    decided = Decisions()
     for rule in rules:
         sites = []
-        for site in rule.sites(source, plan):
+        for site in rule.sites(source, decided):
             site, suppression = _suppress(source, rule, site, skipped)
             used |= {suppression} if suppression else set()
             sites.append(site)
-        plan.sites[rule.name] = sites
-    outcomes = tuple(o for rule in rules for o in _outcomes(rule, plan.sites[rule.name]))
+        decided.sites[rule.name] = sites
+    outcomes = tuple(o for rule in rules for o in _outcomes(rule, decided.sites[rule.name]))
     names = {rule.name for rule in rules}
     unused = tuple(
         s for s in source.suppressions if s not in used and (s.codemod in names or not _known(s.codemod))
     )
     edits = [
-        e for rule in rules for s in plan.sites[rule.name] if s.status is Status.APPLIED for e in s.edits
+        e for rule in rules for s in decided.sites[rule.name] if s.status is Status.APPLIED for e in s.edits
     ]
     if not edits:
         return SourceResult(data, outcomes, unused)
     try:
         text = _edited(source, edits)
-        _prove(text, rules, plan)
+        _prove(text, rules, decided)
     except EditError as error:
         return SourceResult(data, _instead(outcomes, Status.DECLINED, str(error)), unused)
     except Exception as error:  # whatever goes wrong inside an edit, the user's file stays as it was
@@ -76,7 +75,7 @@ class _Unproven(Exception):
 
 
 def _known(name: str) -> bool:
-    from codemods import registry
+    from codemods.framework import registry
 
     return name in registry.names()
 
@@ -126,12 +125,12 @@ def _outcomes(rule: Rule, sites: Sequence[Site]) -> list[Outcome]:
 
 
 def _edited(source: Source, edits: Sequence[object]) -> str:
-    from codemods.edit import apply  # LibCST is imported only when there is something to write
+    from codemods.framework.edit import apply  # LibCST is imported only when there is something to write
 
     return apply(source, edits)  # type: ignore[arg-type]
 
 
-def _prove(text: str, rules: Sequence[Rule], plan: Plan) -> None:
+def _prove(text: str, rules: Sequence[Rule], decided: Decisions) -> None:
     """The edited text parses, compiles, and every rule that acted finds its postcondition there."""
     try:
         edited = parse(text)
@@ -139,10 +138,11 @@ def _prove(text: str, rules: Sequence[Rule], plan: Plan) -> None:
     except (SourceError, SyntaxError, ValueError) as error:
         raise _Unproven(f"the edited file does not compile: {error}") from error
     for rule in rules:
-        acted = [site.where for site in plan.sites[rule.name] if site.status is Status.APPLIED]
+        acted = [site.where for site in decided.sites[rule.name] if site.status is Status.APPLIED]
         if not acted:
             continue
-        left = [s for s in rule.sites(edited, Plan()) if s.where in acted and s.status is not Status.ALREADY]
+        found = (site for site in rule.sites(edited, Decisions()) if site.where in acted)
+        left = [site for site in found if site.status is not Status.ALREADY]
         if left:
             raise _Unproven(
                 f"{rule.name}: after the edit, {left[0].where} line {left[0].line}: {left[0].reason}"

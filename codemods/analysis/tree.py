@@ -5,43 +5,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 
+# fmt: off
 #: Calls that have no effect besides their value, by the last part of their name.
-PURE_CALLS = frozenset(
-    (
-        "size",
-        "dim",
-        "finfo",
-        "iinfo",
-        "full",
-        "tensor",
-        "full_like",
-        "to",
-        "type",
-        "type_as",
-        "view",
-        "reshape",
-        "float",
-        "bool",
-        "int",
-        "sqrt",
-        "pow",
-        "min",
-        "max",
-        "tril",
-        "ones",
-        "zeros",
-        "item",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "where",
-        "logical_not",
-        "cat",
-    )
-)
+PURE_CALLS = frozenset((
+    "size", "dim", "finfo", "iinfo", "full", "tensor", "full_like", "to", "type", "type_as", "view",
+    "reshape", "float", "bool", "int", "sqrt", "pow", "min", "max", "tril", "ones", "zeros", "item",
+    "contiguous", "expand", "expand_as", "unsqueeze", "permute", "transpose", "where", "logical_not", "cat",
+))
+# fmt: on
 
 
 def walk(node: ast.AST) -> list[ast.AST]:
@@ -264,8 +235,7 @@ def arguments(call: ast.Call, function: ast.FunctionDef) -> dict[str, ast.expr] 
 
 
 def binds_at_top(module: ast.Module) -> set[str]:
-    """Names bound at module level, in ``if`` and ``try`` blocks too; functions, classes and imports not
-    counted."""
+    """Names bound at module level, in ``if`` and ``try`` blocks too, but by no import, def or class."""
     return {name for stmt in statements(module.body) if not any(blocks(stmt)) for name in binds(stmt)}
 
 

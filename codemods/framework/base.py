@@ -1,8 +1,8 @@
 """What every codemod shares: sites, edits, outcomes, examples and the base class of a rule.
 
-A rule reads a :class:`codemods.source.Source` (parsed, never executed), names each place it could act on
-(a :class:`Site`) and says what should happen there. The runner applies the edits with LibCST, parses the
-result again and lets every rule prove its postcondition. Each site ends in exactly one :class:`Outcome`.
+A rule reads a :class:`~codemods.analysis.source.Source` (parsed, never executed), names each place it could
+act on (a :class:`Site`) and says what should happen there. The runner applies the edits with LibCST, parses
+the result again and lets every rule prove its postcondition. Each site ends in exactly one :class:`Outcome`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from codemods.source import Source
+from codemods.analysis.source import Source
+from codemods.framework import prose
 
 
 class Status(str, Enum):
@@ -43,8 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Example:
-    """A worked example; feeds the tests, the docs and ``explain``. ``after`` is None where nothing
-    changes."""
+    """A worked example for tests, docs and ``explain``. ``after`` is None where nothing changes."""
 
     name: str
     before: str
@@ -104,8 +104,8 @@ class Site:
 
 
 @dataclass
-class Plan:
-    """Edits decided so far in this run, by codemod; a later rule may build on an earlier one's."""
+class Decisions:
+    """What is decided so far in this run, by codemod; a later rule may build on an earlier one's."""
 
     sites: dict[str, list[Site]] = field(default_factory=dict)
 
@@ -116,19 +116,24 @@ class Plan:
         )
 
 
-class Rule:
-    """Base class of a source codemod. Subclasses fill the class attributes and :meth:`sites`."""
+class Documented:
+    """A codemod as its readers see it: a name, worked examples, and prose in the class's docstring."""
 
     name: ClassVar[str]  #: kebab-case, unique
-    title: ClassVar[str]  #: one line: what it does
-    why: ClassVar[str]  #: the TPU or ONNX reason
-    declines: ClassVar[tuple[str, ...]]  #: when it declines, one sentence each
-    precondition: ClassVar[str]  #: what is checked on the tree before the edit
-    postcondition: ClassVar[str]  #: what is checked on the tree after it
-    absent: ClassVar[str]  #: the reason given when no site is found
-    required: ClassVar[bool] = True
     examples: ClassVar[tuple[Example, ...]] = ()
 
-    def sites(self, source: Source, plan: Plan) -> Iterable[Site]:
+    @cached_property
+    def prose(self) -> prose.Prose:
+        """The docstring's parts; see :mod:`codemods.framework.prose`."""
+        return prose.read(type(self))
+
+
+class Rule(Documented):
+    """Base class of a source codemod. Subclasses fill the class attributes and :meth:`sites`."""
+
+    absent: ClassVar[str]  #: the reason given when no site is found
+    required: ClassVar[bool] = True
+
+    def sites(self, source: Source, decided: Decisions) -> Iterable[Site]:
         """Every place in ``source`` this rule could act on, with its decision; empty means absent."""
         raise NotImplementedError

@@ -1,9 +1,8 @@
 """Apply planned edits with LibCST, byte-exact outside the statements they name.
 
 Only the top-level statements that hold an edit are parsed with LibCST (parsing all of a 1,400-line file takes
-longer than everything else together). Their statements are walked in step with the standard library's
-tree, so that a
-rule may name a statement by its ``ast`` node and LibCST does the writing.
+longer than everything else together). Their statements are walked in step with the standard library's tree,
+so that a rule may name a statement by its ``ast`` node and LibCST does the writing.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from typing import Any
 
 import libcst as cst
 
-from codemods import tree as t
-from codemods.base import Drop, Edit, EditError, Insert, Move, Rewrite
-from codemods.source import Source
+from codemods.analysis import tree as t
+from codemods.analysis.source import Source
+from codemods.framework.base import Drop, Edit, EditError, Insert, Move, Rewrite
 
 
 def apply(source: Source, edits: Sequence[Edit]) -> str:
-    """The text with ``edits`` made. Raises :class:`EditError` when a statement does not stand on its own
-    line."""
+    """The text with ``edits`` made; raises :class:`EditError` where a statement shares its line."""
     replaced = {}
     for first, last, group in _top_level(source):
         inside = {id(s) for s in t.statements(group)} | _nested(group)

@@ -1,31 +1,25 @@
-"""Which codemods exist: the built-in ones by name, third parties' through an entry-point group.
+"""Which codemods exist: every module of the package, and third parties' through an entry-point group.
 
 Modules are imported when a rule is asked for, entry points when a name is not built in.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codemods.base import Rule
+from codemods.framework.base import Rule
+from codemods.framework.discovery import defined, modules
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "qwen_surgery.codemods"
 
-#: name -> module that holds ``RULE``, in documentation order
-BUILTIN: dict[str, str] = {
-    "disable-torch2": "codemods.disable_torch2",
-    "scalar-divide": "codemods.scalar_divide",
-    "add-attention-mask": "codemods.add_attention_mask",
-    "drop-causal-mask": "codemods.drop_causal_mask",
-    "drop-upcast-causal-mask": "codemods.drop_upcast_causal_mask",
-    "early-present": "codemods.early_present",
-}
+#: name -> module that defines the rule
+BUILTIN: dict[str, str] = modules("codemods", [str(Path(__file__).resolve().parents[1])])
 
 
 class UnknownCodemod(LookupError):
@@ -35,20 +29,20 @@ class UnknownCodemod(LookupError):
 @cache
 def get(name: str) -> Rule:
     """The rule called ``name``. Raises :class:`UnknownCodemod` for a name nobody provides."""
-    if name in BUILTIN:
-        return importlib.import_module(BUILTIN[name]).RULE
+    if name in BUILTIN and (built_in := defined(BUILTIN[name], Rule)) is not None:
+        return built_in
     for entry in _provided():
         if entry.name == name:
             provided = entry.load()
             rule = provided() if isinstance(provided, type) else provided
             if not isinstance(rule, Rule):
-                raise UnknownCodemod(f"{name}: {entry.value} is not a codemods.base.Rule")
+                raise UnknownCodemod(f"{name}: {entry.value} is not a {Rule.__module__}.Rule")
             return rule
     raise UnknownCodemod(f"no codemod is called {name!r}; known: {', '.join(names())}")
 
 
 def names() -> list[str]:
-    """Every codemod's name: the built-in ones in order, then third parties'."""
+    """Every codemod's name: the built-in ones, then third parties'."""
     return [*BUILTIN, *sorted(e.name for e in _provided() if e.name not in BUILTIN)]
 
 

@@ -1,9 +1,8 @@
 """What a Qwen v1 attention class does to its scores, read off the tree.
 
 A *score path* is a method that turns query and key into attention probabilities: the product, a scale, a
-causal mask, the caller's additive mask, a softmax. Local names are whatever the file calls them; they
-are found
-from the softmax backwards. Anything that touches the scores in a form not listed here is reported as
+causal mask, the caller's additive mask, a softmax. Local names are whatever the file calls them; they are
+found from the softmax backwards. Anything that touches the scores in a form not listed here is reported as
 ``unknown``, and the rules decline rather than guess.
 """
 
@@ -13,10 +12,10 @@ import ast
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods import tree as t
+from codemods.analysis import tree as t
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import MASK, carries, mask_problem, tampered, unwrapped
-from codemods.source import Source
+from codemods.analysis.source import Source
 
 UPCAST = "_upcast_and_reordered_attn"
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "zeros", "empty", "dequantize_cache_torch"))
@@ -79,8 +78,7 @@ class Mask:
 
 @dataclass
 class ScorePath:
-    """One method from product to softmax, its top-level statements classified by what they do to the
-    scores."""
+    """One method from product to softmax, its statements classified by what they do to the scores."""
 
     attention: Attention
     function: ast.FunctionDef

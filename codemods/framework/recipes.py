@@ -72,7 +72,7 @@ def load(name: str = DEFAULT) -> Recipe:
         if entry.name == name:
             recipe = entry.load()
             if not isinstance(recipe, Recipe):
-                raise UnknownRecipe(f"{name}: {entry.value} is not a codemods.recipes.Recipe")
+                raise UnknownRecipe(f"{name}: {entry.value} is not a codemods.framework.recipes.Recipe")
             return recipe
     raise UnknownRecipe(f"no recipe is called {name!r}; known: {', '.join(names())}")
 

@@ -1,0 +1,1 @@
+"""What runs the codemods, finds them and documents them."""

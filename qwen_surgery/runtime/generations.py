@@ -1,0 +1,122 @@
+"""The generations of the vendor's demos for Qwen v1, and which of them can run a bmodel.
+
+``docs/runtimes.md`` has the same table with what was run and where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_surgery.runtime import flows
+from qwen_surgery.runtime.hazards import hazards
+from qwen_surgery.runtime.memory import NetMemory, layout
+
+#: What a file's lm_head and heads are: two heads that choose, a lm_head that gives a token, or logits alone.
+HEADS, FUSED, LOGITS = "heads", "fused", "logits"
+
+
+@dataclass(frozen=True)
+class DemoGeneration:
+    """One generation of demos: ``profiles`` are the values of --runtime whose files it takes.
+
+    ``heads``: the kinds of file it counts the layers of rightly. ``shared``: how its runtime may place nets.
+    Demos that never ask for shared memory need a runtime old enough to share without being asked, where they
+    count on it.
+    """
+
+    name: str
+    demo: str
+    profiles: tuple[str, ...]
+    flow: type[flows.DataFlow]
+    heads: tuple[str, ...]
+    shared: tuple[bool, ...]
+
+    def refuses(self, nets: Iterable[NetMemory]) -> str:
+        """Why it cannot read a file of *nets* at all; empty when it can."""
+        kind = kind_of({net.name: net for net in nets})
+        return "" if kind in self.heads else _WHY_NOT[self.heads[0], kind]
+
+
+#: (what the demo takes, what the file is) -> why it cannot run
+_WHY_NOT = {
+    (HEADS, FUSED): "it takes the layers for one fewer than there are, and looks for greedy_head in vain",
+    (HEADS, LOGITS): "it takes the layers for one fewer than there are, and looks for greedy_head in vain",
+    (FUSED, HEADS): "it counts every net but two or three as a layer's: with two heads it looks for a layer "
+    "that is not there, and ends in a segmentation fault",
+    (FUSED, LOGITS): "it takes lm_head's output for a token, and gets the first logit's bits",
+}
+
+GENERATIONS = (
+    DemoGeneration(
+        "chat-2024", "LLM-TPU models/Qwen/python_demo/chat.cpp, 2024-03-28 to 2025-06",
+        ("llm-tpu", "sophon-demo"), flows.Copying, (HEADS,), (True,),
+    ),
+    DemoGeneration(
+        "chat-2025", "LLM-TPU models/Qwen/python_demo/chat.cpp, from 2025-06",
+        ("llm-tpu", "sophon-demo"), flows.CopyingAlone, (HEADS,), (True,),
+    ),
+    DemoGeneration(
+        "generic", "LLM-TPU models/Qwen2_5/python_demo/chat.cpp and its likes, greedy",
+        ("llm-tpu",), flows.OwnLength, (HEADS, FUSED), (True,),
+    ),
+    DemoGeneration(
+        "qwen.py-2024-08", "sophon-demo sample/Qwen/python/qwen.py, from 2024-08",
+        ("sophon-demo",), flows.InPlace, (HEADS, LOGITS, FUSED), (True, False),
+    ),
+    DemoGeneration(
+        "demo.cpp-2024-02", "LLM-TPU models/Qwen/demo/demo.cpp, 2024-02-19 to 2024-03-19",
+        ("sophon-demo-2024.1",), flows.CopyingToken, (FUSED,), (True,),
+    ),
+    DemoGeneration(
+        "qwen.py-2024-03", "sophon-demo sample/Qwen/python/qwen.py, 2024-03",
+        ("sophon-demo-2024.1",), flows.InPlaceFloat16, (FUSED,), (True, False),
+    ),
+    DemoGeneration(
+        "demo_parallel", "LLM-TPU models/Qwen/demo_parallel, from 2024-04",
+        ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False),
+    ),
+)  # fmt: skip
+
+
+def kind_of(nets: Mapping[str, NetMemory]) -> str:
+    """Which kind of file *nets* make."""
+    if "greedy_head" in nets:
+        return HEADS
+    return FUSED if nets["lm_head"].outputs[0].dtype == "i32" else LOGITS
+
+
+def of_profile(profile: str | None) -> tuple[DemoGeneration, ...]:
+    """The generations of one --runtime, or all."""
+    return tuple(one for one in GENERATIONS if profile is None or profile in one.profiles)
+
+
+@dataclass(frozen=True)
+class Suitability:
+    """Whether a generation can run a file. ``refusal``: it cannot read it; ``hazards``: it reads it, and what
+    it overwrites before it is used.
+    """
+
+    generation: str
+    demo: str
+    refusal: str
+    hazards: tuple[str, ...]
+
+
+def suitability(bmodel: Path, profile: str | None = None) -> tuple[Suitability, ...]:
+    """What each generation (of *profile*) makes of *bmodel*, from its addresses. Raises Refused for no
+    bmodel.
+    """
+    layouts = {shared: layout(bmodel, shared=shared) for shared in (True, False)}
+    return tuple(_suits(one, layouts) for one in of_profile(profile))
+
+
+def _suits(generation: DemoGeneration, layouts: Mapping[bool, Sequence[NetMemory]]) -> Suitability:
+    refusal = generation.refuses(layouts[True])
+    found = [] if refusal else [
+        f"{'with' if shared else 'without'} shared memory, {sentence}"
+        for shared in generation.shared
+        for sentence in hazards(layouts[shared], generation.flow)
+    ]  # fmt: skip
+    return Suitability(generation.name, generation.demo, refusal, tuple(found))

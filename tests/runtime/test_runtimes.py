@@ -1,0 +1,178 @@
+"""Bmodels in the vendor's own bmruntime, on the emulated chip, through the product's commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from golden.eras import make_checkout
+from qwen_surgery.errors import ToolFailed
+from qwen_surgery.runtime.device import Device
+from qwen_surgery.runtime.flows import own
+from qwen_surgery.runtime.memory import Memory, NetMemory, layout
+from qwen_surgery.toolchain import Toolchain
+from tests.building.test_build import cli
+
+SEQ_LENGTH = 64
+#: The generations that read files with heads, and files whose lm_head gives the token.
+HEADS = {"chat-2024", "chat-2025", "generic", "qwen.py-2024-08"}
+FUSED = {"generic", "qwen.py-2024-08", "qwen.py-2024-03", "demo_parallel", "demo.cpp-2024-02"}
+pytestmark = pytest.mark.tpu
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough in its vocabulary that the heads' memory reaches into the logits."""
+    folder = tmp_path_factory.mktemp("runtime") / "Qwen-tiny"
+    return make_checkout(folder, layers=2, hidden=128, heads=2, vocab=4096)
+
+
+def build(checkout: Path, out: Path, *flags: object, check: bool = True) -> Path:
+    """The first bmodel of a build without verification."""
+    base = ("--out", out, "--seq-length", SEQ_LENGTH, "--verify", "none", "--name", "tiny")
+    done = cli("build", checkout, *base, "--trust-remote-code", "--json", *flags, check=check)
+    return Path(json.loads(done.stdout)["bmodels"][0])
+
+
+def inspected(bmodel: Path, *flags: object) -> dict[str, Any]:
+    return json.loads(cli("inspect", bmodel, "--json", *flags, check=False).stdout)
+
+
+def in_runtime(checkout: Path, bmodel: Path) -> dict[str, Any]:
+    """The level ``runtime`` of a verification."""
+    flags = ("--level", "runtime", "--steps", 3, "--trust-remote-code", "--json")
+    done = cli("verify", checkout, "--bmodel", bmodel, *flags, check=False)
+    return json.loads(done.stdout)["levels"][0]
+
+
+def missed(level: dict[str, Any]) -> set[tuple[str, str]]:
+    """(generation, greedy or sampling) of what missed."""
+    return {(check["net"], check["label"].split()[0]) for check in level["checks"] if not check["passed"]}
+
+
+def generations(level: dict[str, Any]) -> set[str]:
+    return {check["net"] for check in level["checks"]}
+
+
+@pytest.fixture(scope="module")
+def bf16(checkout: Path) -> Path:
+    return build(checkout, checkout.parent / "bf16", "--mode", "bf16", "--dynamic")
+
+
+def relative(nets: tuple[NetMemory, ...]) -> dict[str, list[int]]:
+    """Every tensor's address from its net's first one on."""
+    found = {}
+    for net in nets:
+        places = [place.memory.address for place in (*net.inputs, *net.outputs)]
+        found[net.name] = [address - min(places) for address in places]
+    return found
+
+
+def test_the_addresses_that_inspect_shows_are_bmruntimes(bf16: Path) -> None:
+    with Device(bf16, Toolchain.find(), shared=True) as device:
+        real = tuple(device.nets.values())
+    ours = layout(bf16, shared=True)
+    assert relative(ours) == relative(real)
+    blocks = [{net.name: net for net in nets}["block_1"] for nets in (ours, real)]
+    first = [{net.name: net for net in nets}["block_0"] for nets in (ours, real)]
+    for one, other in zip(first, blocks, strict=True):
+        assert [p.memory for p in one.inputs] == [p.memory for p in other.inputs], "layers share their places"
+
+
+def test_a_dynamic_bf16_model_gives_every_demo_the_right_tokens(checkout: Path, bf16: Path) -> None:
+    """Copies between nets, heads fed in place, prefill launched at the prompt's own length."""
+    assert inspected(bf16)["contract"] == []
+    level = in_runtime(checkout, bf16)
+    assert level["passed"], missed(level)
+    assert generations(level) == HEADS
+    labels = {check["label"] for check in level["checks"] if check["net"] == "chat-2025"}
+    assert labels == {f"{how} shared {n}+3" for how in ("greedy", "sampling") for n in (21, 61)}
+
+
+def test_a_crash_of_the_runtime_is_a_reported_failure(bf16: Path) -> None:
+    with Device(bf16, Toolchain.find(), shared=True) as device:
+        states = device.nets["embedding"].outputs[0].memory
+        with pytest.raises(ToolFailed, match=r"the vendor's runtime (was killed|ended)"):
+            device.copy(Memory(0xB000000000, states.size), states)
+
+
+def test_a_bundle_replays_in_the_runtime(bf16: Path, tmp_path: Path) -> None:
+    """Byte for byte what a board's tool would read and compare."""
+    cli("inspect", bf16, "--bundle", tmp_path / "bundle")
+    given, expected = (
+        (tmp_path / f"bundle/{name}_ref_data.dat").read_bytes() for name in ("input", "output")
+    )
+    with Device(bf16, Toolchain.find(), shared=True) as device:
+        for net in device.nets.values():
+            for place in net.inputs:
+                data, given = given[: place.memory.size], given[place.memory.size :]
+                device.write(place.memory, np.frombuffer(data, np.uint8))
+            device.launch(net.name, [own(p) for p in net.inputs], [own(p) for p in net.outputs])
+            for place in net.outputs:
+                data, expected = expected[: place.memory.size], expected[place.memory.size :]
+                assert device.read(place.memory).tobytes() == data, f"{net.name}: {place.name}"
+    assert not given and not expected
+    assert cli("inspect", bf16, "--bundle", tmp_path / "bundle", check=False).returncode == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bf16", "int4"])
+def test_what_inspect_says_of_shared_addresses_is_what_happens(
+    checkout: Path, tmp_path: Path, mode: str
+) -> None:
+    """Nets in one another's memory: the demos that the addresses condemn are those that go wrong."""
+    bmodel = build(checkout, tmp_path, "--mode", mode, "--addr-mode", "basic")
+    report = inspected(bmodel)
+    condemned = {one["generation"] for one in report["runtimes"] if one["hazards"]}
+    assert {"chat-2024", "chat-2025"} <= condemned
+    assert report["contract"]
+    wrong = {name for name, _ in missed(in_runtime(checkout, bmodel))}
+    assert wrong and wrong <= condemned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mode", "bf16"),
+        ("--mode", "int8"),
+        ("--mode", "int4"),
+        ("--mode", "f16"),
+        ("--mode", "int8", "--dynamic"),
+        ("--mode", "int4", "--dynamic"),
+        ("--mode", "f16", "--dynamic"),
+        ("--mode", "bf16", "--runtime", "sophon-demo-2024.1"),
+        ("--mode", "int4", "--runtime", "sophon-demo-2024.1"),
+        ("--mode", "int8", "--runtime", "sophon-demo"),
+        ("--mode", "int4", "--target", "cv186x"),
+        ("--mode", "bf16", "--target", "bm1688", "--num-core", 1),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_demo_that_can_read_a_file_gives_its_nets_tokens(
+    checkout: Path, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
+    bmodel = build(checkout, tmp_path, *flags)
+    assert inspected(bmodel)["contract"] == []
+    level = in_runtime(checkout, bmodel)
+    assert level["passed"], missed(level)
+    expected = HEADS
+    if "sophon-demo-2024.1" in flags:
+        expected = FUSED
+    elif "--target" in flags:
+        expected = {"qwen.py-2024-08"}
+    assert generations(level) == expected
+
+
+@pytest.mark.slow
+def test_the_whole_vocabulary_is_sampled_from_undamaged_logits(tmp_path: Path) -> None:
+    """151,936 tokens: the heads' inputs used to lie inside the logits."""
+    checkout = make_checkout(tmp_path / "wide", layers=1, hidden=128, heads=2, vocab=151936)
+    bmodel = build(checkout, tmp_path / "out", "--mode", "int4")
+    assert inspected(bmodel)["contract"] == []
+    level = in_runtime(checkout, bmodel)
+    assert level["passed"], missed(level)

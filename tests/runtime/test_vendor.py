@@ -1,0 +1,68 @@
+"""The vendor's demos themselves, from their clone: every generation that speaks to Qwen v1.
+
+pytest -m vendor --vendor LLM_TPU_CLONE tests/runtime/test_vendor.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from golden.eras import make_checkout
+from qwen_surgery.packing.report import geometry_of
+from qwen_surgery.runtime.generations import FUSED, HEADS
+from qwen_surgery.runtime.host import Sampling
+from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.emulator import ChipEngine
+from qwen_surgery.verification.on_runtime import Conversation, net_by_net
+from tests.runtime.demos import DEMOS, Demo, Workshop
+from tests.runtime.test_runtimes import build
+
+pytestmark = [pytest.mark.vendor, pytest.mark.tpu]
+MODES = ("bf16", "int8", "int4")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def workshop(vendor: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(vendor, Toolchain.find(), tmp_path_factory.mktemp("demos"))
+
+
+@pytest.fixture(scope="module", params=MODES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One bmodel with heads and one whose lm_head gives the token, in one mode."""
+    folder = tmp_path_factory.mktemp("models")
+    checkout = make_checkout(folder / "tiny", layers=2, hidden=128, heads=2, vocab=4096)
+    return {
+        HEADS: build(checkout, folder / "heads", "--mode", request.param),
+        FUSED: build(checkout, folder / "fused", "--mode", request.param, "--runtime", "sophon-demo-2024.1"),
+    }
+
+
+@pytest.fixture(scope="module")
+def meant(models: dict[str, Path]) -> dict[str, list[Conversation]]:
+    """What the nets one by one say: a short prompt, and one that nearly fills the export length."""
+    found = {}
+    for kind, bmodel in models.items():
+        geometry = geometry_of(bmodel)
+        prompts = [np.random.default_rng(n).integers(0, 4096, n).tolist() for n in (20, 60)]
+        with ChipEngine(bmodel, Toolchain.find()) as chip:
+            found[kind] = [net_by_net(chip, geometry, prompt, STEPS, Sampling()) for prompt in prompts]
+    return found
+
+
+@pytest.mark.parametrize("demo", DEMOS, ids=[demo.name for demo in DEMOS])
+def test_the_vendors_own_demo_gives_the_nets_tokens(
+    demo: Demo, workshop: Workshop, models: dict[str, Path], meant: dict[str, list[Conversation]]
+) -> None:
+    for one in meant[demo.heads]:
+        tokens, _ = workshop.run(demo, models[demo.heads], one.prompt, one.tokens, "greedy")
+        assert tokens == one.tokens
+        if not demo.samples:
+            continue
+        _, drawn = workshop.run(demo, models[demo.heads], one.prompt, one.tokens, demo.samples)
+        for step, (found, expected) in enumerate(zip(drawn, one.candidates, strict=True)):
+            assert np.array_equal(found[1], expected[1]), f"candidates differ at step {step}"
+            assert np.array_equal(found[0], expected[0]), f"shares differ at step {step}"
