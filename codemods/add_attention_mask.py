@@ -19,12 +19,17 @@ class Attention(nn.Module):
 
     def _attn(self, query, key, value, attention_mask=None):
         scores = torch.matmul(query, key.transpose(-1, -2)) / value.size(-1) ** 0.5
-
+{masked}
 {add}        return torch.matmul(torch.softmax(scores, dim=-1), value)
 
     def forward(self, hidden, attention_mask=None):
         q, k, v = self.c_attn(hidden).split(self.width, dim=2)
         return self.c_proj(self._attn(q, k, v, {passed}))
+"""
+_MASKED = """\
+        rows, columns = query.size(-2), key.size(-2)
+        keep = torch.tril(torch.ones((columns, columns)))[columns - rows :].bool()
+        scores = torch.where(keep, scores, torch.finfo(scores.dtype).min)
 """
 _ADD = """\
         if attention_mask is not None:
@@ -42,7 +47,8 @@ class AddAttentionMask(Rule):
 
     Checked before
         forward passes its attention_mask to the method unchanged, and every statement between product and
-        softmax is understood, so that a sum right before the softmax masks the final scores.
+        softmax is understood, a mask of the method's own among them, so that a sum right before the softmax
+        masks the final scores and hides no more than is hidden already.
 
     Checked after
         The scores are summed with attention_mask before the softmax.
@@ -51,6 +57,7 @@ class AddAttentionMask(Rule):
         - the method does not receive forward's attention_mask
         - attention_mask is rebound on the way
         - the scores are rewritten in a form not known
+        - nothing masks the scores: with a mask added they would be others than without
     """
 
     name = NAME
@@ -58,13 +65,29 @@ class AddAttentionMask(Rule):
     examples = (
         Example(
             "left out",
-            _BODY.format(add="", passed="attention_mask"),
-            _BODY.format(add=_ADD, passed="attention_mask"),
+            _BODY.format(masked=_MASKED, add="", passed="attention_mask"),
+            _BODY.format(masked=_MASKED, add=_ADD, passed="attention_mask"),
             Status.APPLIED,
         ),
-        Example("already added", _BODY.format(add=_ADD, passed="attention_mask"), None, Status.ALREADY),
+        Example(
+            "already added",
+            _BODY.format(masked="", add=_ADD, passed="attention_mask"),
+            None,
+            Status.ALREADY,
+        ),
         Example("no attention", "import torch\n", None, Status.ABSENT),
-        Example("the mask is not passed on", _BODY.format(add="", passed="None"), None, Status.DECLINED),
+        Example(
+            "the mask is not passed on",
+            _BODY.format(masked=_MASKED, add="", passed="None"),
+            None,
+            Status.DECLINED,
+        ),
+        Example(
+            "nothing is masked",
+            _BODY.format(masked="", add="", passed="attention_mask"),
+            None,
+            Status.DECLINED,
+        ),
     )
 
     def sites(self, source: Source, decided: Decisions) -> Iterator[Site]:
@@ -82,6 +105,8 @@ class AddAttentionMask(Rule):
         if path.unknown:
             problem = "the scores are rewritten in a form not known"
             line = path.unknown[0].lineno
+        elif not path.masks:
+            problem = "nothing masks these scores here: attention_mask would hide what they show now"
         if problem:
             return Site(Status.DECLINED, problem, line, line, path.where)
         mask, scores = path.mask_parameter, path.scores

@@ -131,9 +131,12 @@ def _parts(forward: ast.FunctionDef) -> _Parts | None:
     joins = [s for s in forward.body if isinstance(s, ast.If) and len(_joined(s)) == 2]
     if len(joins) != 1:
         return None
-    key, value = _joined(joins[0])
-    presents = [s for s in forward.body if _makes_present(s, key, value)]
-    return _Parts(joins[0], presents[0] if len(presents) == 1 else None, key, value)
+    names = _joined(joins[0])
+    for key, value in (names, names[::-1]):  # whichever is joined first
+        presents = [s for s in forward.body if _makes_present(s, key, value)]
+        if len(presents) == 1:
+            return _Parts(joins[0], presents[0], key, value)
+    return _Parts(joins[0], None, *names)
 
 
 def _joined(stmt: ast.If) -> list[str]:
@@ -206,7 +209,7 @@ def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
         return len(stmt.targets) == 1 and t.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
     if not isinstance(stmt, ast.If):
         return False
-    arms = [*stmt.body, *stmt.orelse]
+    arms = [s for s in (*stmt.body, *stmt.orelse) if not isinstance(s, ast.Pass)]
     plain = all(isinstance(s, ast.Assign) and t.is_name(s.targets[0]) and len(s.targets) == 1 for s in arms)
     values = [s.value for s in arms if isinstance(s, ast.Assign)]
     known = all(v is pairs[0] or (isinstance(v, ast.Constant) and v.value is None) for v in values)

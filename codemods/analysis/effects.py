@@ -143,6 +143,7 @@ class Effects:
                     if isinstance(node, ast.ClassDef):
                         self.owners[id(inner)] = node
         self.modules = _made_modules(source.tree)
+        self.imported = _imported(source.tree)
         self.summaries = {id(f): Summary() for fs in self.functions.values() for f in fs}
         self.flows: dict[int, Flow] = {}
         changed = set(self.functions)
@@ -222,15 +223,42 @@ def _made_modules(tree: ast.Module) -> dict[str, set[str]]:
     return found
 
 
-def _passed(node: ast.AST) -> list[ast.stmt]:
+def _passed(node: ast.AST, function: Function) -> list[ast.stmt]:
     """What is not read: the branch with torch's fused attention, which a rule of its own looks at; and
-    ``if isinstance(module, nn.Linear):``, where ``_init_weights`` fills what only such a layer has."""
+    ``if isinstance(module, nn.Linear):`` where ``_init_weights`` fills such a layer's weights and no more."""
     if not isinstance(node, ast.If):
         return []
     if any(t.calls(stmt, "scaled_dot_product_attention") for stmt in node.body if not any(t.blocks(stmt))):
         return node.body
-    kinds = [t.last_name(n) for call in t.calls(node.test, "isinstance") for n in t.walk(call.args[-1])]
-    return node.body if {"Linear", "Embedding", "RMSNorm"} & set(kinds) else []
+    return node.body if function.name == "_init_weights" and _fills_weights(node) else []
+
+
+def _fills_weights(choice: ast.If) -> bool:
+    asked = [call for call in t.calls(choice.test, "isinstance") if len(call.args) == 2]
+    kinds = [t.last_name(n) for call in asked for n in t.walk(call.args[1])]
+    modules = {t.last_name(call.args[0]) for call in asked}
+    if not {"Linear", "Embedding", "RMSNorm"} & set(kinds):
+        return False
+    used = [n for stmt in choice.body for n in t.walk(stmt) if isinstance(n, ast.Attribute)]
+    return all(
+        n.attr in ({"config"} if t.is_name(n.value, "self") else {"weight", "bias", "padding_idx"})
+        for n in used
+        if t.last_name(n.value) in modules | {"self"} and isinstance(n.value, ast.Name)
+    )
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """Names of modules, classes and functions from elsewhere, but for those known to write no tensor."""
+    found = [n for n in t.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {(alias.asname or alias.name).split(".")[0] for node in found for alias in node.names}
+    return names - _STANDARD - {"torch", "F", "nn"}
+
+
+def _root(node: ast.AST) -> str:
+    """``a`` of ``a.b.c``; empty where it starts with something else."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _in_place_constructor(node: ast.expr) -> bool:
@@ -249,7 +277,7 @@ class _Reader:
         self.bound = t.binds(function) | {name for n in below for name in _parameters(n)}
         self.containers = {name for n in nodes for name in _filled_later(n)}
         self.known: dict[int, Roots] = {}
-        passed = {id(n) for branch in nodes for part in _passed(branch) for n in t.walk(part)}
+        passed = {id(n) for branch in nodes for part in _passed(branch, function) for n in t.walk(part)}
         for node in nodes:
             if id(node) not in passed:
                 self._node(node)
@@ -424,6 +452,10 @@ class _Reader:
             return NOTHING
         if name in {"get_buffer", "get_parameter"} and call.args:
             return frozenset((f"@{t.constant(call.args[0])}",))
+        root = _root(call.func)
+        if root in self.file.imported - _QUANTISED_KERNELS:  # not a tensor's method, whatever its name
+            self._write(call, own | given)
+            return own | given
         if name in _ADDERS:
             self.flow.join(sorted(own | given))
             return own
@@ -535,10 +567,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def _of_torch(function: ast.Attribute) -> bool:
-    root: ast.expr = function
-    while isinstance(root, ast.Attribute):
-        root = root.value
-    return isinstance(root, ast.Name) and root.id in {"torch", "F", "nn"}
+    return _root(function) in {"torch", "F", "nn"}
 
 
 def _holds(node: ast.BinOp) -> bool:

@@ -110,32 +110,46 @@ class Holder:
     forward: ast.FunctionDef
     calls: tuple[tuple[ast.stmt, ast.Call], ...]
     inner: ast.FunctionDef  #: the forward that the calls run
+    level: int  #: 0 for what makes attention (the block), 1 for what makes that (the model), and so on
 
 
 def way(source: Source, attention: ast.ClassDef) -> list[Holder]:
-    """The classes that hold ``attention``, from the block upwards; none where nothing makes one."""
+    """The classes that hold ``attention``, from the block upwards; none where nothing makes one.
+
+    What makes one of them without a forward of its own is not here; :func:`tampered` finds it.
+    """
     known: dict[str, list[Holder]] = source.memo.setdefault("ways", {})  # type: ignore[assignment]
     if attention.name not in known:
         known[attention.name] = list(_way(source, attention))
     return known[attention.name]
 
 
-def _way(source: Source, node: ast.ClassDef) -> Iterator[Holder]:
-    seen = {node.name}
-    while True:
-        names = {node.name, *(s.name for s in _subclasses(source, node.name))}
-        inner, makers = (
-            _method(node, "forward"),
-            [c for c in _classes(source) if c.name not in seen and _makes(c, names)],
-        )
-        if len(makers) != 1 or inner is None:
-            return
-        node = makers[0]
-        seen.add(node.name)
-        forward = _method(node, "forward")
-        if forward is None:
-            return
-        yield Holder(node, forward, tuple(_handing(node, forward, names)), inner)
+def _way(source: Source, attention: ast.ClassDef) -> Iterator[Holder]:
+    seen = {attention.name}
+    level, nodes = 0, [attention]
+    while nodes:
+        above = []
+        for node in nodes:
+            inner, names = _method(node, "forward"), _called(source, node)
+            for maker in _makers(source, node):
+                forward = _method(maker, "forward")
+                if inner is None or forward is None:
+                    continue
+                yield Holder(maker, forward, tuple(_handing(maker, forward, names)), inner, level)
+                if maker.name not in seen:
+                    seen.add(maker.name)
+                    above.append(maker)
+        level, nodes = level + 1, above
+
+
+def _called(source: Source, node: ast.ClassDef) -> set[str]:
+    """The names that make one of ``node``: its own and those of its subclasses."""
+    return {node.name, *(sub.name for sub in _subclasses(source, node.name))}
+
+
+def _makers(source: Source, node: ast.ClassDef) -> list[ast.ClassDef]:
+    names = _called(source, node)
+    return [c for c in _classes(source) if c.name not in names and _makes(c, names)]
 
 
 def _classes(source: Source) -> list[ast.ClassDef]:
@@ -143,7 +157,9 @@ def _classes(source: Source) -> list[ast.ClassDef]:
 
 
 def _subclasses(source: Source, name: str) -> list[ast.ClassDef]:
-    return [c for c in _classes(source) if any(t.last_name(base) == name for base in c.bases)]
+    """The classes that have the class ``name`` above them."""
+    found = [c for c in _classes(source) if any(t.last_name(base) == name for base in c.bases)]
+    return found + [below for c in found if c.name != name for below in _subclasses(source, c.name)]
 
 
 def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
@@ -209,7 +225,7 @@ def given(call: ast.Call, inner: ast.FunctionDef, name: str) -> ast.expr | None:
 def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
     """Why the layers are not shown to be handed the caller's mask, as upstream expands it."""
     holders = way(source, attention)
-    for level, holder in enumerate(holders):
+    for holder in holders:
         written = effects(source).written(holder.forward, [MASK])
         if written:
             return Found(f"{MASK} may be changed in place in {holder.node.name}", written[0].line)
@@ -221,7 +237,7 @@ def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
             value = given(call, holder.inner, MASK)
             whole = (
                 _expanded(holder.forward, value, stmt)
-                if level == 1
+                if holder.level == 1
                 else carries(holder.forward, value, MASK, stmt)
             )
             if not whole:
@@ -234,12 +250,12 @@ PAST = "layer_past"
 
 def cache_problem(source: Source, attention: ast.ClassDef) -> Found | None:
     """Why attention is not shown to be handed each layer's whole history."""
-    for level, holder in enumerate(way(source, attention)[:2]):
+    for holder in (h for h in way(source, attention) if h.level < 2):
         tracked = [PAST, "past_key_values"]
         for stmt, call in holder.calls:
             value = given(call, holder.inner, PAST)
-            drawn = level == 1 and isinstance(value, ast.Name) and _zipped(holder.forward, value.id)
-            if not drawn and not (level == 0 and carries(holder.forward, value, PAST, stmt)):
+            drawn = holder.level == 1 and isinstance(value, ast.Name) and _zipped(holder.forward, value.id)
+            if not drawn and not (holder.level == 0 and carries(holder.forward, value, PAST, stmt)):
                 return Found(f"{holder.node.name} hands on another history than the caller's", call.lineno)
         written = effects(source).written(holder.forward, tracked)
         if written:
@@ -285,21 +301,22 @@ def _is_absent(test: ast.expr) -> bool:
 
 def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str | None:
     """The attribute that the model hands down as ``name``; or where it does not arrive as it was; or None."""
-    for holder in way(source, attention):
-        found = set()
-        for stmt, call in holder.calls:
-            value = given(call, holder.inner, name)
-            bare = unwrapped(value) if value is not None else None
-            if isinstance(bare, ast.Attribute) and t.is_name(bare.value, "self"):
-                found.add(bare.attr)
-            elif not carries(holder.forward, value, name, stmt):
-                return Found(f"{holder.node.name} hands on something else as {name}", call.lineno)
-        written = (
-            effects(source).written(holder.forward, [name]) if name in t.parameters(holder.forward) else []
-        )
-        if written:
-            return Found(f"{name} may be changed in place in {holder.node.name}", written[0].line)
-        if len(found) == 1:
+    holders = way(source, attention)
+    for level in sorted({holder.level for holder in holders}):
+        found: set[str | None] = set()  # of every call at this level: an attribute, or None for the parameter
+        for holder in (h for h in holders if h.level == level):
+            if name in t.parameters(holder.forward) and (
+                written := effects(source).written(holder.forward, [name])
+            ):
+                return Found(f"{name} may be changed in place in {holder.node.name}", written[0].line)
+            for stmt, call in holder.calls:
+                value = given(call, holder.inner, name)
+                bare = unwrapped(value) if value is not None else None
+                own = isinstance(bare, ast.Attribute) and t.is_name(bare.value, "self")
+                found.add(bare.attr if own else None)  # type: ignore[union-attr]
+                if len(found) > 1 or not (own or carries(holder.forward, value, name, stmt)):
+                    return Found(f"{holder.node.name} hands on something else as {name}", call.lineno)
+        if found - {None}:
             return found.pop()
     return None
 
@@ -317,11 +334,12 @@ def changed_buffer(source: Source, name: str) -> Found | None:
             default=1,
         )
         return Found(f"the buffer {name} may be changed in place", line)
-    emptied = {
+    emptied = {  # or given its own values again
         id(target)
         for node in t.walk(source.tree)
-        if isinstance(node, ast.Assign) and _is_none(node.value)
+        if isinstance(node, ast.Assign)
         for target in node.targets
+        if _is_none(node.value) or t.same(unwrapped(node.value), target)
     }
     stored = {
         id(n)
@@ -352,7 +370,9 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
     for node in nodes:
         for sub in _subclasses(source, node.name):
             if any(
-                not isinstance(n, (ast.Expr, ast.Pass)) and (t.binds(n) | {getattr(n, "name", "")}) & methods
+                not isinstance(n, (ast.Expr, ast.Pass))
+                and (t.binds(n) | {getattr(n, "name", "")}) & methods
+                and not _only_passes_on(n)
                 for n in sub.body
             ):
                 yield Found(f"{sub.name} overrides methods of {node.name}", sub.lineno)
@@ -364,8 +384,52 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
                     and not t.last_name(decorator).endswith("docstrings")
                 ):
                     yield Found(f"{node.name}.{method.name} is decorated", decorator.lineno)
+    for node in nodes:
+        yield from _unfollowed(source, node)
     names = {node.name for node in nodes}
     yield from _reached(source, names, methods)
+
+
+def _only_passes_on(node: ast.stmt) -> bool:
+    """``def f(self, *a, **k): return super().f(*a, **k)``."""
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+        return False
+    shape, done = node.args, [s for s in node.body if not isinstance(s, ast.Pass)]
+    if t.parameters(node) != ["self"] or shape.vararg is None or shape.kwarg is None or len(done) != 1:
+        return False
+    wanted = f"return super().{node.name}(*{shape.vararg.arg}, **{shape.kwarg.arg})"
+    return ast.unparse(done[0]) == wanted
+
+
+def _unfollowed(source: Source, node: ast.ClassDef) -> Iterator[Found]:
+    """Where one of ``node`` is made, or run, in a way that :func:`way` does not follow."""
+    names, makers = _called(source, node), _makers(source, node)
+    for maker in makers:
+        if _method(maker, "forward") is None or _method(node, "forward") is None:
+            yield Found(f"it is not seen how {maker.name} runs its {node.name}", maker.lineno)
+    made = {id(call.func) for maker in makers for name in names for call in t.calls(maker, name)}
+    bases = {id(base) for c in _classes(source) for base in c.bases}
+    tests = [c for name in ("isinstance", "super") for c in t.calls(source.tree, name)]
+    followed = made | bases | _noted(source) | {id(n) for test in tests for n in t.walk(test)}
+    for n in t.walk(source.tree):
+        if (
+            isinstance(n, ast.Name)
+            and n.id in names
+            and isinstance(n.ctx, ast.Load)
+            and id(n) not in followed
+        ):
+            yield Found(f"it is not seen what uses {n.id} here", n.lineno)
+
+
+def _noted(source: Source) -> set[int]:
+    """Names in annotations."""
+    notes = source.memo.get("annotations")
+    if notes is None:
+        kept = (getattr(n, "annotation", None) or getattr(n, "returns", None) for n in t.walk(source.tree))
+        notes = source.memo["annotations"] = {
+            id(n) for note in kept if note is not None for n in t.walk(note)
+        }
+    return notes  # type: ignore[return-value]
 
 
 def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:

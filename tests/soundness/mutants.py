@@ -131,9 +131,10 @@ def mutants(text: str, seed: int) -> Iterator[Mutant]:
     rng = random.Random(seed)
     pristine = ast.parse(text)
     known = {ast.unparse(pristine)}
+    kinds = list(CHANGES.values())
     while True:
         tree = copy.deepcopy(pristine)
-        tried = [rng.choice(CHANGES) for _ in range(rng.choice((1, 1, 1, 2)))]
+        tried = [rng.choice(rng.choice(kinds)) for _ in range(rng.choice((1, 1, 1, 2)))]
         made = {change.__name__: word for change in tried if (word := change(tree, rng))}
         if not made:
             continue
@@ -314,7 +315,7 @@ def handed_on(tree: ast.Module, rng: random.Random) -> str:
     if isinstance(owner, list):
         owner[i] = value
     else:
-        owner.value = value  # type: ignore[attr-defined]
+        owner.value = value
     return f"`{form}` in place of `{name}`"
 
 
@@ -501,8 +502,14 @@ def aliased(tree: ast.Module, rng: random.Random) -> str:
     return f"`{form.replace('{}', name)}` used for `{name}`"
 
 
-#: Each as likely as any other.
-CHANGES: tuple[Change, ...] = (
-    *(deleted, doubled, moved, renamed, rewritten, written, aliased, looked),
-    *(handed_on, revalued, altered, unkeyed, buffered, subclassed),
-)
+#: What may be done, by what kind of change it is. Kinds are equally likely, and so are the changes of a kind.
+CHANGES: dict[str, tuple[Change, ...]] = {
+    "statement deleted": (deleted,),
+    "statement doubled": (doubled,),
+    "statement moved": (moved,),
+    "name changed": (renamed,),
+    "in place": (rewritten, written),
+    "alias": (aliased,),
+    "extra effect": (looked, written, buffered),
+    "other meaning": (handed_on, revalued, altered, unkeyed, subclassed),
+}

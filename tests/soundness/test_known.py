@@ -80,6 +80,9 @@ KNOWN = {
     "mask changed out of a list": before_add("[attention_mask][0].mul_(0)"),
     "mask changed by getattr": before_add("getattr(attention_mask, 'mul_')(0)"),
     "mask given to an unknown function": before_add("tidy(attention_mask)"),
+    "mask given to a function called as a tensor's method": before_add(
+        "import helpers", "helpers.sum(attention_mask)"
+    ),
     "mask changed in the block": in_block("attention_mask.zero_()"),
     "mask changed in the block through a view": in_block("part = attention_mask[..., 1:]; part.zero_()"),
     "mask changed by a function of the file": Known(
@@ -129,6 +132,36 @@ KNOWN = {
     "a subclass with another _attn": before_class(
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
+    ),
+    "no mask at all": Known(
+        "registered-mask",
+        "        attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n",
+        "",
+        "add-attention-mask",
+    ),
+    "a second block that hands on another mask": before_class(
+        "class OtherBlock(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
+        "        self.attn = QWenAttention(config)\n\n"
+        "    def forward(self, hidden, attention_mask=None):\n"
+        "        return self.attn(hidden, None, -attention_mask)\n"
+    ),
+    "an attention class made where it is not seen": before_class(
+        "def build(config, kind=QWenAttention):\n    return kind(config)\n"
+    ),
+    "a block without a forward": before_class(
+        "class OtherBlock(nn.Module):\n    def __init__(self, config):\n        super().__init__()\n"
+        "        self.attn = QWenAttention(config)\n"
+    ),
+    "a subclass of a subclass with another _attn": before_class(
+        "class NearAttention(QWenAttention):\n    spare = 1\n\n\n"
+        "class OtherAttention(NearAttention):\n"
+        "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
+    ),
+    "buffer filled where weights are": Known(
+        "registered-mask-list",
+        "    def _init_weights(self, module):\n",
+        "    def _init_weights(self, module):\n        if isinstance(module, nn.Linear):\n"
+        "            self.registered_causal_mask.fill_(True)\n",
     ),
     "a decorated method": Known("registered-mask-list", "    def _attn(", "    @halved\n    def _attn("),
     "the plain branch has another scale": Known(
@@ -205,8 +238,18 @@ LOOKS = {
     "another name for it": before_add("alias = attention_mask", "attention_mask = alias"),
     "a copy handed on": handed("attention_mask.contiguous()"),
     "a subclass that changes nothing": before_class("class OtherAttention(QWenAttention):\n    spare = 1\n"),
+    "a method that only passes on": before_class(
+        "class OtherAttention(QWenAttention):\n"
+        "    def _attn(self, *args, **kwargs):\n        return super()._attn(*args, **kwargs)\n"
+    ),
     "a function of the file looks at it": Known(
         "registered-mask-list", _BLOCK, "        look(attention_mask)\n" + _BLOCK
+    ),
+    "the buffer is a copy of itself": in_init(
+        "self.registered_causal_mask = self.registered_causal_mask.clone()"
+    ),
+    "no else for present": Known(
+        "registered-mask-list", "            present = None\n", "            pass\n"
     ),
     "a copy of the buffer is changed": in_init(
         "spare = self.registered_causal_mask.clone()", "spare.fill_(True)"
