@@ -150,13 +150,15 @@ def _length_of(function: ast.FunctionDef, node: ast.expr, depth: int = 0) -> str
         and t.last_name(node.func) == "size"
         and isinstance(node.func, ast.Attribute)
     ):
-        return _root(node.func.value) if _is_sequence_axis(node.args) else None
+        return _root(node.func.value) if _is_sequence_axis(function, node.func.value, node.args) else None
     if (
         isinstance(node, ast.Subscript)
         and isinstance(node.value, ast.Attribute)
         and node.value.attr == "shape"
     ):
-        return _root(node.value.value) if _is_sequence_axis([node.slice]) else None
+        return (
+            _root(node.value.value) if _is_sequence_axis(function, node.value.value, [node.slice]) else None
+        )
     if isinstance(node, ast.IfExp):
         pair = {_length_of(function, arm, depth + 1) for arm in (node.body, node.orelse)}
         return pair.pop() if len(pair) == 1 else None
@@ -169,9 +171,22 @@ def _length_of(function: ast.FunctionDef, node: ast.expr, depth: int = 0) -> str
     return None
 
 
-def _is_sequence_axis(index: list[ast.expr]) -> bool:
-    """Axis 1 of [batch, sequence, heads, dim], or axis 2 or -2 of [batch, heads, sequence, dim]."""
-    return len(index) == 1 and t.constant(index[0]) in (1, 2, -2)
+def _is_sequence_axis(function: ast.FunctionDef, tensor: ast.expr, index: list[ast.expr]) -> bool:
+    """Axis 1 of [batch, sequence, heads, dim], or axis 2 or -2 of [batch, heads, sequence, dim].
+
+    ``forward`` has the first order until it permutes; what it calls is given the second.
+    """
+    axis = t.constant(index[0]) if len(index) == 1 else None
+    if axis not in (1, 2, -2) or not isinstance(tensor, ast.Name):  # a part of the quantised cache
+        return axis in (1, 2, -2)
+    permuted = function.name != "forward" or any(
+        stmt.lineno < tensor.lineno
+        and (
+            t.call_name(value) in {"permute", "transpose"} if value is not None else t.calls(stmt, "permute")
+        )
+        for stmt, value in t.assignments(function.body, tensor.id)
+    )
+    return permuted == (axis != 1)
 
 
 def _root(node: ast.expr) -> str | None:

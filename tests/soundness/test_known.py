@@ -133,6 +133,11 @@ KNOWN = {
         "class OtherAttention(QWenAttention):\n"
         "    def _attn(self, *args):\n        return super()._attn(*args[:-2])\n"
     ),
+    "lengths compared where heads come first": Known(
+        "late",
+        "            side = key[0].size(2)",
+        "            query = query.permute(0, 2, 1, 3)\n            side = key[0].size(2)",
+    ),
     "no mask at all": Known(
         "registered-mask",
         "        attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n",
