@@ -126,6 +126,14 @@ class Mutant:
     what: str
 
 
+def _made(change: Change, tree: ast.Module, rng: random.Random) -> str:
+    """What *change* did; empty where an earlier change of the same mutant left it nothing to choose from."""
+    try:
+        return change(tree, rng)
+    except IndexError:
+        return ""
+
+
 def mutants(text: str, seed: int) -> Iterator[Mutant]:
     """Distinct mutants of *text* without end (but for what it can give), the same for the same seed."""
     rng = random.Random(seed)
@@ -135,7 +143,7 @@ def mutants(text: str, seed: int) -> Iterator[Mutant]:
     while True:
         tree = copy.deepcopy(pristine)
         tried = [rng.choice(rng.choice(kinds)) for _ in range(rng.choice((1, 1, 1, 2)))]
-        made = {change.__name__: word for change in tried if (word := change(tree, rng))}
+        made = {change.__name__: word for change in tried if (word := _made(change, tree, rng))}
         if not made:
             continue
         try:
