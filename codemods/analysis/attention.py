@@ -143,9 +143,11 @@ class ScorePath:
         """Top-level statements with a softmax; calls in one must be of the same scores to count as one."""
         found = []
         for stmt in self.function.body:
-            names = {_softmax_of(call) for call in t.calls(stmt, "softmax")}
+            calls = t.calls(stmt, "softmax")
+            names = {_softmax_of(call) for call in calls}
             found += [stmt] if names else []
-            found += [self.function] if len(names) > 1 else []
+            odd = len(names) > 1 or _in_a_row(stmt) > 1 or not all(map(_over_keys, calls))
+            found += [self.function] if odd else []
         return found
 
     @property
@@ -458,6 +460,23 @@ def _softmax(function: ast.FunctionDef) -> tuple[str, ast.stmt] | None:
             if name is not None:
                 return name, stmt
     return None
+
+
+def _in_a_row(stmt: ast.stmt) -> int:
+    """How many softmaxes run one after the other in a statement; of two arms only one runs."""
+    if not isinstance(stmt, ast.If):
+        return len(t.calls(stmt, "softmax"))
+    return max(sum(map(_in_a_row, arm)) for arm in (stmt.body, stmt.orelse))
+
+
+def _over_keys(call: ast.Call) -> bool:
+    """Whether a softmax is taken over the last axis of four, that of the keys, and says so."""
+    place = 1 if t.on_torch(call) or isinstance(call.func, ast.Name) else 0
+    given = t.keyword(call, "dim") or (call.args[place] if len(call.args) > place else None)
+    try:
+        return given is not None and ast.literal_eval(given) in (-1, 3)
+    except ValueError:
+        return False
 
 
 def _softmax_of(call: ast.Call) -> str | None:

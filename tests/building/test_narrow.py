@@ -27,7 +27,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
         run("export", str(folder / "Qwen-wide"), *flags, *(["--multi-device"] if fused else []))
         recipe = folder / "recipe.toml"
         recipe.write_text(f"[passes]\nbounded-mask = {str(fused).lower()}\n")
-        run("clean", str(folder / f"onnx-{fused}"), "--recipe", str(recipe))
+        run("clean", str(folder / f"onnx-{fused}"), "--passes", str(recipe))
     return {fused: folder / f"onnx-{fused}" for fused in (False, True)}
 
 

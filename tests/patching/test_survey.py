@@ -190,7 +190,7 @@ def test_folder_and_single_file(tmp_path: Path, cli: Cli, checkout: Path) -> Non
     shutil.copy(checkout / "config.json", folder / "sdpa")
     (folder / "notes.txt").write_text("x")
     rows = _rows(cli("survey", folder, "--json"))
-    assert [r["path"] for r in rows] == sorted(f"{era}/backbone.py" for era in ERAS)
+    assert [r["path"] for r in rows] == [f"{era}/backbone.py" for era in sorted(ERAS)]
     with_config = [r["path"] for r in rows if any(o["codemod"].startswith("config:") for o in r["outcomes"])]  # type: ignore[attr-defined]
     assert with_config == ["sdpa/backbone.py"]
     (single,) = _rows(cli("survey", folder / "sdpa" / "backbone.py", "--json"))

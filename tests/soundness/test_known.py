@@ -62,7 +62,13 @@ def before_class(text: str) -> Known:
     return Known("registered-mask-list", _HEAD, f"{text}\n\n{_HEAD}")
 
 
+_SOFTMAX = "        attn_weights = nn.functional.softmax(attn_weights.float(), dim=-1)\n"
+
 KNOWN = {
+    "softmax over another axis": Known("registered-mask-list", _SOFTMAX, _SOFTMAX.replace("-1", "1")),
+    "softmax over no axis that is said": Known(
+        "registered-mask-list", _SOFTMAX, _SOFTMAX.replace(", dim=-1", "")
+    ),
     "mask filled in place": before_add("attention_mask.masked_fill_(attention_mask < 0, -1.0)"),
     "mask copied over": before_add("attention_mask.copy_(attention_mask * 0.5)"),
     "mask written by out=": before_add("torch.mul(attention_mask, 0.0, out=attention_mask)"),

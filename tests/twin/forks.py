@@ -111,7 +111,7 @@ FORKS = (
     # masks and positions
     Fork(
         "distances added to the mask",
-        "attention_mask that the model hands to layer 0",
+        "QWenModel hands on another mask",  # the edits are declined before there is a twin
         (
             _before(
                 _DROP,
@@ -122,7 +122,7 @@ FORKS = (
     ),
     Fork(
         "a window on the keys",
-        "block_cache_0",
+        "QWenModel hands on another mask",
         (
             _before(
                 _DROP,
@@ -153,7 +153,7 @@ FORKS = (
     # layers
     Fork(
         "a late layer acts on its index",
-        "block_20",
+        "it is not seen what uses QWenBlock",
         (
             _after(
                 "        super().__init__(config)\n        self.vocab_size = config.vocab_size\n",

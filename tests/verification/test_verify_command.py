@@ -173,7 +173,6 @@ def test_cases_that_take_much_memory_are_made_again_for_each_level(
         ("logits capped", "lm_head"),
         ("embeddings scaled", "embedding"),
         ("embeddings scaled behind dropout", "embedding"),
-        ("distances added to the mask", "block_cache_0"),
         ("layers changed after they were made", "block_1"),
     ],
 )
