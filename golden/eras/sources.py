@@ -1,6 +1,6 @@
 """The Python files of a Qwen v1 checkout, one modeling file for each era of upstream's history.
 
-Upstream's modeling file changed in seven ways that matter to the road (how the mask is made, where rotary
+Upstream's modeling file changed in seven ways that matter to an export (how the mask is made, where rotary
 positions are computed, whether attention_mask is added, how the scores are scaled). The files here have the
 structure of those eras in this project's own words. They share most of their text, so each is put together
 from parts; the parts are data, never imported.

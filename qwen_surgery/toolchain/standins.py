@@ -1,4 +1,4 @@
-"""Modules that stand in for packages TPU-MLIR imports but does not use on this road.
+"""Modules that stand in for packages TPU-MLIR imports but does not use here.
 
 ``plotly`` draws comparison plots, ``cv2`` reads images, ``torch`` is imported for one numpy -> tensor ->
 numpy hop on graphs with custom ops, ``onnxruntime_extensions`` registers those ops (stereo matching,
