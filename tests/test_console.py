@@ -113,7 +113,7 @@ def test_a_piped_diff_stays_data(checkout: Path) -> None:
     file = checkout / "modeling_qwen.py"
     file.write_text(re.sub(r"(\n *)(if layer_past is not None)", _with_escape, file.read_text()))
     command = [sys.executable, "-m", "qwen_surgery", "patch", str(checkout), "--diff", "--quiet"]
-    diff = subprocess.run(command, capture_output=True, check=True).stdout
+    diff = subprocess.run(command, capture_output=True, check=True, cwd=checkout).stdout
     assert b"\x1b[1m" in diff
     applied = subprocess.run(
         ["git", "apply", "-"], input=diff, cwd=checkout, capture_output=True, check=False

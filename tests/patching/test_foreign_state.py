@@ -200,14 +200,15 @@ def _touched(file: Path) -> Path:
     return file
 
 
-def test_a_socket_in_place_of_an_original_is_refused(patched: Path, cli: Callable[..., Result]) -> None:
+def test_a_socket_in_place_of_an_original_is_refused(
+    patched: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = next((patched / STATE / "originals").iterdir())
     kept.unlink()
-    os.chdir(kept.parent)  # a socket's path may not be long
+    monkeypatch.chdir(kept.parent)  # a socket's path may not be long
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(kept.name)
         result = cli("restore", patched)
-    os.chdir("/")
     assert result.code in (3, 4) and result.err.count("\n") == 1
 
 

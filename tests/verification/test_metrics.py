@@ -66,7 +66,7 @@ def test_every_tolerance_has_a_reason_and_every_level_is_covered() -> None:
     assert found["onnx", "fp32"]["net.max_abs"].limit == 1e-4
     cosines = [found["chip", mode]["net.cosine"].limit for mode in ("bf16", "int8", "int4")]
     assert cosines == [0.9999, 0.999, 0.98]
-    assert found["chip", "bf16"]["greedy.agreement"].limit == 1.0
+    assert found["chip", "bf16"]["answers.agreement"].limit == 1.0
 
 
 def test_masks_and_positions_are_the_vendor_runtimes() -> None:
