@@ -63,8 +63,12 @@ def before_class(text: str) -> Known:
 
 
 _SOFTMAX = "        attn_weights = nn.functional.softmax(attn_weights.float(), dim=-1)\n"
+_FLOAT_SOFTMAX = "            attn_weights = F.softmax(attn_weights.float(), dim=-1)\n"
 
 KNOWN = {
+    "two softmaxes in a row": Known(
+        "kv-quant", _FLOAT_SOFTMAX, _FLOAT_SOFTMAX + _FLOAT_SOFTMAX.replace(".float()", "")
+    ),
     "softmax over another axis": Known("registered-mask-list", _SOFTMAX, _SOFTMAX.replace("-1", "1")),
     "softmax over no axis that is said": Known(
         "registered-mask-list", _SOFTMAX, _SOFTMAX.replace(", dim=-1", "")
