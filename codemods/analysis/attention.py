@@ -235,10 +235,12 @@ class ScorePath:
         return ""
 
     def _mask_handed(self) -> str:
-        """Whether the layers are handed what the caller gave; no matter where upstream never adds it."""
+        """Whether the layers are handed what the caller gave. Where upstream never adds it, no matter what the
+        model hands them: only what they hand on to attention."""
         found = tampered(self.attention.source, self.attention.node)
-        if found is None and self.added and not self.dead:
-            found = mask_problem(self.attention.source, self.attention.node)
+        if found is None and not self.dead:
+            upto = None if self.added else 0
+            found = mask_problem(self.attention.source, self.attention.node, upto)
         return f"{found.reason} (line {found.line})" if found is not None else ""
 
     def _kind(self, stmt: ast.stmt) -> Mask | str:

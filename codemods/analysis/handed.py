@@ -21,7 +21,7 @@ _SAME = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contig
 #: Ways to reach a method, a buffer or a name that reading the file does not show.
 _HIDDEN = words(
     """
-    _buffers _modules _parameters __dict__ named_buffers buffers named_modules __setattr__
+    _modules _parameters __dict__ named_modules __setattr__
     register_forward_hook register_forward_pre_hook register_module_forward_hook __getattribute__
     exec eval globals locals vars _forward_hooks _forward_pre_hooks
     """
@@ -222,9 +222,12 @@ def given(call: ast.Call, inner: ast.FunctionDef, name: str) -> ast.expr | None:
 # -- what could be in the way --------------------------------------------------------------------------------
 
 
-def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
-    """Why the layers are not shown to be handed the caller's mask, as upstream expands it."""
-    holders = way(source, attention)
+def mask_problem(source: Source, attention: ast.ClassDef, upto: int | None = None) -> Found | None:
+    """Why attention is not shown to be handed the caller's mask, as upstream expands it.
+
+    With ``upto`` only the classes of that level and below are looked at: 0 is the block alone.
+    """
+    holders = [h for h in way(source, attention) if upto is None or h.level <= upto]
     for holder in holders:
         written = effects(source).written(holder.forward, [MASK])
         if written:
@@ -349,6 +352,10 @@ def changed_buffer(source: Source, name: str) -> Found | None:
     for node in t.walk(source.tree):
         if isinstance(node, ast.Attribute) and node.attr == name and id(node) in stored:
             return Found(f"the buffer {name} is replaced", node.lineno)
+        if _spoken(source).get(id(node)) == name:
+            return Found(f"the buffer {name} may be replaced", node.lineno)  # type: ignore[attr-defined]
+        if isinstance(node, ast.Attribute) and node.attr == "_buffers" and id(node) not in _spoken(source):
+            return Found(f"_buffers may replace the buffer {name}", node.lineno)
         if isinstance(node, ast.Call) and t.call_name(node) in {"setattr", "delattr"}:
             label = t.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(label, str) or label == name:
@@ -432,9 +439,30 @@ def _noted(source: Source) -> set[int]:
     return notes  # type: ignore[return-value]
 
 
+def _spoken(source: Source) -> dict[int, str]:
+    """``vars(x)["name"]``, ``x.__dict__["name"]`` and the like: what reaches an attribute by its name, as
+    the nodes that do, each with the name."""
+    known = source.memo.get("spoken")
+    if known is None:
+        known = source.memo["spoken"] = {
+            id(inner): label
+            for node in t.walk(source.tree)
+            if isinstance(node, ast.Subscript) and isinstance(label := t.constant(node.slice), str)
+            for inner in (node.value, getattr(node.value, "func", None))
+            if t.call_name(node.value) == "vars" or t.last_name(node.value) in {"__dict__", "_buffers"}
+            if inner is not None
+        }
+    return known  # type: ignore[return-value]
+
+
 def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
     """What the rest of the file does to the classes called ``names`` and their ``methods``."""
     for node in t.walk(source.tree):
+        label = _spoken(source).get(id(node))
+        if label is not None and label in methods:
+            yield Found(f"the method {label} is replaced", node.lineno)  # type: ignore[attr-defined]
+        elif label is not None:
+            continue  # an attribute that has a name: a buffer among them is looked after by its own rule
         if isinstance(node, (ast.Name, ast.Attribute)) and t.last_name(node) in _HIDDEN:
             yield Found(f"{t.last_name(node)} reaches what cannot be followed", node.lineno)
         if isinstance(node, ast.FunctionDef) and node.name in {
