@@ -8,8 +8,8 @@ Plain formats
     BF16: round to nearest, ties to even; subnormals become zero of their sign. F16: round to nearest even,
     overflow to infinity. F32: as it is.
 Quantised formats (W4BF16, W8BF16, W4F16, W8F16), per row (output channel) and group of columns
-    asymmetric: ``scale = max(hi - lo, 1e-5) / top``, ``zero = clip(round(-lo / scale), 0, top)`` with lo and
-    hi the group's smallest and largest weight and ``top`` 15 or 255;
+    asymmetric, ``lo`` and ``hi`` being the group's smallest and largest weight and ``top`` 15 or 255:
+    ``scale = max(hi - lo, 1e-5) / top``, ``zero = clip(round(-lo / scale), 0, top)``;
     symmetric: ``scale = 2 * max(|lo|, |hi|) / top``, ``zero`` 8 or 128; a scale too small for a normal
     float32 is 0, and so are its group's codes.
     ``code = clip(round(w / scale) + zero, 0, top)``; rounding is half away from zero; two 4-bit codes share a
