@@ -123,7 +123,7 @@ def _extremes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns.min(axis=0), columns.max(axis=0)
 
 
-def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero), float32, one per row of *groups* [n, group]."""
     low, high = _extremes(groups)
     top = np.float32(form.top)
@@ -196,7 +196,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
     rows, columns = values.shape
     groups = values.reshape(-1, form.group)
     with np.errstate(all="ignore"):
-        scale, zero = _scales(groups, form)
+        scale, zero = scales(groups, form)
         np.divide(groups, scale[:, None], out=groups)
         _round_in_place(groups, np.empty(groups.shape, np.uint32))
         if form.symmetric and not scale.all():

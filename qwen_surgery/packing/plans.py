@@ -55,6 +55,8 @@ class HasIntegers(Protocol):
 
 #: slot -> integers of a weight of one net, for the weights that are not to be rounded as the compiler does
 Given = Mapping[str, HasIntegers]
+#: Chooses the integers of float32 values [rows, columns], in a format.
+Quantise = Callable[[np.ndarray, formats.Quantisation], formats.Integers]
 #: slot -> tensor of one net
 Tensors = Mapping[str, StoredTensor]
 #: Takes packed bytes and where they go, counted from the start of the coefficient section.
@@ -297,13 +299,15 @@ def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor | None) ->
         result.result()
 
 
-def _rounded(placement: Quantised, matrix: Matrix) -> Callable[[int, int], formats.Integers]:
-    """Gives the integers that the compiler would make of rows of *placement*."""
+def _rounded(
+    placement: Quantised, matrix: Matrix, quantise: Quantise
+) -> Callable[[int, int], formats.Integers]:
+    """Gives the integers that *quantise* makes of rows of *placement*."""
 
     def part(first: int, last: int) -> formats.Integers:
         block = matrix.rows(placement.start + first, placement.start + last)
         values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
-        return formats.quantise(values, placement.form)
+        return quantise(values, placement.form)
 
     return part
 
@@ -339,13 +343,15 @@ def pack(
     sink: Sink,
     pool: ThreadPoolExecutor | None = None,
     given: Given = MappingProxyType({}),
+    quantise: Quantise = formats.quantise,
 ) -> None:
     """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
 
-    Where the plan quantises a weight that *given* has the integers of, those are packed; every other one is
-    rounded as the compiler does. Only the plan's placements are written, not :meth:`PackPlan.rest`. Raises
-    Refused for a tensor that is missing or of another shape than the plan was made for, values that are not
-    finite, a shard that ends too early, or integers that the plan's layout cannot hold.
+    Where the plan quantises a weight that *given* has the integers of, those are packed; every other one
+    goes through *quantise*, which by default rounds as the compiler does. Only the plan's placements are
+    written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is missing or of another shape than
+    the plan was made for, values that are not finite, a shard that ends too early, or integers that the
+    plan's layout cannot hold.
     """
     missing = plan.slots - set(tensors)
     if missing:
@@ -363,4 +369,4 @@ def pack(
         if isinstance(placement, Plain):
             _run(_plain_jobs(placement, matrices[key], sink), pool)
         else:
-            _pack_quantised(placement, _rounded(placement, matrices[key]), tensors, sink, pool)
+            _pack_quantised(placement, _rounded(placement, matrices[key], quantise), tensors, sink, pool)
