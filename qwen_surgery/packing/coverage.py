@@ -71,8 +71,7 @@ class ElementOrigins:
 def whole_rows(
     expression: Expression, rows: np.ndarray, shapes: Mapping[str, Shape]
 ) -> list[tuple[str, np.ndarray]] | None:
-    """Which whole rows of which slots *rows* of a matrix are, in their order; None where rows are not kept
-    whole."""
+    """Which whole rows of which slots *rows* of a matrix are, in order; None where one is cut."""
     kind = expression[0]
     if kind == "slot":
         return [(expression[1], rows)]

@@ -46,8 +46,8 @@ class Piece:
     instructions and constants are taken over. With ``pack`` the weights are packed from ``tensors`` (slot ->
     TensorRef) by ``plan``; without, the source's own weights are copied: the source was compiled from them.
     ``plan`` and ``tensors`` may be given without ``pack`` too: the side file then records them for a refit.
-    ``given`` has the integers of those weights (by slot) that are chosen
-    already; ``quantise`` chooses the others.
+    ``given`` has the integers of those weights (by slot) that are chosen already; ``quantise``
+    chooses the others.
     """
 
     name: str

@@ -214,8 +214,7 @@ class Matrix:
 
 
 class Choices:
-    """The integers that placements take of *given*. Keeps the last weight read: placements of one follow each
-    other."""
+    """The integers that placements take of *given*. Keeps the last weight it has read."""
 
     def __init__(self, given: Given) -> None:
         self._given = given
