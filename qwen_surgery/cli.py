@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from qwen_surgery import __version__, console
+from qwen_surgery import __version__, console, extras
 from qwen_surgery.errors import SurgeryError, ToolFailed, Usage
 
 # name -> (module under qwen_surgery.commands, one-line help). The order is that of the work.
@@ -58,8 +58,25 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
 
 
+def _print_versions(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from qwen_surgery.toolchain.environment import Toolchain
+
+    console.line(f"qwen-surgery {__version__}")
+    try:
+        chain = Toolchain.find()
+        console.line(f"TPU-MLIR {chain.version} ({chain.origin})")
+    except ToolFailed as error:
+        console.line(f"{error}  ({error.hint})")
+    context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="qwen-surgery")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
+    help="Show the version, and TPU-MLIR's.",
+)  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
 def root(ctx: click.Context, debug: bool) -> None:
@@ -109,6 +126,8 @@ def _as_surgery_error(error: Exception) -> SurgeryError:
     """What to say about *error*: our own errors as they are, the system's and bugs as a tool's failure."""
     if isinstance(error, SurgeryError):
         return error
+    if isinstance(error, ModuleNotFoundError) and (needed := extras.missing(error)):
+        return needed
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return ToolFailed(f"{where}{error.strerror or error}")
