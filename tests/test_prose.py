@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.repository
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
     path for room in ("codemods", "graph_passes", "golden") for path in sorted((ROOT / room).rglob("*.py"))

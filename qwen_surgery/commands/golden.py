@@ -37,7 +37,6 @@ def command() -> None:
 
 
 def _compute(eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None) -> Any:
-    extras.require("golden")
     from golden.eras import ERAS
     from qwen_surgery.verification.references import run_all
 
@@ -54,6 +53,7 @@ def _compute(eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | No
 
 
 def _load(file: Path | None) -> tuple[Path, Any]:
+    extras.require("golden")
     from golden import record
 
     path = file or record.FILE
