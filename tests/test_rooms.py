@@ -45,6 +45,7 @@ ROOMS = (
     "qwen_surgery.exporting",
     "qwen_surgery.compiling",
     "qwen_surgery.packing",
+    "qwen_surgery.quantising",
     "qwen_surgery.runtime",  # the vendor's demos, call by call
     "qwen_surgery.packing.report",  # what a bmodel holds, and which demos can run it
     "qwen_surgery.vocabulary",

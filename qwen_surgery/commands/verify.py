@@ -47,8 +47,8 @@ def _numbers(
     "levels",
     multiple=True,
     type=click.Choice(["source", "onnx", "mlir", "chip", "runtime"]),
-    help="Only these levels; runtime follows the vendor's demos call by call. "
-    "  [default: source, and what --onnx and --bmodel allow]",
+    help="Only these levels (runtime follows the vendor's demos call by call).  "
+    "[default: source, and what --onnx and --bmodel allow]",
 )
 @click.option("--layers", callback=_numbers, help="Only these layers, such as 0,15,31 (no end-to-end then).")
 @click.option(

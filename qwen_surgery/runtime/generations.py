@@ -105,9 +105,7 @@ class Suitability:
 
 
 def suitability(bmodel: Path, profile: str | None = None) -> tuple[Suitability, ...]:
-    """What each generation (of *profile*) makes of *bmodel*, from its addresses. Raises Refused for no
-    bmodel.
-    """
+    """What each generation (of *profile*) makes of *bmodel*, by its addresses. Refuses what is no bmodel."""
     layouts = {shared: layout(bmodel, shared=shared) for shared in (True, False)}
     return tuple(_suits(one, layouts) for one in of_profile(profile))
 

@@ -29,9 +29,7 @@ Candidates = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one conversation gives, step by step: the tokens chosen, and logits or candidates where there are
-    any.
-    """
+    """What one conversation gives, step by step: tokens chosen; logits or candidates where there are any."""
 
     prompt: list[int]
     tokens: list[int]
