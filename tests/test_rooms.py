@@ -42,6 +42,7 @@ ROOMS = (
     "qwen_surgery.tokenizer",
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",
+    "qwen_surgery.families",
     "qwen_surgery.checkout",
     "qwen_surgery.patching",
     "qwen_surgery.exporting",
