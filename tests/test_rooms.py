@@ -31,6 +31,7 @@ ROOMS = (
     "graph_passes",  # the passes on ONNX graphs, and the package's own functions
     "qwen_surgery",  # its __init__: the version
     "qwen_surgery.errors",
+    "qwen_surgery.extras",  # which package belongs to which extra
     "qwen_surgery.console",
     "qwen_surgery.files",
     "qwen_surgery.parsing",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.compiling.flags import compile_options, options_from, run_options
 from qwen_surgery.errors import Missed
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 @compile_options
 @run_options
 def command(checkout: Path, out: Path, **given: Any) -> None:
+    extras.require("build")
     from qwen_surgery.building import build, session
     from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.exporting.remote_code import require_trust

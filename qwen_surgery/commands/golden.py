@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_surgery import console, files
+from qwen_surgery import console, extras, files
 from qwen_surgery.errors import Missed, Refused, Usage
 
 _SHARED = (
@@ -37,6 +37,7 @@ def command() -> None:
 
 
 def _compute(eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None) -> Any:
+    extras.require("golden")
     from golden.eras import ERAS
     from qwen_surgery.verification.references import run_all
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 
 
 @click.command(name="refit", help="Put the weights of CHECKOUT into MODEL.bmodel, without TPU-MLIR.")
@@ -18,6 +18,7 @@ from qwen_surgery import console
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON to stdout.")
 def command(model: Path, checkout: Path, out: Path | None, jobs: int | None, as_json: bool) -> None:
     """The checkout has to be of the same model: sizes, rotary base, epsilon and so on are compared."""
+    extras.require("refit")
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qwen_surgery.checkout import Checkout

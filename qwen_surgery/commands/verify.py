@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.errors import Missed, Usage
 
@@ -94,6 +94,9 @@ def command(
     trust_remote_code: bool,
     **words: Any,
 ) -> None:
+    extras.require("verify")
+    if html is not None:  # said before the work, not after it
+        extras.need("--html", "report")
     from qwen_surgery.verification.session import Request, verify
 
     if layers == () or prompt_lengths == ():
