@@ -41,6 +41,7 @@ ROOMS = (
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",
     "qwen_surgery.checkout",
+    "qwen_surgery.fetching",
     "qwen_surgery.patching",
     "qwen_surgery.exporting",
     "qwen_surgery.compiling",
