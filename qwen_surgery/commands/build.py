@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "full", "contract", "none"]),
     default="auto",
     show_default=True,
-    help="full: every stage against the unpatched model, on the emulator too; contract: nets, shapes and "
-    "types of the bmodel; auto: full where the emulator needs minutes, not hours.",
+    help="full: every stage against the unpatched model, on the emulator too, and in the vendor's runtime as "
+    "its demos drive it; contract: nets, shapes and types of the bmodel; auto: full where the emulator "
+    "needs minutes, not hours.",
 )
 @click.option("--steps", type=click.IntRange(0), default=8, show_default=True, help="Decode steps verified.")
 @click.option(

@@ -37,7 +37,6 @@ def command() -> None:
 
 
 def _compute(eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None) -> Any:
-    extras.require("golden")
     from golden.eras import ERAS
     from qwen_surgery.verification.references import run_all
 
@@ -68,6 +67,7 @@ def _load(file: Path | None) -> tuple[Path, Any]:
 def record_command(
     eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None, file: Path | None
 ) -> None:
+    extras.require("golden")
     from golden import record
 
     path, known = _load(file)
@@ -84,6 +84,7 @@ def record_command(
 def check_command(
     eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None, file: Path | None, as_json: bool
 ) -> None:
+    extras.require("golden")
     from dataclasses import asdict
 
     from qwen_surgery.verification.references import judge

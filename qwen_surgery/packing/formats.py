@@ -123,7 +123,7 @@ def _extremes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns.min(axis=0), columns.max(axis=0)
 
 
-def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero), float32, one per row of *groups* [n, group]."""
     low, high = _extremes(groups)
     top = np.float32(form.top)
@@ -137,28 +137,84 @@ def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndar
     return scale, np.clip(zero, 0, top)
 
 
-def quantise(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantise float32 *values* [rows, columns]; they are used as working memory and lost.
+@dataclass(frozen=True)
+class Integers:
+    """A matrix as integers: each weight is ``(code - zero) * scale`` of its group of columns.
 
-    Returns codes uint8 [rows, columns * bits / 8], then scales float32 and zeros uint8, both of shape
-    [rows, columns / group].
+    ``codes`` [rows, columns] has one code to an element, also for 4 bits: uint8, or int8 where the format is
+    signed; ``scale`` is float32 and ``zero`` uint8, both [rows, columns / group].
     """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    bits: int
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return int(self.codes.shape[1] // self.scale.shape[1])
+
+    def rows(self, which: Any) -> Integers:
+        """Some rows (a slice or indices)."""
+        return Integers(self.codes[which], self.scale[which], self.zero[which], self.bits)
+
+    def run(self, first: int, last: int) -> Integers:
+        """The rows from *first* to *last*."""
+        return self.rows(slice(first, last))
+
+    def fitted(self, form: Quantisation) -> Integers:
+        """The same weights in the layout of *form*: a group may be stored as several smaller ones of one
+        scale. Raises ValueError where no integers of *form* are these weights."""
+        if self.bits != form.bits:
+            raise ValueError(f"they have {self.bits} bits, the net stores {form.bits}")
+        if self.group % form.group:
+            raise ValueError(f"they are in groups of {self.group}, the net's are of {form.group}")
+        times = self.group // form.group
+        scale, zero = (np.repeat(one, times, axis=1) if times > 1 else one for one in (self.scale, self.zero))
+        if not form.signed or self.codes.dtype == np.int8:
+            return Integers(self.codes, scale, zero, self.bits)
+        middle = 1 << (form.bits - 1)
+        if (zero != middle).any():
+            raise ValueError(f"a zero point is not {middle}, and the net stores none")
+        codes = (self.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
+        return Integers(codes, scale, np.zeros_like(zero), self.bits)
+
+
+def joined(parts: list[Integers]) -> Integers:
+    """The rows of *parts*, all in one format, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale, zero = (
+        np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")
+    )
+    return Integers(codes, scale, zero, parts[0].bits)
+
+
+def quantise(values: np.ndarray, form: Quantisation) -> Integers:
+    """Float32 *values* [rows, columns] rounded as the compiler does; they are working memory, and lost."""
     rows, columns = values.shape
     groups = values.reshape(-1, form.group)
     with np.errstate(all="ignore"):
-        scale, zero = _scales(groups, form)
+        scale, zero = scales(groups, form)
         np.divide(groups, scale[:, None], out=groups)
         _round_in_place(groups, np.empty(groups.shape, np.uint32))
         if form.symmetric and not scale.all():
             groups[scale == 0] = -np.inf  # what the compiler's conversion makes of x / 0
         np.add(groups, zero[:, None], out=groups)
         np.clip(groups, form.bottom, form.top, out=groups)
-        codes = groups.astype(np.int8 if form.signed else np.uint8).view(np.uint8).reshape(rows, columns)
-    if form.bits == 4:
-        pairs = codes.view("<u2")  # low byte: even column, high byte: odd column
-        codes = (pairs | (pairs >> 4)).astype(np.uint8)
+        codes = groups.astype(np.int8 if form.signed else np.uint8).reshape(rows, columns)
     count = columns // form.group
-    return codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count)
+    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count), form.bits)
+
+
+def store_codes(codes: np.ndarray, form: Quantisation) -> np.ndarray:
+    """Codes [rows, columns] as they are stored, uint8 [rows, columns * bits / 8]."""
+    stored = np.ascontiguousarray(codes).view(np.uint8)
+    if form.bits == 8:
+        return stored
+    pairs = stored.view("<u2")  # low byte: even column, high byte: odd column
+    return (pairs | (pairs >> 4)).astype(np.uint8)
 
 
 def by_lanes(values: np.ndarray, lanes: int) -> np.ndarray:

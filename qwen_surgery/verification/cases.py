@@ -236,7 +236,7 @@ class CaseMaker:
     def _history(self, units: np.ndarray, layer: int) -> np.ndarray:
         """[1, S, n, d]: the past units, then noise of their size in the slots that the mask must close."""
         generator = np.random.default_rng([self._selection.seed, layer, len(units)])
-        shape = (1, self._g.seq_length, self._g.heads, self._g.head_dim)
+        shape = (1, self._g.seq_length, self._g.kv_heads, self._g.head_dim)
         history = generator.standard_normal(shape, dtype=np.float32) * np.float32(units.std() + 1e-3)
         history[0, : len(units)] = units
         return history

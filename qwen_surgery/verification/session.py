@@ -37,7 +37,9 @@ KEEP_CASES = 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Empty ``levels`` means every level whose parts were given."""
+    """What the user asked for. Empty ``levels`` means every level whose parts were given; ``runtime`` is the
+    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel.
+    """
 
     checkout: Path
     onnx: tuple[Path, ...] = ()
@@ -56,6 +58,7 @@ class Request:
     questions: tuple[str, ...] = ()
     text: str = ""
     text_tokens: int = 256
+    runtime: str | None = None
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -367,22 +370,36 @@ def _runtime_level(parts: _Opened, bmodel: Path) -> LevelResult:
     result = LevelResult("runtime", _mode_of(parts.request, bmodel), "bmruntime")
 
     def work() -> None:
-        longest = _end_to_end_prompt(parts)
-        seq_length, steps = parts.geometry.seq_length, parts.request.steps
-        # Short, and as long as it may be: what overlaps shows in a prompt's last rows.
-        lengths = Selection((max(1, seq_length // 3), seq_length - steps), seed=parts.request.seed)
-        prompts = make_prompts(lengths, parts.geometry) if not parts.request.prompt_lengths else [longest]
+        lengths = Selection(
+            _runtime_lengths(parts.request, parts.geometry.seq_length), seed=parts.request.seed
+        )
+        prompts = make_prompts(lengths, parts.geometry)
         result.checks += check_runtimes(
             bmodel,
             Toolchain.find(parts.request.toolchain),
             parts.geometry,
             prompts,
-            steps,
+            parts.request.steps,
             Sampling(seed=parts.request.seed),
+            profile=parts.request.runtime,
             progress=lambda what: parts.progress(f"runtime: {what}"),
         )
 
     return timed(result, work)
+
+
+def _runtime_lengths(request: Request, seq_length: int) -> tuple[int, ...]:
+    """The prompts that were asked for, cut to leave room for the steps; else a short one, and one as long as
+    it may be: what overlaps shows in a prompt's last rows.
+    """
+    room = seq_length - request.steps
+    if room < 1:
+        raise Usage(
+            f"{request.steps} steps do not fit in an export length of {seq_length}", hint="use fewer --steps"
+        )
+    return tuple(
+        sorted({min(length, room) for length in request.prompt_lengths or (seq_length // 3 + 1, room)})
+    )
 
 
 def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:

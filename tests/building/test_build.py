@@ -125,6 +125,19 @@ def test_a_plan_writes_nothing(checkout: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.tpu
+def test_a_plan_says_what_a_verification_in_the_vendors_runtime_costs(checkout: Path, tmp_path: Path) -> None:
+    rows = {}
+    for depth, length in (("contract", 32), ("full", 32), ("full", 512)):
+        flags = ("--seq-length", length, "--name", "tiny", "--trust-remote-code", "--dry-run", "--json")
+        plan = json.loads(cli("build", checkout, "--out", tmp_path, "--verify", depth, *flags).stdout)
+        rows[depth, length] = next(row for row in plan["tasks"] if row["task"].startswith("verify:"))
+    assert "the vendor's runtime: 10 conversations" in rows["full", 32]["command"]
+    assert "vendor" not in rows["contract", 32]["command"]
+    seconds = [row["seconds"] for row in rows.values()]
+    assert seconds == sorted(set(seconds)), "contract, a short length, a long one"
+
+
+@pytest.mark.tpu
 def test_one_layers_new_weights_pack_that_layer_alone(
     checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
 ) -> None:
