@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "verify": ("numpy", "onnx", "onnxruntime", "torch", "transformers", "einops", "tiktoken", "flatbuffers"),
     "report": ("jinja2", "matplotlib"),
     "cluster": ("distributed",),
+    "fetch": ("huggingface_hub", "modelscope_hub"),
 }
 #: Command -> the extras it needs; a command that is not here runs with the core alone.
 OF_COMMAND: dict[str, tuple[str, ...]] = {

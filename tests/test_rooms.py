@@ -44,6 +44,7 @@ ROOMS = (
     "qwen_surgery.toolchain",
     "qwen_surgery.families",
     "qwen_surgery.checkout",
+    "qwen_surgery.fetching",
     "qwen_surgery.patching",
     "qwen_surgery.exporting",
     "qwen_surgery.compiling",
