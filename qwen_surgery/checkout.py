@@ -114,7 +114,7 @@ def _find_modeling(root: Path, config: dict[str, Any], family: Family) -> Path:
 def _is_modeling(data: bytes, family: Family) -> bool:
     """Whether *data* is *family*'s modeling code, by content. Text that does not parse is not."""
     try:
-        return family.may_be_modeling(data) and family.owns_code(data)
+        return family.owns_code(data)
     except SourceError:
         return False
 

@@ -13,7 +13,7 @@ from qwen_surgery.errors import ToolFailed
 
 #: Extra -> what it brings, as imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "export": ("numpy", "onnx", "torch", "transformers", "einops"),
+    "export": ("numpy", "onnx", "torch", "einops"),
     "compile": ("numpy", "onnx", "onnx_graphsurgeon", "onnxsim", "onnxruntime", "flatbuffers", "tiktoken"),
     "verify": ("numpy", "onnx", "onnxruntime", "torch", "transformers", "einops", "tiktoken", "flatbuffers"),
     "report": ("jinja2", "matplotlib"),
@@ -34,8 +34,6 @@ OF_COMMAND: dict[str, tuple[str, ...]] = {
     "golden": ("verify",),
     "demo-checkout": ("compile",),
 }
-#: Brought along, but what is missing of it is only said where it is used: exports have stand-ins for it.
-_ONLY_WHERE_USED = ("transformers",)
 
 
 def require(command: str) -> None:
@@ -46,8 +44,7 @@ def require(command: str) -> None:
 def need(what: str, *extras: str) -> None:
     """Raises :class:`ToolFailed` when a package of *extras* is not installed. Imports nothing."""
     wanted = dict.fromkeys(name for extra in extras for name in EXTRAS[extra])
-    needed = [name for name in wanted if name not in _ONLY_WHERE_USED]
-    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
     if absent:
         raise _told(what, absent, extras)
 

@@ -127,7 +127,7 @@ def test_a_missing_extra_is_one_line_that_installs_it(light: Run, checkout: Path
 
 
 def test_every_command_is_light_or_in_the_table() -> None:
-    light = {"patch", "restore", "explain", "survey", "toolchain", "fetch", "doctor"}
+    light = {"patch", "restore", "explain", "survey", "toolchain", "fetch"}
     assert light | set(extras.OF_COMMAND) >= set(COMMANDS)
 
 

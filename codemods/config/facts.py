@@ -12,7 +12,7 @@ from typing import Any
 
 from codemods.analysis import configuration
 from codemods.analysis.source import SourceError
-from codemods.config.text import ConfigError, read
+from codemods.config.text import ConfigError
 
 CONFIG = "config.json"
 #: The defaults of upstream's configuration_qwen.py. (Its class has no ``seq_length``: the first release's.)
@@ -68,15 +68,6 @@ class ModelFacts:
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ConfigError(f"{trained} is {tokens!r}, not a number of tokens")
         return facts
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> ModelFacts:
-        """The facts of a checkout's *files* by name: config.json, and the configuration class it names.
-
-        Raises :class:`ConfigError` when config.json is not one JSON object, or as :meth:`from_config` does.
-        """
-        config = read(files[CONFIG]).values()
-        return cls.from_config(config, files.get(configuration_file(config)))
 
     def __getitem__(self, key: str) -> Any:
         """The value of *key* for the model, given or not."""

@@ -24,7 +24,7 @@ from qwen_surgery.toolchain.preload import c_compiler
 #: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).
 EMULATED_RATE = 7e7  # multiply-adds a second
 EMULATED_START, EMULATED_START_BUSY = 0.05, 0.9  # seconds a forward
-#: Seconds of emulation that a build spends unasked.
+#: Seconds of emulation that a build spends unasked: the demos' conversations take more than half of them.
 UNASKED = 600.0
 #: What the unpatched model and the levels without an emulator take, about.
 _REFERENCE = 30.0

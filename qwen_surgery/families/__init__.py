@@ -33,7 +33,7 @@ def of(config: Mapping[str, Any], where: object = "config.json") -> Family:
 def of_code(code: bytes) -> Family | None:
     """The family whose modeling code *code* is, judged by its content; raises SourceError."""
     for family in all_families():
-        if family.may_be_modeling(code) and family.owns_code(code):
+        if family.owns_code(code):
             return family
     return None
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from codemods.config.facts import SIZES, ModelFacts, configuration_file
+from codemods.config.facts import CONFIG, SIZES, ModelFacts, configuration_file
 from codemods.config.text import ConfigError, read
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, Net, NetKind
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 #: Our names of the weights outside the layers, the same in every family.
 TABLE, NORM, HEAD = "wte.weight", "ln_f.weight", "lm_head.weight"
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,10 @@ class Family(ABC):
     """One family. The class attributes are its facts, the methods what takes more than a fact.
 
     ``model_types`` and ``architectures`` are what config.json calls it, ``modeling`` is the usual name of its
-    modeling file. ``upstream`` are the keys of its configuration class with their defaults, ``trained`` the
-    one for the trained length. ``compiled_in`` are the keys that become instructions or tables of a net: each
-    family has a set of its own. ``ignored`` matches tensors that no code reads.
+    modeling file; ``releases`` are its models as their makers spell them. ``upstream`` are the keys of its
+    configuration class with their defaults, ``trained`` the one for the trained length. ``compiled_in`` are
+    the keys that become instructions or tables of a net: each family has a set of its own. ``ignored``
+    matches tensors that no code reads.
     """
 
     name: str
@@ -112,6 +112,7 @@ class Family(ABC):
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     modeling: str
+    releases: tuple[str, ...]
     upstream: Mapping[str, Any]
     trained: str
     anatomy: Anatomy
@@ -176,7 +177,7 @@ class Family(ABC):
 
     def owns_code(self, code: bytes) -> bool:
         """Whether *code* is this family's modeling code, judged by its content. Raises SourceError."""
-        return bool(self.era(code))
+        return self.may_be_modeling(code) and bool(self.era(code))
 
     @abstractmethod
     def era(self, code: bytes) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from codemods.analysis.identity import identify, may_be_modeling
@@ -38,6 +39,10 @@ class Qwen1(Family):
     model_types = ("qwen",)
     architectures = ("QWenLMHeadModel",)
     modeling = "modeling_qwen.py"
+    releases = tuple(
+        f"Qwen-{size}{kind}"
+        for size, kind in product(("1_8B", "7B", "14B", "72B"), ("", "-Chat", "-Chat-Int4", "-Chat-Int8"))
+    )
     upstream = UPSTREAM
     trained = "seq_length"
     anatomy = Anatomy(body="transformer", table="wte", layers="h", norm="ln_f")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import product
-
+from qwen_surgery import families
 from qwen_surgery.errors import Usage
 from qwen_surgery.parsing import is_plain_name
 
 _ORGANISATION = "Qwen"
-#: Qwen v1 as its makers spell it: sizes, and what follows them.
-_NAMES = tuple(
-    f"Qwen-{size}{kind}"
-    for size, kind in product(("1_8B", "7B", "14B", "72B"), ("", "-Chat", "-Chat-Int4", "-Chat-Int8"))
-)
 
 
 def repository(name: str) -> str:
@@ -25,7 +19,7 @@ def repository(name: str) -> str:
         if len(parts) != 2 or not all(map(is_plain_name, parts)):
             raise Usage(f"{name:.100} is no repository", hint="say ORG/NAME")
         return name
-    known = {_plain(one): one for one in _NAMES}
+    known = {_plain(one): one for family in families.all_families() for one in family.releases}
     found = known.get(_plain(name))
     if found is None and not name.lower().startswith("qwen"):
         raise Usage(f"{name} is no name of a Qwen model", hint="say ORG/NAME, or a name such as Qwen-7B-Chat")

@@ -148,47 +148,6 @@ class Integers:
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray
-    bits: int
-
-    @property
-    def group(self) -> int:
-        """Columns that share a scale."""
-        return int(self.codes.shape[1] // self.scale.shape[1])
-
-    def rows(self, which: Any) -> Integers:
-        """Some rows (a slice or indices)."""
-        return Integers(self.codes[which], self.scale[which], self.zero[which], self.bits)
-
-    def run(self, first: int, last: int) -> Integers:
-        """The rows from *first* to *last*."""
-        return self.rows(slice(first, last))
-
-    def fitted(self, form: Quantisation) -> Integers:
-        """The same weights in the layout of *form*: a group may be stored as several smaller ones of one
-        scale. Raises ValueError where no integers of *form* are these weights."""
-        if self.bits != form.bits:
-            raise ValueError(f"they have {self.bits} bits, the net stores {form.bits}")
-        if self.group % form.group:
-            raise ValueError(f"they are in groups of {self.group}, the net's are of {form.group}")
-        times = self.group // form.group
-        scale, zero = (np.repeat(one, times, axis=1) if times > 1 else one for one in (self.scale, self.zero))
-        if not form.signed or self.codes.dtype == np.int8:
-            return Integers(self.codes, scale, zero, self.bits)
-        middle = 1 << (form.bits - 1)
-        if (zero != middle).any():
-            raise ValueError(f"a zero point is not {middle}, and the net stores none")
-        codes = (self.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
-        return Integers(codes, scale, np.zeros_like(zero), self.bits)
-
-
-def joined(parts: list[Integers]) -> Integers:
-    """The rows of *parts*, all in one format, one below the other."""
-    if len(parts) == 1:
-        return parts[0]
-    codes, scale, zero = (
-        np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")
-    )
-    return Integers(codes, scale, zero, parts[0].bits)
 
 
 def quantise(values: np.ndarray, form: Quantisation) -> Integers:
@@ -205,7 +164,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
         np.clip(groups, form.bottom, form.top, out=groups)
         codes = groups.astype(np.int8 if form.signed else np.uint8).reshape(rows, columns)
     count = columns // form.group
-    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count), form.bits)
+    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count))
 
 
 def store_codes(codes: np.ndarray, form: Quantisation) -> np.ndarray:

@@ -32,7 +32,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
         with np.errstate(invalid="ignore"):  # packing refuses what is not finite, by its scale
             codes[part] = nearest(values[part], scale[part], zero[part], form)
     with np.errstate(invalid="ignore"):
-        return Integers(codes, scale, zero.astype(np.uint8), form.bits)
+        return Integers(codes, scale, zero.astype(np.uint8))
 
 
 def nearest(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Quantisation) -> np.ndarray:

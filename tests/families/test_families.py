@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def test_code_is_known_by_its_content() -> None:
     family = families.of_code(modeling_source("sdpa").encode())
     assert family is families.of({"model_type": "qwen"}) and family is not None
     assert families.of_code(b"class A:\n    c_attn = 1\n") is None
+
+
+def test_the_class_is_the_one_that_auto_map_names() -> None:
+    """Another file's defaults would give a model the wrong trained length."""
+    source = """class QWenConfig(PretrainedConfig):
+    def __init__(self, seq_length={}, **kwargs):
+        super().__init__(**kwargs)
+"""
+    named = {"model_type": "qwen", "auto_map": {"AutoConfig": "Someone/Model--mine.MyConfig"}}
+    silent = {"model_type": "qwen"}
+    sources = {"mine.py": source.format(64).encode(), "configuration_qwen.py": source.format(32).encode()}
+    for config, length in ((named, 64), (silent, 32)):
+        files = {"config.json": json.dumps(config).encode(), **sources}
+        assert families.of(config).facts(files).trained_length == length
 
 
 def test_no_two_families_claim_one_model_or_one_side_file() -> None:
