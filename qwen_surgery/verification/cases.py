@@ -140,6 +140,13 @@ def make_prompts(selection: Selection, geometry: Geometry) -> list[list[int]]:
     return prompts
 
 
+def longest_prompt(seq_length: int, steps: int) -> int:
+    """Tokens of the longest prompt after which *steps* decode steps fit; raises Usage when none does."""
+    if steps >= seq_length:
+        raise Usage(f"{steps} steps do not fit in an export length of {seq_length}", hint="use fewer --steps")
+    return seq_length - steps
+
+
 def default_lengths(seq_length: int) -> tuple[int, ...]:
     """Ragged prompts: one token, about a third, all but one (its decode step fills the last slot), all."""
     return tuple(sorted({1, seq_length // 3 + 1, max(1, seq_length - 1), seq_length}))

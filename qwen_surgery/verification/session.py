@@ -16,7 +16,14 @@ from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification import language
-from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
+from qwen_surgery.verification.cases import (
+    CaseMaker,
+    NetCase,
+    Selection,
+    default_lengths,
+    longest_prompt,
+    make_prompts,
+)
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
@@ -323,12 +330,7 @@ def _end_to_end_prompt(parts: _Opened) -> list[int]:
     and its distribution, which is then compared, hangs on little.
     """
     prompts = make_prompts(parts.selection, parts.geometry)
-    room = parts.geometry.seq_length - parts.request.steps
-    if room < 1:
-        raise Usage(
-            f"{parts.request.steps} steps do not fit in an export length of {parts.geometry.seq_length}",
-            hint="use fewer --steps",
-        )
+    room = longest_prompt(parts.geometry.seq_length, parts.request.steps)
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
     prompt = max(fitting, key=len) if fitting else prompts[0][:room]
     return _text_tokens(parts)[: len(prompt)] or prompt
@@ -392,11 +394,7 @@ def _runtime_lengths(request: Request, seq_length: int) -> tuple[int, ...]:
     """The prompts that were asked for, cut to leave room for the steps; else a short one, and one as long as
     it may be: what overlaps shows in a prompt's last rows.
     """
-    room = seq_length - request.steps
-    if room < 1:
-        raise Usage(
-            f"{request.steps} steps do not fit in an export length of {seq_length}", hint="use fewer --steps"
-        )
+    room = longest_prompt(seq_length, request.steps)
     return tuple(
         sorted({min(length, room) for length in request.prompt_lengths or (seq_length // 3 + 1, room)})
     )

@@ -347,3 +347,12 @@ def test_an_export_remembers_the_config_that_its_bmodel_is_made_with(exported: P
 
     config = json.loads((exported.parent / "Qwen-two/config.json").read_text())
     assert Manifest.load(exported).config == config
+
+
+def test_steps_that_do_not_fit_are_refused_before_anything_is_built(checkout: Path, tmp_path: Path) -> None:
+    """Told after the compile, the wrong word costs a user the whole build."""
+    done = cli(
+        "build", checkout, "--out", tmp_path / "out", "--seq-length", 8, "--trust-remote-code", check=False
+    )
+    assert done.returncode == 2 and "8 steps do not fit in an export length of 8" in done.stderr
+    assert not list(tmp_path.rglob("*.bmodel")) and not list(tmp_path.rglob("*.onnx"))
