@@ -217,8 +217,8 @@ def _lost_fill(source: Source, flag: str) -> str:
     if line is None:
         return ""
     return (
-        f"; unpatched, line {line} throws the mask it fills away, so that a prompt with padding also sees what "
-        "comes after: patched it does not"
+        f"; unpatched, line {line} throws the mask it fills away, so that a prompt with padding also sees "
+        "what comes after: patched it does not"
     )
 
 

@@ -235,8 +235,8 @@ class ScorePath:
         return ""
 
     def _mask_handed(self) -> str:
-        """Whether the layers are handed what the caller gave. Where upstream never adds it, no matter what the
-        model hands them: only what they hand on to attention."""
+        """Whether the layers are handed what the caller gave. Where upstream never adds it, no matter what
+        the model hands them: only what they hand on to attention."""
         found = tampered(self.attention.source, self.attention.node)
         if found is None and not self.dead:
             upto = None if self.added else 0

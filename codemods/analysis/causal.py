@@ -15,7 +15,6 @@ from codemods.analysis.attention import ScorePath, uncast
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import Found, changed_buffer, passed_on
 
-
 Seen = frozenset[tuple[str, str]]  #: functions with their names that are being looked into already
 
 

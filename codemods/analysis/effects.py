@@ -626,8 +626,8 @@ def _methods(node: ast.ClassDef, name: str) -> list[Function]:
 
 
 def _cut_up(function: Function) -> Iterator[tuple[ast.Call, ast.expr]]:
-    """Calls that cut a local up into parts, ``x.split(...)``, where nothing else of the function reads x, each
-    with the one value that x is given."""
+    """Calls that cut a local up into parts, ``x.split(...)``, where nothing else of the function reads x,
+    each with the one value that x is given."""
     for call in (n for name in ("split", "chunk", "unbind") for n in t.calls(function, name)):
         owner = call.func.value if isinstance(call.func, ast.Attribute) else None
         if isinstance(owner, ast.Name) and owner.id not in _parameters(function):

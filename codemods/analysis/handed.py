@@ -477,8 +477,8 @@ def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Fou
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and node.attr in methods:
             yield Found(f"the method {node.attr} is replaced", node.lineno)
         if isinstance(node, ast.Call) and t.call_name(node) == "setattr":
-            label = t.constant(node.args[1]) if len(node.args) > 1 else None
-            if not isinstance(label, str) or label in methods:
+            name = t.constant(node.args[1]) if len(node.args) > 1 else None
+            if not isinstance(name, str) or name in methods:
                 yield Found("setattr may replace a method", node.lineno)
 
 

@@ -77,7 +77,7 @@ def compute(
     other Python files, an era's own by default. With *nudged*, each weight is off by about one rounding step
     of its dtype, up or down as that number says. Raises NotViable.
     """
-    with _package(others or _own_files()) as package, torch.no_grad():
+    with _package(others or _own_files()), torch.no_grad():
         try:
             _module("modeling_qwen", text)
             model = _model(nudged)
