@@ -28,8 +28,8 @@ _VIEWS = words(
     view reshape transpose permute expand expand_as squeeze unsqueeze contiguous to type type_as
     float half double bfloat16 bool int long detach cpu cuda split chunk unbind narrow select
     flatten unflatten swapaxes swapdims movedim diagonal unfold view_as reshape_as t ravel
-    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to
-    broadcast_tensors dropout rearrange items values keys get pop copy buffers parameters to_tuple
+    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to broadcast_tensors
+    dropout rearrange requires_grad_ items values keys get pop copy buffers parameters to_tuple
     """
 )
 _READS = words(
@@ -383,6 +383,9 @@ class _Reader:
 
     def _store(self, target: ast.expr, given: Roots) -> None:
         if isinstance(target, ast.Subscript):
+            if _of_buffers(target):  # the attribute has another tensor from here on
+                self.flow.join((f"@{t.constant(target.slice)}", *sorted(given)))
+                return
             held = self.roots(target.value)
             self._write(target, held)
             if held & self.containers:  # a list keeps what it is given; a tensor copies it
@@ -431,6 +434,8 @@ class _Reader:
                 return self.file.buffers
             own = self.roots(node.value) if isinstance(node.value, ast.Name) else NOTHING
             return own | {f"@{node.attr}"}
+        if _of_buffers(node):
+            return frozenset((f"@{t.constant(node.slice)}",))  # type: ignore[attr-defined]
         if isinstance(node, (ast.Subscript, ast.Starred, ast.NamedExpr, ast.Await)):
             return self.roots(node.value)
         if isinstance(node, ast.IfExp):
@@ -511,7 +516,7 @@ class _Reader:
         while isinstance(root, ast.Attribute):
             between.add(root.attr)
             root = root.value
-        if _is_in_place(name) or between & {"ops", "_C", "library", "jit", "_foreach"}:
+        if is_in_place(name) or between & {"ops", "_C", "library", "jit", "_foreach"}:
             self._write(call, given)
             return given
         if name == "checkpoint":  # a layer run for training: it gives what the layer gives
@@ -519,7 +524,7 @@ class _Reader:
         return given if name in _VIEWS or between & {"autograd"} else NOTHING
 
     def _method(self, call: ast.Call, name: str, own: Roots, given: Roots) -> Roots:
-        if _is_in_place(name):
+        if is_in_place(name):
             self._write(call, own)
             return own | given
         if name == "register_buffer":
@@ -661,7 +666,17 @@ def _filled_later(node: ast.AST) -> Iterator[str]:
         yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
-def _is_in_place(name: str) -> bool:
+def _of_buffers(node: ast.AST) -> bool:
+    """``x._buffers["name"]``."""
+    return (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr == "_buffers"
+        and isinstance(t.constant(node.slice), str)
+    )
+
+
+def is_in_place(name: str) -> bool:
     dunder = name.startswith("__i") and name not in {"__init__", "__invert__", "__iter__", "__int__"}
     return (
         (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")

@@ -73,7 +73,7 @@ def _carries(
     node = unwrapped(node)
     if isinstance(node, ast.IfExp):
         return all(
-            (_is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
+            (t.is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
             for arm in (node.body, node.orelse)
         )
     if not isinstance(node, ast.Name):
@@ -91,12 +91,8 @@ def _carries(
     return all(_carries(function, value, name, at, above | {node.id}) for value in bound)
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
 def _tests_none(test: ast.expr, name: str) -> bool:
-    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and _is_none(test.comparators[0])
+    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and t.is_none(test.comparators[0])
 
 
 # -- the classes of the way ----------------------------------------------------------------------------------
@@ -342,7 +338,7 @@ def changed_buffer(source: Source, name: str) -> Found | None:
         for node in t.walk(source.tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if _is_none(node.value) or t.same(unwrapped(node.value), target)
+        if t.is_none(node.value) or t.same(unwrapped(node.value), target)
     }
     stored = {
         id(n)
@@ -529,7 +525,7 @@ def _present(test: ast.expr) -> bool:
         isinstance(test, ast.Compare)
         and t.is_name(test.left, MASK)
         and isinstance(test.ops[0], ast.IsNot)
-        and _is_none(test.comparators[0])
+        and t.is_none(test.comparators[0])
     )
 
 

@@ -269,6 +269,10 @@ def binds_at_top(module: ast.Module) -> set[str]:
     return {name for stmt in statements(module.body) if not any(blocks(stmt)) for name in binds(stmt)}
 
 
+def is_none(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
 def conjuncts(test: ast.expr) -> Iterator[ast.expr]:
     """The parts of ``a and b and c``; the expression itself when it is no conjunction."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
