@@ -27,6 +27,7 @@ _NONE: Term = ("constant", None)
 #: What a name stands for where some way to it does not set it.
 _UNSET: Term = ("unset",)
 _LIMIT = 400  #: statements followed, calls included
+_LARGEST, _DEEPEST = 20_000, 300  #: expressions in one, and levels; upstream's have 2,123 and 23
 
 
 class _Unknown(Exception):
@@ -103,6 +104,7 @@ class _Branch:
         self.set = t.surely_bound(around.body, choice) | set(t.parameters(around))
         self.own: set[str] = set()  #: attributes of self that were read
         self.met: list[tuple[int, Term]] = []  #: what was evaluated, each with its line
+        self.extents: dict[int, tuple[int, int]] = {}  #: by the identity of terms
 
     def names(self, block: list[ast.stmt]) -> dict[str, Term]:
         env: dict[str, Term] = {}
@@ -142,6 +144,8 @@ class _Branch:
             env[name] = self._noted(stmt.lineno, (type(stmt.op).__name__, before, value))
         elif isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call):
             self._effect(stmt, stmt.value, env)
+        elif isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name):
+            self._term(stmt.value, env)
         elif isinstance(stmt, ast.Assert):
             self._noted(stmt.lineno, ("assert", self._term(stmt.test, env)))
         elif not isinstance(stmt, ast.Pass) and not (
@@ -193,8 +197,16 @@ class _Branch:
             for i, part in enumerate(target.elts):
                 whole = value[0] == "tuple" and len(value[1]) == len(target.elts)
                 self._bind(part, value[1][i] if whole else ("item", value, i), env)
-        else:
+        elif not (isinstance(target, ast.Attribute) and self._unread(target)):
             raise _Unknown(f"line {target.lineno} stores into what is not a local name")
+
+    def _unread(self, target: ast.Attribute) -> bool:
+        """``self.NAME``, where the file has that name nowhere else."""
+        named = [
+            n for n in t.walk(self.source.tree) if isinstance(n, ast.Attribute) and n.attr == target.attr
+        ]
+        others = {n.name for n in t.walk(self.source.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        return t.is_name(target.value, "self") and named == [target] and target.attr not in others
 
     def _if(self, stmt: ast.If, env: dict[str, Term]) -> None:
         known = self._known(stmt.test)
@@ -229,11 +241,33 @@ class _Branch:
     # -- expressions -----------------------------------------------------------------------------------------
 
     def _term(self, node: ast.expr, env: dict[str, Term]) -> Term:
-        return self._noted(node.lineno, self._evaluated(unwrapped(node), env))
+        bare = unwrapped(node)
+        term = self._noted(node.lineno, self._evaluated(bare, env))
+        while node is not bare:  # the same values, but None or a number has no such method
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                given = (*node.args, *(k.value for k in node.keywords))
+                self._noted(node.lineno, ("same", term, tuple(self._term(a, env) for a in given)))
+                node = node.func.value
+            elif isinstance(node, ast.BinOp):
+                self._noted(node.lineno, ("same", term, ()))
+                node = node.left
+        return term
 
     def _noted(self, line: int, term: Term) -> Term:
+        size, depth = self._extent(term)
+        if size > _LARGEST or depth > _DEEPEST:  # x = x + x, forty times over
+            raise _Unknown(f"line {line} makes an expression too large to follow")
         self.met.append((line, term))
         return term
+
+    def _extent(self, term: Term) -> tuple[int, int]:
+        """How many expressions ``term`` is written with, and how many levels; each term is asked once."""
+        known = self.extents.get(id(term))
+        if known is None:
+            parts = [self._extent(part) for part in term if isinstance(part, tuple)]
+            known = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+            self.extents[id(term)] = known
+        return known
 
     def _value(self, name: str, line: int, env: dict[str, Term]) -> Term:
         found = env.get(name, self._before(name))
@@ -534,6 +568,10 @@ _SAFE = frozenset(
     ("clone", "detach", "contiguous", "float", "size", "dim", "sum", "mean", "abs", "numel", "t")
 )
 _DESCRIBED = frozenset(("shape", "dtype", "device", "data", "ndim"))
+#: Functions and methods that give a tensor, whatever they are given, unless they raise.
+_MADE = frozenset(
+    ("full", "tensor", "where", "masked_fill", "expand", "matmul", "transpose", "softmax", "permute")
+)
 _ARITHMETIC = frozenset(("Add", "Sub", "Mult", "Div", "USub"))
 
 
@@ -566,40 +604,58 @@ def _harmless(term: Term, used: set[Term], tensors: set[Term]) -> bool:
         return all(_harmless(part, used, tensors) for part in term[1])
     if head in {"Is", "IsNot"}:
         return all(part in used or _harmless(part, used, tensors) for part in term[1:])
+    if head == "same":
+        return _tensor(term[1], used, tensors) and all(_harmless(part, used, tensors) for part in term[2])
     if head == "assert":
-        return term[1][0] == "IsNot" and term[1][2] == _NONE and _tensor(term[1][1], tensors)
+        return term[1][0] == "IsNot" and term[1][2] == _NONE and _tensor(term[1][1], used, tensors)
     if head == "if":
         return all(part in used or _harmless(part, used, tensors) for part in term[1:])
     if head == "attribute":
-        return term[1] == ("name", "self") or (term[2] in _DESCRIBED and _tensor(term[1], tensors))
-    return _tensor(term, tensors) or (
-        head == "call" and term[1] in {"size", "dim", "numel"} and _tensor(term[2][0], tensors)
+        known = term[1] in (("name", "self"), ("name", "torch"))
+        return known or (term[2] in _DESCRIBED and _tensor(term[1], used, tensors))
+    return _tensor(term, used, tensors) or (
+        head == "call" and term[1] in {"size", "dim", "numel"} and _tensor(term[2][0], used, tensors)
     )
 
 
-def _tensor(term: Term, tensors: set[Term]) -> bool:
+def _tensor(term: Term, used: set[Term], tensors: set[Term]) -> bool:
     """``term`` is a tensor of numbers, made in a way that raises nothing."""
-    if term in tensors:
+    if term in tensors or (term in used and _made(term, used, tensors)):
         return True
     head = term[0]
     if head == "written":
-        return _tensor(term[2], tensors)
+        return _tensor(term[2], used, tensors)
     if head == "call" and not term[3]:
         made_of, rest = term[2][:1], term[2][1:]
         alike = term[1] in {"expand_as", "type_as", "view_as"} and rest == made_of
-        return bool(made_of) and _tensor(made_of[0], tensors) and ((term[1] in _SAFE and not rest) or alike)
+        return (
+            bool(made_of)
+            and _tensor(made_of[0], used, tensors)
+            and ((term[1] in _SAFE and not rest) or alike)
+        )
     if head in _ARITHMETIC:
         numbers = [p for p in term[1:] if p[0] == "constant" and isinstance(p[1], (int, float))]
         return (
-            all(part in numbers or _tensor(part, tensors) for part in term[1:])
+            all(part in numbers or _tensor(part, used, tensors) for part in term[1:])
             and len(term) - len(numbers) == 2
         )
     if head == "part":
-        return _tensor(term[1], tensors) and term[2] in (
+        return _tensor(term[1], used, tensors) and term[2] in (
             ("constant", ...),
             ("slice", None, None, None),
         )
     return False
+
+
+def _made(term: Term, used: set[Term], tensors: set[Term]) -> bool:
+    """``term``, which raises nothing, can be nothing but a tensor."""
+    if term[0] == "if":
+        return all(_tensor(arm, used, tensors) for arm in term[2:])
+    if term[0] == "own":
+        return term[1] == "attn_dropout"
+    if term[0] in _ARITHMETIC:
+        return any(_tensor(part, used, tensors) for part in term[1:])
+    return term[0] == "call" and term[1] in _MADE
 
 
 def _always_true(owner: ast.ClassDef, name: str) -> bool:
