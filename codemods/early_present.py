@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from codemods.analysis import tree as t
 from codemods.analysis.attention import Attention, attentions
-from codemods.analysis.effects import effects
-from codemods.analysis.handed import cache_problem, tampered, unwrapped
+from codemods.analysis.effects import effects, words
+from codemods.analysis.handed import cache_problem, tampered
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Move, Rule, Site, Status
 
@@ -27,6 +27,10 @@ class Attention(nn.Module):
             value = torch.cat((past_value, value), dim=1)
 {late}        return self.c_proj(self._attn(query, key, value)), present
 """
+#: Methods that raise for a tensor of no length and change none.
+_ANY_LENGTH = words(
+    "clone contiguous detach to type type_as float half bfloat16 squeeze unsqueeze transpose size dim"
+)
 _PRESENT = """\
         if use_cache:
             present = (key, value)
@@ -223,15 +227,22 @@ def _makes_present(forward: ast.FunctionDef, stmt: ast.stmt, key: str, value: st
 
 
 def _idle(forward: ast.FunctionDef, around: ast.stmt, stmt: ast.stmt) -> bool:
-    """``stmt`` in ``around`` only calls something by a name that nothing outside ``around`` knows."""
+    """``stmt`` in ``around`` only gives something a name that nothing outside ``around`` knows."""
     if isinstance(stmt, ast.Pass) or (isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name)):
         return True
-    if not isinstance(stmt, ast.Assign) or not isinstance(unwrapped(stmt.value), ast.Name):
+    if not isinstance(stmt, ast.Assign) or not all(_of_any_length(n) for n in t.walk(stmt.value)):
         return False
     inside = {id(n) for n in t.walk(around)}
     known = {n.id for n in t.walk(forward) if isinstance(n, ast.Name) and id(n) not in inside}
     names = all(isinstance(target, ast.Name) for target in stmt.targets)
     return names and not t.binds(stmt) & (known | set(t.parameters(forward)))
+
+
+def _of_any_length(node: ast.AST) -> bool:
+    """A part of an expression that works alike however long the history is."""
+    if isinstance(node, ast.Call):
+        return t.call_name(node) in _ANY_LENGTH
+    return isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.USub, ast.Load))
 
 
 def _names(made: list[ast.Assign]) -> frozenset[str]:
@@ -267,9 +278,23 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
     for stmt in t.statements(forward.body):
         if id(stmt) in making or any(t.blocks(stmt)) or name not in t.reads(stmt):
             continue
+        if _only_kept(forward, stmt):
+            continue
         if not _is_output(stmt, name):
             return f"`{name}` is read on line {stmt.lineno} for something else than the outputs"
     return ""
+
+
+def _only_kept(forward: ast.FunctionDef, stmt: ast.stmt) -> bool:
+    """``kept = x``, where whatever reads ``kept`` is an expression statement of that name alone."""
+    if not isinstance(stmt, ast.Assign) or not isinstance(stmt.value, ast.Name):
+        return False
+    looks = {id(s.value) for s in t.statements(forward.body) if isinstance(s, ast.Expr)}
+    kept = t.binds(stmt)
+    read = (n for n in t.walk(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return all(isinstance(x, ast.Name) for x in stmt.targets) and not any(
+        n.id in kept and id(n) not in looks for n in read
+    )
 
 
 def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) -> str:

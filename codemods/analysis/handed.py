@@ -59,7 +59,7 @@ def _changes_nothing(node: ast.BinOp) -> bool:
 def carries(function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None = None) -> bool:
     """Whether ``node`` is what the parameter ``name`` of ``function`` was when it was called.
 
-    Statements that cannot run together with ``at`` do not count.
+    Statements that cannot run together with ``at``, or run after it, do not count.
     """
     return _carries(function, node, name, at, frozenset())
 
@@ -84,7 +84,7 @@ def _carries(
     bound = [
         value
         for stmt, value in t.assignments(function.body, node.id)
-        if at is None or not t.exclusive(function.body, stmt, at)
+        if at is None or not (t.exclusive(function.body, stmt, at) or t.after(function.body, stmt, at))
     ]
     if own != (node.id == name) or not (own or bound):
         return False

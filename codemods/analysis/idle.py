@@ -8,16 +8,27 @@ and nothing is bound.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 from codemods.analysis import tree as t
 
 
 def settle(tree: ast.Module) -> None:
     """Put a look in place of each such assignment in the functions of ``tree``, before anything reads it."""
-    for function in [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]:
-        inside = list(ast.walk(function))
-        if not any(isinstance(n, (ast.Global, ast.Nonlocal)) for n in inside):
-            _settle(function.body, _bound_otherwise(inside))
+    for function in reversed(list(_functions(tree))):  # those inside first
+        if any(_copied(stmt) for stmt in t.statements(function.body)):
+            inside = list(ast.walk(function))
+            if not any(isinstance(n, (ast.Global, ast.Nonlocal)) for n in inside):
+                _settle(function.body, _bound_otherwise(inside))
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function below ``node``, those in functions and classes too."""
+    for block in t.blocks(node):
+        for stmt in block:
+            if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield stmt
+            yield from _functions(stmt)
 
 
 def _bound_otherwise(inside: list[ast.AST]) -> set[str]:

@@ -243,6 +243,13 @@ def exclusive(block: list[ast.stmt], a: ast.stmt, b: ast.stmt) -> bool:
     return any(id(node) in arms and arms[id(node)] != arm for node, arm in path_to(block, b))
 
 
+def after(block: list[ast.stmt], a: ast.stmt, b: ast.stmt) -> bool:
+    """True when ``a`` runs only after ``b`` has run: it stands below, and no loop comes back to ``b``."""
+    around = [node for node, _ in path_to(block, b)]
+    again = any(isinstance(node, (ast.For, ast.AsyncFor, ast.While)) for node in around)
+    return not again and a.lineno > (b.end_lineno or b.lineno)
+
+
 def parameters(function: ast.FunctionDef) -> list[str]:
     """Positional and keyword parameter names in order, ``self`` included."""
     args = function.args

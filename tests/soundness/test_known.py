@@ -83,6 +83,14 @@ def in_block_of(era: str, old: str, new: str, codemod: str = "add-attention-mask
 
 
 KNOWN = {
+    "the same mask twice, the other way round": Known(
+        "registered-mask-list", _WHERE, _WHERE + _WHERE.replace("(causal_mask", "(~causal_mask")
+    ),
+    "another mask given in a loop, after it is handed on": Known(
+        "registered-mask-list",
+        "            if use_cache:\n                presents",
+        "            attention_mask = None\n            if use_cache:\n                presents",
+    ),
     "the plain branch looks at a mask that may be None": in_plain_branch("seen = causal_mask.shape"),
     "the plain branch copies a mask that may be None": in_plain_branch(
         "causal_mask = causal_mask.contiguous()"
@@ -346,6 +354,22 @@ LOOKS = {
         "registered-mask-list",
         "            present = (key, value)\n",
         "            kept = key\n            present = (key, value)\n            key = kept\n",
+    ),
+    "the same mask twice": Known("registered-mask-list", _WHERE, _WHERE + _WHERE),
+    "another mask given where it is handed on no more": Known(
+        "registered-mask-list",
+        "        residual = hidden_states + attended\n",
+        "        residual = hidden_states + attended\n        layer_past = residual\n",
+    ),
+    "present kept and restored": Known(
+        "registered-mask-list",
+        "        outputs = (self.c_proj",
+        "        kept = present\n        seen = 1\n        present = kept\n        outputs = (self.c_proj",
+    ),
+    "a view beside present": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            alias = key.squeeze(0)\n            present = (key, value)\n",
     ),
     "present made twice": Known(
         "registered-mask-list",
