@@ -215,7 +215,7 @@ class CompileOptions:
 def _group_axes(geometry: Geometry | None) -> tuple[tuple[str, int], ...]:
     if geometry is None:
         return ()
-    return (("hidden size", geometry.hidden), ("MLP width", geometry.intermediate // 2))
+    return (("hidden size", geometry.hidden), ("MLP width", geometry.mlp_width))
 
 
 #: What needs which graph passes, and why: found by compiling without them with TPU-MLIR 1.30.2.

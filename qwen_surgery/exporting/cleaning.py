@@ -53,8 +53,7 @@ def chosen_passes(
 
     *recipe* is a TOML file (see :mod:`graph_passes.framework.recipe`), *skip* switches more of them off, and
     *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take; *also* are passes that only
-    run where something needs them. Raises Usage for a bad
-    recipe or an unknown name.
+    run where something needs them. Raises Usage for a bad recipe or an unknown name.
     """
     from graph_passes.framework import recipe as recipes
     from graph_passes.framework import registry

@@ -20,6 +20,7 @@ import numpy as np
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import replacing
+from qwen_surgery.packing import formats
 from qwen_surgery.packing.check_code import CheckCode
 from qwen_surgery.packing.container import (
     Bmodel,
@@ -30,7 +31,7 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import PackPlan, Tensors, pack
+from qwen_surgery.packing.plans import PackPlan, Quantise, Tensors, pack
 
 _CHUNK = 1 << 22
 #: called with (net's name, weights packed so far, weights to pack in all)
@@ -45,6 +46,7 @@ class Piece:
     instructions and constants are taken over. With ``pack`` the weights are packed from ``tensors`` (slot ->
     TensorRef) by ``plan``; without, the source's own weights are copied: the source was compiled from them.
     ``plan`` and ``tensors`` may be given without ``pack`` too: the side file then records them for a refit.
+    ``quantise`` chooses the integers of weights that are packed.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Piece:
     plan: PackPlan | None = None
     tensors: Tensors | None = None
     pack: bool = False
+    quantise: Quantise = formats.quantise
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class _Job:
         plan, tensors = piece.plan, piece.tensors
         if plan is None or tensors is None or plan.size != old.size:
             raise Refused(f"net {piece.name}: its pack plan does not belong to {piece.source}")
-        key = _weights_key(plan, tensors, source, old)
+        key = _weights_key(piece, plan, tensors, source, old)
         if key not in self._packed:  # block_cache_i has the same section as block_i
             region = self._regions.next_region(old.size)
             position = self._regions.offset(region)
@@ -156,7 +159,7 @@ class _Job:
                 for chunk in source.chunks(Region(old.start + offset, size)):
                     write_at(self._file, chunk, position + offset)
                     offset += len(chunk)
-            pack(plan, tensors, sink, self._pool)
+            pack(plan, tensors, sink, self._pool, piece.quantise)
             self._done += plan.weights
             digest = self._pool.submit(_digest, self._file, position, old.size)
             if self._hash_first:
@@ -185,25 +188,28 @@ class _Job:
         self._flusher.shutdown()
 
 
-def _weights_key(plan: PackPlan, tensors: Tensors, source: Bmodel, old: Region) -> str:
+def _weights_key(piece: Piece, plan: PackPlan, tensors: Tensors, source: Bmodel, old: Region) -> str:
     """Equal for two nets that are packed from the same tensors in the same way over the same constants."""
     rest = hashlib.sha256()
     for offset, size in plan.rest():
         for chunk in source.chunks(Region(old.start + offset, size)):
             rest.update(chunk)
-    return _tensors_key(plan, tensors) + rest.hexdigest()
+    return _tensors_key(plan, tensors, piece) + rest.hexdigest()
 
 
-def _tensors_key(plan: PackPlan, tensors: Tensors) -> str:
+def _tensors_key(plan: PackPlan, tensors: Tensors, piece: Piece) -> str:
     refs = [(slot, str(t.file), t.offset, t.dtype, list(t.shape)) for slot, t in sorted(tensors.items())]
-    return json.dumps([plan.to_json(), refs])
+    chooser = f"{piece.quantise.__module__}.{piece.quantise.__qualname__}"
+    return json.dumps([plan.to_json(), refs, chooser])
 
 
 def _distinct_weights(pieces: Sequence[Piece]) -> int:
     """How many weights there are to pack, those that two nets share counted once."""
     return sum(
         {
-            _tensors_key(p.plan, p.tensors): p.plan.weights for p in pieces if p.pack and p.plan and p.tensors
+            _tensors_key(p.plan, p.tensors, p): p.plan.weights
+            for p in pieces
+            if p.pack and p.plan and p.tensors
         }.values()
     )
 

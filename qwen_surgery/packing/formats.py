@@ -8,8 +8,8 @@ Plain formats
     BF16: round to nearest, ties to even; subnormals become zero of their sign. F16: round to nearest even,
     overflow to infinity. F32: as it is.
 Quantised formats (W4BF16, W8BF16, W4F16, W8F16), per row (output channel) and group of columns
-    asymmetric: ``scale = max(hi - lo, 1e-5) / top``, ``zero = clip(round(-lo / scale), 0, top)`` with lo and
-    hi the group's smallest and largest weight and ``top`` 15 or 255;
+    asymmetric, ``lo`` and ``hi`` being the group's smallest and largest weight and ``top`` 15 or 255:
+    ``scale = max(hi - lo, 1e-5) / top``, ``zero = clip(round(-lo / scale), 0, top)``;
     symmetric: ``scale = 2 * max(|lo|, |hi|) / top``, ``zero`` 8 or 128; a scale too small for a normal
     float32 is 0, and so are its group's codes.
     ``code = clip(round(w / scale) + zero, 0, top)``; rounding is half away from zero; two 4-bit codes share a
@@ -123,7 +123,7 @@ def _extremes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns.min(axis=0), columns.max(axis=0)
 
 
-def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero), float32, one per row of *groups* [n, group]."""
     low, high = _extremes(groups)
     top = np.float32(form.top)
@@ -137,28 +137,43 @@ def _scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndar
     return scale, np.clip(zero, 0, top)
 
 
-def quantise(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantise float32 *values* [rows, columns]; they are used as working memory and lost.
+@dataclass(frozen=True)
+class Integers:
+    """A matrix as integers: each weight is ``(code - zero) * scale`` of its group of columns.
 
-    Returns codes uint8 [rows, columns * bits / 8], then scales float32 and zeros uint8, both of shape
-    [rows, columns / group].
+    ``codes`` [rows, columns] has one code to an element, also for 4 bits: uint8, or int8 where the format is
+    signed; ``scale`` is float32 and ``zero`` uint8, both [rows, columns / group].
     """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+def quantise(values: np.ndarray, form: Quantisation) -> Integers:
+    """Float32 *values* [rows, columns] rounded as the compiler does; they are working memory, and lost."""
     rows, columns = values.shape
     groups = values.reshape(-1, form.group)
     with np.errstate(all="ignore"):
-        scale, zero = _scales(groups, form)
+        scale, zero = scales(groups, form)
         np.divide(groups, scale[:, None], out=groups)
         _round_in_place(groups, np.empty(groups.shape, np.uint32))
         if form.symmetric and not scale.all():
             groups[scale == 0] = -np.inf  # what the compiler's conversion makes of x / 0
         np.add(groups, zero[:, None], out=groups)
         np.clip(groups, form.bottom, form.top, out=groups)
-        codes = groups.astype(np.int8 if form.signed else np.uint8).view(np.uint8).reshape(rows, columns)
-    if form.bits == 4:
-        pairs = codes.view("<u2")  # low byte: even column, high byte: odd column
-        codes = (pairs | (pairs >> 4)).astype(np.uint8)
+        codes = groups.astype(np.int8 if form.signed else np.uint8).reshape(rows, columns)
     count = columns // form.group
-    return codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count)
+    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count))
+
+
+def store_codes(codes: np.ndarray, form: Quantisation) -> np.ndarray:
+    """Codes [rows, columns] as they are stored, uint8 [rows, columns * bits / 8]."""
+    stored = np.ascontiguousarray(codes).view(np.uint8)
+    if form.bits == 8:
+        return stored
+    pairs = stored.view("<u2")  # low byte: even column, high byte: odd column
+    return (pairs | (pairs >> 4)).astype(np.uint8)
 
 
 def by_lanes(values: np.ndarray, lanes: int) -> np.ndarray:

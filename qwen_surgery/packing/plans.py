@@ -41,6 +41,8 @@ class StoredTensor(Protocol):
     def read_raw(self) -> np.ndarray: ...
 
 
+#: Chooses the integers of float32 values [rows, columns], in a format.
+Quantise = Callable[[np.ndarray, formats.Quantisation], formats.Integers]
 #: slot -> tensor of one net
 Tensors = Mapping[str, StoredTensor]
 #: Takes packed bytes and where they go, counted from the start of the coefficient section.
@@ -251,7 +253,12 @@ def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor | None) ->
 
 
 def _pack_quantised(
-    placement: Quantised, matrix: Matrix, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None
+    placement: Quantised,
+    matrix: Matrix,
+    tensors: Tensors,
+    sink: Sink,
+    pool: ThreadPoolExecutor | None,
+    quantise: Quantise,
 ) -> None:
     form, columns = placement.form, placement.shape[1]
     rows = placement.stop - placement.start
@@ -262,8 +269,9 @@ def _pack_quantised(
         block = matrix.rows(first, last)
         values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
         a, b = first - placement.start, last - placement.start
-        codes, scale[a:b], zero[a:b] = formats.quantise(values, form)
-        sink(placement.offset + a * columns * form.bits // 8, codes)
+        made = quantise(values, form)
+        scale[a:b], zero[a:b] = made.scale, made.zero
+        sink(placement.offset + a * columns * form.bits // 8, formats.store_codes(made.codes, form))
 
     _run((lambda a=a, b=b: job(a, b) for a, b in _blocks(placement.start, placement.stop, columns)), pool)  # type: ignore[misc]
     _finite(scale, tensors, placement.expression)
@@ -272,23 +280,28 @@ def _pack_quantised(
         sink(placement.zeros, formats.by_lanes(zero, form.lanes))
 
 
-def pack(plan: PackPlan, tensors: Tensors, sink: Sink, pool: ThreadPoolExecutor | None = None) -> None:
+def pack(
+    plan: PackPlan,
+    tensors: Tensors,
+    sink: Sink,
+    pool: ThreadPoolExecutor | None = None,
+    quantise: Quantise = formats.quantise,
+) -> None:
     """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
 
-    Only the plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is
-    missing or of another shape than the plan was made for, values that are not finite, or a shard that ends
-    too early.
+    *quantise* chooses the integers of quantised weights; by default it rounds as the compiler does. Only the
+    plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is missing or
+    of another shape than the plan was made for, values that are not finite, or a shard that ends too early.
     """
     missing = plan.slots - set(tensors)
     if missing:
         raise Refused(f"no tensor is given for {', '.join(sorted(missing))}")
     matrices: dict[str, Matrix] = {}
-    order = sorted(plan.placements, key=lambda p: json.dumps(p.expression))
-    for placement in order:
+    for placement in sorted(plan.placements, key=lambda p: json.dumps(p.expression)):
         key = json.dumps(placement.expression)
         if key not in matrices:
             matrices = {key: Matrix(placement.expression, placement.shape, tensors)}
         if isinstance(placement, Plain):
             _run(_plain_jobs(placement, matrices[key], sink), pool)
         else:
-            _pack_quantised(placement, matrices[key], tensors, sink, pool)
+            _pack_quantised(placement, matrices[key], tensors, sink, pool, quantise)

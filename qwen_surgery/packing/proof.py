@@ -162,9 +162,13 @@ class _Search:
         last = candidate.shape[0] - rows
         for start in _limited(_rows_like(candidate, codes[0], form, last)):
             ends = candidate.values.array[[start, start + rows - 1]]
-            both, _, _ = formats.quantise(formats.to_float32(ends, candidate.values.dtype), form)
-            if (both == codes[[0, rows - 1]]).all():
+            if (_codes(ends, candidate.values.dtype, form) == codes[[0, rows - 1]]).all():
                 yield start
+
+
+def _codes(values: np.ndarray, dtype: str, form: formats.Quantisation) -> np.ndarray:
+    """The stored codes of *values* [rows, columns] (of *dtype*), rounded as the compiler does."""
+    return formats.store_codes(formats.quantise(formats.to_float32(values, dtype), form).codes, form)
 
 
 def _rows_like(candidate: _Candidate, codes: np.ndarray, form: formats.Quantisation, last: int) -> np.ndarray:
@@ -173,7 +177,7 @@ def _rows_like(candidate: _Candidate, codes: np.ndarray, form: formats.Quantisat
     step = max(1, _PROBE // form.group)
     for first in range(0, last + 1, step):
         head = np.ascontiguousarray(candidate.values.array[first : min(first + step, last + 1), : form.group])
-        packed, _, _ = formats.quantise(formats.to_float32(head, candidate.values.dtype), form)
+        packed = _codes(head, candidate.values.dtype, form)
         found.append(first + np.flatnonzero((packed == codes[: packed.shape[1]]).all(axis=1)))
     return np.concatenate(found)
 

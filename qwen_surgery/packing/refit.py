@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codemods.config.facts import CONFIG, ModelFacts
+from qwen_surgery import families
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
-from qwen_surgery.packing import sidefile
+from qwen_surgery.packing import formats, sidefile
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.expand import Piece, Progress, write
+from qwen_surgery.packing.plans import Quantise, Quantised
 from qwen_surgery.packing.sidefile import NetWeights, SideFile
 from qwen_surgery.patching.receipt import Receipt
 
@@ -41,7 +43,8 @@ def _facts(checkout: Checkout) -> ModelFacts:
     receipt = Receipt.load(checkout.path)
     if receipt is None or CONFIG not in receipt.files:
         return checkout.facts
-    return ModelFacts.from_files({**checkout.read_files(), CONFIG: receipt.original(checkout.path, CONFIG)})
+    files = {**checkout.read_files(), CONFIG: receipt.original(checkout.path, CONFIG)}
+    return checkout.family.facts(files)
 
 
 def refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None:
@@ -51,7 +54,10 @@ def refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None
     differ = [
         f"{name} {geometry[name]} / {other[name]}" for name in geometry if geometry[name] != other[name]
     ]
-    config = sidefile.compiled_in(_facts(checkout))
+    config = checkout.family.compiled_facts(_facts(checkout))
+    if set(config) != set(side.config):
+        title = families.of_compiled_facts(side.config).title
+        raise Refused(f"{checkout.path} is {checkout.family.title}, {bmodel} was built from {title}")
     stretched = side.geometry.seq_length > min(side.config["trained_length"], config["trained_length"])
     for name, value in side.config.items():
         if config[name] != value and (name != "trained_length" or stretched):
@@ -77,6 +83,11 @@ def _tensors(name: str, net: NetWeights, index: Mapping[str, TensorRef]) -> dict
     return result
 
 
+def quantised(side: SideFile) -> bool:
+    """Whether any weight of the bmodel of *side* is kept as integers."""
+    return any(isinstance(placement, Quantised) for plan in side.plans for placement in plan.placements)
+
+
 def check_weights(bmodel: Path) -> None:
     """Raise Refused when a net's weights in *bmodel* are not the bytes its check code was made from."""
     seen: dict[Region, bytes] = {}
@@ -99,11 +110,14 @@ def refit(
     index: Mapping[str, TensorRef],
     output: Path,
     *,
+    quantise: Quantise = formats.quantise,
+    quantizer: str = "rtn",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
     """Write *output*, the nets of *bmodel* with the weights of *index* (*checkout*'s), and its side file.
 
+    *quantise* chooses the integers of quantised weights; *quantizer* is its name, for the side file.
     *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
     missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;
     ToolFailed when the disk fails.
@@ -125,9 +139,10 @@ def refit(
             hint="their packing could not be proven at build time; build a new bmodel from the checkout",
         )
     tensors = {name: _tensors(name, net, index) for name, net in side.nets.items()}
-    _refuse_extra_layers(side, index, bmodel)
+    _refuse_extra_layers(side, index, bmodel, checkout.family.anatomy.every_layer)
     check_weights(bmodel)
-    pieces = [_piece(name, bmodel, side, tensors) for name in names]
+    pieces = [_piece(name, bmodel, side, tensors, quantise) for name in names]
+    side = dataclasses.replace(side, notes={**side.notes, "quantizer": quantizer})
 
     def record(new: Path) -> None:
         # Both heads are named while the files change places, so that a kill never parts bmodel and side file.
@@ -139,17 +154,23 @@ def refit(
     return Refitted(output, written.size, written.packed, tuple(n for n in names if n not in side.nets))
 
 
-def _piece(name: str, bmodel: Path, side: SideFile, tensors: Mapping[str, dict[str, TensorRef]]) -> Piece:
+def _piece(
+    name: str,
+    bmodel: Path,
+    side: SideFile,
+    tensors: Mapping[str, dict[str, TensorRef]],
+    quantise: Quantise,
+) -> Piece:
     if name not in side.nets:
         return Piece(name, bmodel, name)
     plan = side.plans[side.nets[name].plan]
-    return Piece(name, bmodel, name, plan=plan, tensors=tensors[name], pack=True)
+    return Piece(name, bmodel, name, plan=plan, tensors=tensors[name], pack=True, quantise=quantise)
 
 
-def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path) -> None:
+def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path, prefix: str) -> None:
     known = {tensor for net in side.nets.values() for tensor, _ in net.tensors.values()}
     for name in index:
-        extra = name.startswith("transformer.h.") and name.endswith(".weight") and name not in known
+        extra = name.startswith(prefix) and name.endswith(".weight") and name not in known
         if extra:
             raise Refused(
                 f"tensor {name} has no place in {bmodel}", hint="this is another model; build a new bmodel"

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from codemods.analysis.source import SourceError
 from codemods.config.facts import CONFIG, ModelFacts
+from codemods.config.text import read
 from codemods.framework.base import Outcome, Status
+from qwen_surgery import families
 from qwen_surgery.errors import Refused, Usage
 
 #: The recipes that ship with the program.
@@ -56,7 +58,8 @@ def apply(
     chosen = recipes.load(recipe)
     source_skip = [name for name in skip if name in registry.names()]
     try:
-        facts = ModelFacts.from_files({**files, CONFIG: unpatched_config or files[CONFIG]})
+        known = {**files, CONFIG: unpatched_config or files[CONFIG]}
+        facts = families.of(read(known[CONFIG]).values()).facts(known)
         sizes = facts.for_reading(seq_length)
         source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
@@ -90,14 +93,12 @@ def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) ->
 
 
 def era(data: bytes) -> str:
-    """The era of *data*, by its structure; '' when it is not Qwen v1 modeling code.
+    """The era of *data*, by its structure; '' when it is no known family's modeling code.
 
     Raises SourceError, which knows the line, when *data* does not parse.
     """
-    import codemods
-
-    found = codemods.identify(data)
-    return "" if found is None else found.value
+    family = families.of_code(data)
+    return "" if family is None else family.era(data)
 
 
 def warm() -> None:
@@ -130,7 +131,6 @@ def config_labels(name: str) -> tuple[str, ...]:
     """The ``config:<key>`` names under which the outcomes of the config edit called *name* appear."""
     import codemods.config
     from codemods.config.base import ConfigContext
-    from codemods.config.text import read
 
     decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, ModelFacts.from_config({})))
     return tuple(f"config:{decision.key}" for decision in decisions)

@@ -45,9 +45,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Place:
-    """An input or output of a net: its name, its type (``bf16``, ``f16``, ``f32``, ``i32``), shape and
-    memory.
-    """
+    """A net's input or output: its name, type (``bf16``, ``f16``, ``f32``, ``i32``), shape and memory."""
 
     name: str
     dtype: str

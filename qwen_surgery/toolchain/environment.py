@@ -90,8 +90,7 @@ class Toolchain:
 
     @staticmethod
     def find(version: str | None = None, environ: Mapping[str, str] | None = None) -> Toolchain:
-        """The toolchain to use: ``$QWEN_SURGERY_TOOLCHAIN``, then an installed *version*, then a sourced
-        envsetup.sh.
+        """The toolchain to use: ``$QWEN_SURGERY_TOOLCHAIN``, an installed one, or a sourced envsetup.sh.
 
         Without *version* the default version is taken, or the newest installed one. Raises
         :class:`ToolFailed` when there is none, or the named one is not what was asked for.
@@ -303,8 +302,9 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 def run_guarded(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, timeout: float | None = None
 ) -> tuple[int, int]:
-    """Run *command* under the launcher: exit status (negative: signal) and peak RSS in bytes of its largest
-    process.
+    """Run *command* under the launcher: exit status (negative: a signal), peak RSS of its largest process.
+
+    The peak is in bytes.
     """
     launcher = Path(__file__).with_name("launcher.py")
     read_end, write_end = os.pipe()

@@ -197,9 +197,7 @@ def _read_record(folder: Path) -> dict[str, object] | None:
 
 
 def remove(version: str) -> Path:
-    """Remove an installed (or half-installed) version; its folder. Raises :class:`Usage` when there is
-    none.
-    """
+    """Remove an installed (or half-installed) version; its folder. Raises :class:`Usage` without one."""
     folder = toolchains_dir() / version
     if not folder.is_dir() or Path(version).name != version:
         names = ", ".join(chain.version for chain in Toolchain.installed()) or "none"

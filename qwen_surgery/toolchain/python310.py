@@ -12,8 +12,8 @@ from qwen_surgery.errors import ToolFailed
 from qwen_surgery.toolchain.pins import PYTHON
 
 HINT = (
-    "install one, for example `uv python install 3.10`, `pyenv install 3.10` or "
-    "`conda create -n py310 python=3.10`, or name one in QWEN_SURGERY_PYTHON310"
+    "install one (`uv python install 3.10`, `pyenv install 3.10`, `conda create -n py310 python=3.10`), "
+    "or name one in QWEN_SURGERY_PYTHON310"
 )
 
 

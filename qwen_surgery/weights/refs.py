@@ -74,9 +74,9 @@ def check_ranges(refs: list[TensorRef], file: Path, end: int, *, shared: bool = 
         if last is not None and ref.offset < last.offset + last.nbytes:
             same = (ref.offset, ref.nbytes) == (last.offset, last.nbytes)
             if not (shared and same):
+                end = min(ref.offset + ref.nbytes, last.offset + last.nbytes)
                 raise Refused(
-                    f"{file}: tensors {last.name} and {ref.name} overlap "
-                    f"(bytes {ref.offset}..{min(ref.offset + ref.nbytes, last.offset + last.nbytes)})",
+                    f"{file}: tensors {last.name} and {ref.name} overlap (bytes {ref.offset}..{end})",
                     hint="the shard's header is damaged: download it again",
                 )
         last = ref
