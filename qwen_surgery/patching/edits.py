@@ -85,7 +85,7 @@ def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) ->
         return tuple(codemods.run(data, recipe).outcomes)
     try:
         edited = codemods.config.run(config, recipe, seq_length).outcomes
-        sizes = ModelFacts.from_files({CONFIG: config}).for_reading(seq_length)
+        sizes = ModelFacts.from_config(read(config).values()).for_reading(seq_length)
     except codemods.config.ConfigError as error:
         broken = Outcome("config:parse", Status.FAILED, str(error), where=CONFIG)
         return (*codemods.run(data, recipe).outcomes, broken)
