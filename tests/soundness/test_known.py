@@ -217,6 +217,17 @@ KNOWN = {
     "buffer replaced": in_init("self.registered_causal_mask = ~self.registered_causal_mask"),
     "buffer changed through its name": in_init("self.get_buffer('registered_causal_mask').fill_(True)"),
     "buffer changed through _buffers": in_init("self._buffers['registered_causal_mask'].fill_(True)"),
+    "buffer replaced by two names": in_init(
+        "vars(self)['_buffers']['registered_causal_mask'] = ~self.registered_causal_mask"
+    ),
+    "scores called otherwise before a mask is added in place": Known(
+        "registered-mask-list",
+        _WHERE + "\n" + _ADD,
+        "        seen = attn_weights\n"
+        + _WHERE
+        + _ADD.replace("= attn_weights +", "+=")
+        + "        query = query * seen.sum()\n",
+    ),
     "buffer changed through another name": in_init("mask = self.registered_causal_mask", "mask.fill_(True)"),
     "triangle changed in the method": Known(
         "registered-mask-list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
@@ -391,6 +402,9 @@ LOOKS = {
         "self._buffers['spare'] = torch.ones_like(self.registered_causal_mask)"
     ),
     "no gradient asked for": before_add("attention_mask.requires_grad_(False)"),
+    "the mask added in place": Known(
+        "registered-mask-list", _ADD, _ADD.replace("attn_weights = attn_weights +", "attn_weights +=")
+    ),
     "a copy changed in the plain branch": in_plain_branch("copied = query.clone(); copied.mul_(0.5)"),
     "another tensor changed in the plain branch": in_plain_branch(
         "other = torch.zeros_like(key); other.add_(1)"
