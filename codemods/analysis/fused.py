@@ -400,13 +400,15 @@ class _Match:
     def _scores(self, scores: Term | None, query: Term, key: Term, value: Term, mask: Term) -> bool:
         if scores is None:
             return False
+        causal, scores = _filled(scores)  # hidden before or after the sum, before or after the scale
         added, scores = _summed(scores)
         if added is None and mask[0] == "if" and mask[1][0] == "IsNot":
             added = mask[1][1]  # not added here: add-attention-mask adds it, or drop-causal-mask declines
-        causal, scores = _filled(scores)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
+        scores = self._unscaled(scores, value) or ("unscaled",)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
         if added is None or not _is_mask(mask, added, causal):
             return False
-        scores = self._unscaled(scores, value) or ()
         product = (
             "call",
             "matmul",

@@ -68,6 +68,11 @@ _FLOAT_SOFTMAX = "            attn_weights = F.softmax(attn_weights.float(), dim
 _LATE_SUM = (
     "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
 )
+_LATE_FILLS = (
+    "        if causal_mask is not None:\n"
+    "            attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n"
+)
+_LATE_SCALE = "        attn_weights = attn_weights / (value.size(-1) ** 0.5)\n"
 _LATE_FILL = "        if causal_mask is not None:\n            attn_weights = torch.where("
 
 
@@ -405,6 +410,8 @@ LOOKS = {
     "the mask added in place": Known(
         "registered-mask-list", _ADD, _ADD.replace("attn_weights = attn_weights +", "attn_weights +=")
     ),
+    "the plain branch scales what is masked": Known("late", _LATE_FILLS, _LATE_FILLS + _LATE_SCALE),
+    "the plain branch masks the sum": Known("late", _LATE_FILLS + "\n" + _LATE_SUM, _LATE_SUM + _LATE_FILLS),
     "a copy changed in the plain branch": in_plain_branch("copied = query.clone(); copied.mul_(0.5)"),
     "another tensor changed in the plain branch": in_plain_branch(
         "other = torch.zeros_like(key); other.add_(1)"
@@ -449,6 +456,8 @@ def test_what_changes_nothing_is_still_edited(name: str) -> None:
     text = modeling_source(known.era)
     changed = text.replace(known.old, known.new)
     assert changed != text
+    if _LATE_SCALE in known.new:
+        changed = changed.replace("            attn_weights = attn_weights / (size_temp ** 0.5)\n", "")
     changed = (
         changed.replace("self.attn = QWenAttention(", "self.attn = OtherAttention(")
         if "OtherAttention" in known.new
