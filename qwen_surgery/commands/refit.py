@@ -29,7 +29,9 @@ def command(model: Path, checkout: Path, out: Path | None, jobs: int | None, as_
     opened = Checkout.open(checkout)
     index = WeightIndex.open(opened.path)
     columns = (TextColumn("packing {task.fields[net]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console.err(), transient=True) as bar:
+    with Progress(
+        *columns, console=console.err(), transient=True, disable=not console.err().is_terminal
+    ) as bar:
         task = bar.add_task("pack", total=None, net="")
 
         def show(net: str, done: int, total: int) -> None:

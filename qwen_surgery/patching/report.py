@@ -60,14 +60,19 @@ def _table(outcomes: Outcomes, stream: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("outcome", "codemod", "place", "reason"):
-        table.add_column(heading, overflow="fold")
+    wide = Table("outcome", "codemod", "place", "reason", box=None, pad_edge=False, header_style="bold")
+    narrow = Table("outcome", "codemod, place", "reason", box=None, pad_edge=False, header_style="bold")
     for name, sites in outcomes.items():
         for o in sites:
-            where = place(name, o) + (f"\n{o.where}" if o.where not in ("", name) else "")
-            table.add_row(Text(o.status.value, STYLES[o.status]), o.codemod, Text(where), Text(o.reason))
-    console.on(stream).print(table)
+            where = [place(name, o), *([o.where] if o.where not in ("", name) else [])]
+            status, reason = Text(o.status.value, STYLES[o.status]), Text(o.reason)
+            wide.add_row(status, o.codemod, Text("\n".join(where)), reason)
+            narrow.add_row(status, Text("\n".join([o.codemod, *(f"  {line}" for line in where)])), reason)
+    printer = console.on(stream)
+    table = wide if console.fits(printer, wide) else narrow
+    for column in table.columns:
+        column.overflow = "fold"
+    printer.print(table)
 
 
 def show_diff(diff: bytes, stream: TextIO | None = None) -> None:
