@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, alone on stdout.")
 @click.option("--markdown", is_flag=True, help="Print the matrix as Markdown.")
+@click.option(
+    "--summary",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="GITHUB_STEP_SUMMARY",
+    show_envvar=True,
+    help="Append the matrix as Markdown to FILE as well: the page of a CI job.",
+)
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes to use (default: one per core).")
 @click.option(
     "--record",
@@ -52,6 +60,7 @@ def command(
     fail_on: tuple[str, ...],
     as_json: bool,
     markdown: bool,
+    summary: Path | None,
     jobs: int | None,
     record: str | None,
 ) -> int:
@@ -77,6 +86,9 @@ def command(
         console.text(matrix.to_markdown(rows, recipe))
     else:
         matrix.show(rows, recipe)
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as page:
+            page.write(matrix.to_page(rows, recipe, path, since))
     if record is not None:
         console.line(matrix.record(rows, record), err=True)
     return _verdict(rows, recipe, fail_on)

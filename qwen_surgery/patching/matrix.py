@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codemods.framework.base import Outcome, Status
@@ -127,6 +128,13 @@ def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
     reasons = [f"- {line}" for line in _reasons(rows, recipe)]
     return "\n".join([*lines, "", *reasons, *([""] if reasons else []), summary(rows, recipe)])
+
+
+def to_page(rows: Sequence[SurveyRow], recipe: str, path: Path, since: str | None) -> str:
+    """The matrix as a part of a page, under a heading that says what was looked at."""
+    looked_at = console.printable(str(path)) + (f" since {console.printable(since)}" if since else "")
+    found = to_markdown(rows, recipe) if rows else "No revision of Qwen v1 modeling code."
+    return f"## Survey of {looked_at}, recipe {recipe}\n\n{found}\n\n"
 
 
 def _reasons(rows: Sequence[SurveyRow], recipe: str) -> list[str]:
