@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from codemods.framework import recipes
 from golden.eras import ERAS, make_checkout
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.cli import main
@@ -19,7 +17,7 @@ from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.patching.sources import Sources
 from qwen_surgery.twin.twin import LIMIT, TwinReport, check_twin
 from qwen_surgery.weights import WeightIndex
-from tests.twin.forks import FORKS, Fork
+from tests.twin.forks import FORKS, Fork, leave_unread
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,8 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin on its own: reading the source would decline most of these checkouts before there is one."""
-    left = tuple(name for name in recipes.STATIC.codemods if name != "model-forward")
-    monkeypatch.setitem(recipes.BUILTIN, "static", replace(recipes.STATIC, codemods=left))
+    leave_unread(monkeypatch)
 
 
 def checkout(path: Path, fork: Fork | None = None, **options: Any) -> Path:
