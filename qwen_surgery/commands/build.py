@@ -63,7 +63,8 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.exporting.remote_code import require_trust
 
-    require_trust(given["trust_remote_code"], "build")
+    if not given["dry_run"]:  # which runs nothing
+        require_trust(given["trust_remote_code"], "build")
     request = BuildRequest(
         checkout=checkout,
         out=out,
