@@ -47,7 +47,8 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
     missing = sorted(name for name in other.own if not _always_set(owner, name))
     if missing:
         return f"the branch without {SDPA} reads self.{missing[0]}, which __init__ does not set on every way"
-    raising = Raising(plain.values())
+    compared = [name for name, ours in fused.items() if ours != _NONE and name in plain]
+    raising = Raising(plain[name] for name in compared)
     for line, term in other.met:
         if raising.may(term):
             return f"line {line} of the branch without {SDPA} may raise an error there"

@@ -109,6 +109,13 @@ KNOWN = {
         "",
         "disable-torch2",
     ),
+    "the plain branch looks at a history that may be None": Known(
+        "late",
+        "                attn_output, attn_weight = self._attn(\n",
+        "                alias = layer_past.expand_as(layer_past)\n"
+        "                attn_output, attn_weight = self._attn(\n",
+        "disable-torch2",
+    ),
     "the plain branch asks scores whether they are true": in_plain_branch(
         "if attn_weights:\n            pass"
     ),
