@@ -7,10 +7,12 @@ a gated MLP, an embedding, a final norm and an output layer.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codemods.config.facts import CONFIG, SIZES, ModelFacts, configuration_file
@@ -123,6 +125,12 @@ class Family(ABC):
     model_class: str
     layer_class: str
     norm_class: str
+    #: What config.json calls the sizes that :data:`SIZES` has no names for.
+    widths: Mapping[str, tuple[str, ...]] = {}
+    #: The package whose relative imports the modeling code has; '' where the code comes with each checkout.
+    home: str = ""
+    #: What is done for a recipe's name, where that is not the recipe of that name.
+    recipes: Mapping[str, str] = {}
 
     # What config.json and the files say.
 
@@ -179,6 +187,17 @@ class Family(ABC):
         """Whether *code* is this family's modeling code, judged by its content. Raises SourceError."""
         return self.may_be_modeling(code) and bool(self.era(code))
 
+    def installed_code(self) -> Path | None:
+        """The family's modeling file where an installed package has it. Nothing is imported."""
+        if not self.home:
+            return None
+        top, *inside = self.home.split(".")
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None:
+            return None
+        file = Path(spec.origin).parent.joinpath(*inside, self.modeling)
+        return file if file.is_file() else None
+
     @abstractmethod
     def era(self, code: bytes) -> str:
         """The stage of its history that *code* is of, '' for other code. Raises SourceError."""
@@ -216,8 +235,24 @@ class Family(ABC):
         """Run a whole model, or its body, on new ids [1, L]: its result, and the cache to go on with."""
 
     @abstractmethod
+    def units(
+        self, output: Any, given: Mapping[str, Any], i: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All units of K and V, [1, P + L, n, d] each, that layer *i* of a whole model left behind, in its
+        *output* or in the keywords it was *given*; None where it left none."""
+
     def layer_step(self, output: Any, given: Mapping[str, Any], i: int) -> LayerStep:
-        """What layer *i* of a whole model gave, out of its *output* and the keywords it was *given*."""
+        """What layer *i* of a whole model gave; raises Refused when it gave no keys and values."""
+        units = self.units(output, given, i)
+        if units is None:
+            raise Refused(f"layer {i} of the model gives no keys and values")
+        return LayerStep(states_of(output), *units)
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer of a whole model gave."""
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states
 
 
 def whole(value: Any, key: str) -> int:

@@ -48,6 +48,8 @@ def apply(
 ) -> Edited:
     """Run *recipe* on the file named *modeling* and on config.json, both in *files*; writes nothing.
 
+    A family may have a recipe of its own for a name.
+
     *unpatched_config* is upstream's config.json when the one in *files* may be patched already: it says what
     the model is. Raises Refused when config.json cannot be edited.
     """
@@ -55,12 +57,12 @@ def apply(
     import codemods.config
     from codemods.framework import recipes, registry
 
-    chosen = recipes.load(recipe)
     source_skip = [name for name in skip if name in registry.names()]
-    source = codemods.run(files[modeling], chosen, skip=source_skip)
     try:
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
-        facts = families.of(read(known[CONFIG]).values()).facts(known)
+        family = families.of(read(known[CONFIG]).values())
+        facts, chosen = family.facts(known), recipes.load(family.recipes.get(recipe, recipe))
+        source = codemods.run(files[modeling], chosen, skip=source_skip)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None

@@ -23,7 +23,7 @@ class Sources:
 
     ``reference`` is the unpatched upstream text (from the receipt's originals when the checkout is patched in
     place), ``patched`` the same files with *recipe* applied for *seq_length*. ``outcomes`` are all sites of
-    all files. ``modeling`` is the name of the modeling file.
+    all files. ``modeling`` is the name of the modeling file, ``lent`` says that it is an installed package's.
     """
 
     modeling: str
@@ -33,6 +33,7 @@ class Sources:
     seq_length: int
     outcomes: tuple[Outcome, ...]
     receipt: Receipt | None
+    lent: bool = False
 
     @classmethod
     def of(
@@ -57,6 +58,7 @@ class Sources:
             seq_length=seq_length,
             outcomes=tuple(o for found in made.outcomes.values() for o in found),
             receipt=made.receipt,
+            lent=checkout.lent,
         )
 
     @cached_property
