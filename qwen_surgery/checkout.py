@@ -42,6 +42,10 @@ class Checkout:
         root = Path(path)
         config = _read_config(root)
         family = families.of(config, root / CONFIG)
+        if modeling is not None and not family.home:
+            raise Usage(
+                f"--modeling is for models without code of their own; {family.title} comes with its own"
+            )
         found = _find_modeling(root, config, family, modeling)
         return cls(root, config, family, found, _era_of(found, family))
 

@@ -70,7 +70,7 @@ def command(
     with _progress() as progress:
         rows = survey.run(source, recipes, seq_length, progress, jobs)
     if not rows and since is None:
-        raise Refused(f"{path} holds no Qwen v1 modeling code (judged by content)")
+        raise Refused(f"{path} holds no modeling code of a known family (judged by content)")
     if as_json:
         console.print_json(matrix.to_json(rows, recipe, seq_length))
     elif markdown:

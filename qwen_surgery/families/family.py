@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from codemods.config.facts import CONFIG, SIZES, ModelFacts, configuration_file
 from codemods.config.text import ConfigError, read
+from codemods.framework.recipes import BUILTIN, Recipe, UnknownRecipe, load
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, Net, NetKind
 
@@ -129,8 +130,8 @@ class Family(ABC):
     widths: Mapping[str, tuple[str, ...]] = {}
     #: The package whose relative imports the modeling code has; '' where the code comes with each checkout.
     home: str = ""
-    #: What is done for a recipe's name, where that is not the recipe of that name.
-    recipes: Mapping[str, str] = {}
+    #: The built-in recipes that are for its code: the name that is asked for -> the recipe's own.
+    recipes: Mapping[str, str]
 
     # What config.json and the files say.
 
@@ -154,6 +155,17 @@ class Family(ABC):
         """The sizes of the model for an export length; raises ConfigError when config.json lacks one."""
         sizes = {size: whole(facts.size(size), " / ".join(names)) for size, names in SIZES.items()}
         return Geometry(seq_length=seq_length, **sizes, **self.further_sizes(facts, sizes))
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe *name*, as it is for this family.
+
+        Raises UnknownRecipe for one that nobody provides and for one that edits other families' code.
+        """
+        if name in BUILTIN and name not in self.recipes:
+            raise UnknownRecipe(
+                f"recipe {name} is not for {self.title}; it takes {' and '.join(self.recipes)}"
+            )
+        return load(self.recipes.get(name, name))
 
     @abstractmethod
     def further_sizes(self, facts: ModelFacts, sizes: Mapping[str, int]) -> dict[str, int]:

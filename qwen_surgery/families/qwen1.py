@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 #: (block's argument name) of the contracts that pass angles in; a third kind computes them inside attention.
 LIST_ARGUMENT, PAIR_ARGUMENT = "rotary_pos_emb_list", "rotary_pos_emb"
 _WIDTHS = {"head_dim": ("kv_channels",)}
+_RECIPES = {"static": "static", "documented": "documented"}
 
 
 class Qwen1(Family):
@@ -48,6 +49,7 @@ class Qwen1(Family):
     trained = "seq_length"
     anatomy = Anatomy(body="transformer", table="wte", layers="h", norm="ln_f")
     widths = _WIDTHS
+    recipes = _RECIPES
     compiled_in = (
         "layer_norm_epsilon",
         "rotary_emb_base",

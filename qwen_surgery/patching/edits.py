@@ -11,6 +11,7 @@ from codemods.config.text import read
 from codemods.framework.base import Outcome, Status
 from qwen_surgery import families
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.families.family import Family
 
 #: The recipes that ship with the program.
 RECIPES = ("static", "documented")
@@ -55,13 +56,13 @@ def apply(
     """
     import codemods
     import codemods.config
-    from codemods.framework import recipes, registry
+    from codemods.framework import registry
 
     source_skip = [name for name in skip if name in registry.names()]
     try:
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
         family = families.of(read(known[CONFIG]).values())
-        facts, chosen = family.facts(known), recipes.load(family.recipes.get(recipe, recipe))
+        facts, chosen = family.facts(known), family.recipe(recipe)
         source = codemods.run(files[modeling], chosen, skip=source_skip)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
@@ -78,15 +79,26 @@ def apply(
 
 
 def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) -> tuple[Outcome, ...]:
-    """The outcomes of *recipe* on one modeling file, and on the config.json beside it where there is one."""
+    """The outcomes of *recipe* on one modeling file, and on the config.json beside it where there is one.
+
+    A recipe that is not for the file's family has one outcome, declined.
+    """
     import codemods
     import codemods.config
+    from codemods.framework.recipes import UnknownRecipe
 
-    found = tuple(codemods.run(data, recipe).outcomes)
+    family = families.of_code(data)
+    assert family is not None
+    try:
+        chosen = family.recipe(recipe)
+    except UnknownRecipe as error:
+        return (Outcome("recipe", Status.DECLINED, str(error.args[0])),)
+    found = tuple(codemods.run(data, chosen).outcomes)
     if config is None:
         return found
     try:
-        return found + tuple(codemods.config.run(config, recipe, seq_length).outcomes)
+        facts = family.facts_of(read(config).values())
+        return found + tuple(codemods.config.run(config, chosen, seq_length, facts=facts).outcomes)
     except codemods.config.ConfigError as error:
         return (*found, Outcome("config:parse", Status.FAILED, str(error), where=CONFIG))
 
@@ -108,12 +120,13 @@ def warm() -> None:
         registry.get(name)
 
 
-def check_names(recipe: str, skip: Sequence[str]) -> None:
-    """Raise Usage for a recipe nobody provides, or for a skip that names none of its edits."""
+def check_names(recipe: str, skip: Sequence[str], family: Family | None = None) -> None:
+    """Raise Usage for a recipe nobody provides, or not for *family*, and for a skip that names none of its
+    edits."""
     from codemods.framework import recipes
 
     try:
-        chosen = recipes.load(recipe)
+        chosen = family.recipe(recipe) if family else recipes.load(recipe)
     except LookupError as error:
         raise Usage(str(error.args[0])) from None
     for name in skip:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from qwen_surgery.checkout import Checkout
 
 
+#: The permission bits of a file that a patch creates.
+_MODE = 0o644
+
+
 class Origin(str, Enum):
     """Where a file on disk stands towards the receipt."""
 
@@ -75,6 +79,11 @@ class Patch:
     def changed(self) -> tuple[str, ...]:
         """Names of the files whose bytes on disk would change."""
         return tuple(name for name in self.outcomes if self.result[name] != self.current[name])
+
+    @property
+    def lent(self) -> frozenset[str]:
+        """Names of the files that the checkout does not hold yet."""
+        return frozenset((self.checkout.modeling_file.name,) if self.checkout.lent else ())
 
     @property
     def edited_files(self) -> tuple[str, ...]:
@@ -251,9 +260,12 @@ def next_receipt(plan: Patch, versions: dict[str, str], time: str, revision: str
         known = old is not None and plan.origins[name] is Origin.PATCHED
         before, after = digest(plan.reference[name]), digest(plan.result[name])
         if old is not None and known:
-            files[name] = FileRecord(before, after, old.mode, old.symlink)
+            files[name] = FileRecord(before, after, old.mode, old.symlink, old.created)
             continue
         path = plan.checkout.path / name
+        if name in plan.lent:
+            files[name] = FileRecord(before, after, _MODE, created=True)
+            continue
         symlink = str(path.readlink()) if path.is_symlink() else ""
         files[name] = FileRecord(before, after, path.stat().st_mode & 0o777, symlink)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)
