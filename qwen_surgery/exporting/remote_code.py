@@ -25,6 +25,7 @@ import logging
 import sys
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import Refused, Usage
@@ -78,7 +79,10 @@ def load(
     finder = _Finder(package, folder, files, _at_home(home, files, importer) if home else importer)
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module(f"{package}.{name}")
+        loaded = importlib.import_module(f"{package}.{name}")
+        if home:
+            loaded.__file__ = _file_at(home, name)
+        return loaded
     except Refused:
         raise
     except Exception as error:
@@ -154,6 +158,13 @@ def _at_home(home: str, files: Mapping[str, bytes], importer: Any) -> Any:
         return importlib.import_module(importlib.util.resolve_name("." * level + name, home))
 
     return at_home
+
+
+def _file_at(home: str, name: str) -> str:
+    """The file of module *name* of the package *home*: some releases open it to see how it attends."""
+    spec = importlib.util.find_spec(home)
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).with_name(f"{name}.py"))
 
 
 def _import(
