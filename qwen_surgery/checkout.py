@@ -47,6 +47,11 @@ class Checkout:
                 f"--modeling is for models without code of their own; {family.title} comes with its own"
             )
         found = _find_modeling(root, config, family, modeling)
+        if modeling is not None and found != modeling:
+            raise Usage(
+                f"--modeling is for a checkout without code, {found} is there",
+                hint="`qwen-surgery restore` takes a patched copy away",
+            )
         return cls(root, config, family, found, _era_of(found, family))
 
     @property
@@ -55,14 +60,20 @@ class Checkout:
         return self.modeling_file.parent != self.path
 
     @property
+    def modeling(self) -> str:
+        """The name of the modeling file in the checkout, or the one that it would have there."""
+        return self.family.modeling if self.lent else self.modeling_file.name
+
+    @property
     def python_files(self) -> tuple[Path, ...]:
         """Every Python file at the top of the checkout, sorted by name."""
         return tuple(sorted(p for p in self.path.glob("*.py") if p.is_file()))
 
     def read_files(self) -> dict[str, bytes]:
         """config.json and every Python file as they are on disk now, by name: lent or its own."""
-        code = (self.modeling_file,) if self.lent else self.python_files
-        return {p.name: p.read_bytes() for p in (self.path / CONFIG, *code)}
+        if self.lent:
+            return {CONFIG: (self.path / CONFIG).read_bytes(), self.modeling: self.modeling_file.read_bytes()}
+        return {p.name: p.read_bytes() for p in (self.path / CONFIG, *self.python_files)}
 
     @property
     def facts(self) -> ModelFacts:

@@ -142,7 +142,7 @@ def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: boo
     known = plan.known()
     data: dict[str, Any] = {
         "checkout": str(plan.checkout.path),
-        "modeling_file": plan.checkout.modeling_file.name,
+        "modeling_file": plan.checkout.modeling,
         "recipe": plan.recipe,
         "seq_length": plan.seq_length,
         "skip": list(plan.skip),

@@ -83,7 +83,7 @@ class Patch:
     @property
     def lent(self) -> frozenset[str]:
         """Names of the files that the checkout does not hold yet."""
-        return frozenset((self.checkout.modeling_file.name,) if self.checkout.lent else ())
+        return frozenset((self.checkout.modeling,) if self.checkout.lent else ())
 
     @property
     def edited_files(self) -> tuple[str, ...]:
@@ -105,13 +105,13 @@ class Patch:
     def known(self) -> Revision | None:
         """The catalogued revision with the bytes of the unpatched modeling file."""
         try:
-            return revisions.find(digest(self.reference[self.checkout.modeling_file.name]))
+            return revisions.find(digest(self.reference[self.checkout.modeling]))
         except ValueError as error:
             raise ToolFailed(str(error)) from None
 
     def era(self) -> str:
         """The era of the unpatched modeling file, by its structure."""
-        name = self.checkout.modeling_file.name
+        name = self.checkout.modeling
         if self.reference[name] == self.current[name]:
             return self.checkout.era
         return edits.era(self.reference[name])
@@ -122,7 +122,7 @@ class Patch:
         if known is None:
             return f"new revision (era {self.era()}): outcomes proven by checks only"
         expected = known.expected.get(self.recipe)
-        found = by_codemod(self.outcomes[self.checkout.modeling_file.name])
+        found = by_codemod(self.outcomes[self.checkout.modeling])
         if expected is not None and not self.skip and self.from_reference and found != expected:
             return f"known revision {known}, but its outcomes differ from the catalogue's"
         return f"known revision {known}"
@@ -153,7 +153,7 @@ def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
 def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Patch:
     """Plan the patch of *checkout*; writes nothing. Refused when an edit by hand would be lost."""
     receipt = Receipt.load(checkout.path)
-    modeling = checkout.modeling_file.name
+    modeling = checkout.modeling
     current = checkout.read_files()
     origins = _origins(checkout.path, current, receipt, modeling)
     reference = dict(current)

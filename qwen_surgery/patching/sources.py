@@ -51,7 +51,7 @@ class Sources:
             raise Usage(str(error)) from error
         plan.refuse_declined(made)
         return cls(
-            modeling=checkout.modeling_file.name,
+            modeling=checkout.modeling,
             reference=made.reference,
             patched=made.result,
             recipe=recipe,
