@@ -65,7 +65,96 @@ def before_class(text: str) -> Known:
 _SOFTMAX = "        attn_weights = nn.functional.softmax(attn_weights.float(), dim=-1)\n"
 _FLOAT_SOFTMAX = "            attn_weights = F.softmax(attn_weights.float(), dim=-1)\n"
 
+_LATE_SUM = (
+    "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
+)
+_LATE_FILL = "        if causal_mask is not None:\n            attn_weights = torch.where("
+
+
+def in_plain_branch(line: str) -> Known:
+    """*line* before the mask of the branch that torch 2 never runs unpatched: there causal_mask may be None,
+    mask_value a number, and what raises an error raises it only in the patched file."""
+    return Known("late", _LATE_FILL, f"        {line}\n{_LATE_FILL}", "disable-torch2")
+
+
+def in_block_of(era: str, old: str, new: str, codemod: str = "add-attention-mask") -> Known:
+    """Another argument where attention or a layer is called."""
+    return Known(era, old, new, codemod)
+
+
 KNOWN = {
+    "the same mask twice, the other way round": Known(
+        "registered-mask-list", _WHERE, _WHERE + _WHERE.replace("(causal_mask", "(~causal_mask")
+    ),
+    "another mask given in a loop, after it is handed on": Known(
+        "registered-mask-list",
+        "            if use_cache:\n                presents",
+        "            attention_mask = None\n            if use_cache:\n                presents",
+    ),
+    "the plain branch looks at a mask that may be None": in_plain_branch("seen = causal_mask.shape"),
+    "the plain branch copies a mask that may be None": in_plain_branch(
+        "causal_mask = causal_mask.contiguous()"
+    ),
+    "the plain branch looks at a number as at a tensor": in_plain_branch("peek = mask_value[..., :1]"),
+    "the plain branch copies a number as a tensor": in_plain_branch("alias = mask_value.detach()"),
+    "the plain branch adds no mask, the flag of its softmax unset": Known(
+        "tril-forward",
+        '        self.softmax_in_fp32 = getattr(config, "softmax_in_fp32", False)\n',
+        "",
+        "disable-torch2",
+    ),
+    "the plain branch scales as the fused one does not": Known(
+        "sdpa",
+        "        self.scale_attn_weights = True\n",
+        "        self.scale_attn_weights = False\n",
+        "disable-torch2",
+    ),
+    "the triangle in place of the mask": in_block_of(
+        "registered-mask",
+        "value, registered_causal_mask, attention_mask, head_mask\n",
+        "value, registered_causal_mask, registered_causal_mask, head_mask\n",
+    ),
+    "the hidden states in place of the mask": in_block_of(
+        "registered-mask",
+        "attention_mask=attention_mask,\n            layer",
+        "attention_mask=hidden_states,\n            layer",
+    ),
+    "the mask no longer handed to attention": in_block_of(
+        "bias-buffer", "            attention_mask=attention_mask,\n            layer", "            layer"
+    ),
+    "the fill value changed by F.relu in place": Known(
+        "bias-buffer",
+        "        attn_weights = torch.where(causal_mask",
+        "        F.relu(mask_value, inplace=True)\n        attn_weights = torch.where(causal_mask",
+    ),
+    "the fill value changed by F.relu in place, said by its place": Known(
+        "bias-buffer",
+        "        attn_weights = torch.where(causal_mask",
+        "        F.relu(mask_value, True)\n        attn_weights = torch.where(causal_mask",
+    ),
+    "masked scores returned early": Known(
+        "registered-mask-list",
+        _ADD,
+        "        if head_mask is None:\n            return attn_weights @ value, attn_weights\n" + _ADD,
+    ),
+    "masked scores stored": before_add("self.seen = attn_weights"),
+    "masked scores put into a list": before_add("self.seen.append(attn_weights)"),
+    "masked scores changed in an arm of the sum": Known(
+        "registered-mask-list", _ADD, _ADD + "            attn_weights.zero_()\n"
+    ),
+    "another scale of the mask in an arm of the sum": Known(
+        "registered-mask-list",
+        _ADD,
+        _ADD.replace("None:\n", "None:\n            attention_mask = attention_mask * 2\n"),
+    ),
+    "a name restored after another has been given": Known(
+        "registered-mask-list",
+        _WHERE,
+        "        kept = attn_weights\n" + _WHERE + "        attn_weights = kept\n",
+    ),
+    "a name restored to what it was before": before_add(
+        "kept = value", "attention_mask = kept", "value = kept", "attention_mask = attention_mask"
+    ),
     "two softmaxes in a row": Known(
         "kv-quant", _FLOAT_SOFTMAX, _FLOAT_SOFTMAX + _FLOAT_SOFTMAX.replace(".float()", "")
     ),
@@ -247,6 +336,53 @@ def test_what_cannot_be_shown_is_declined_with_a_line(name: str) -> None:
 
 
 LOOKS = {
+    "the plain branch adds no mask, so that it is added": Known("late", _LATE_SUM, ""),
+    "a name kept and restored": before_add("kept = attention_mask", "total = 1", "attention_mask = kept"),
+    "a name given its own value": before_add("attention_mask = attention_mask"),
+    "the scores kept and restored before they are masked": Known(
+        "registered-mask-list",
+        _WHERE,
+        "        kept = attn_weights\n        total = 1\n        attn_weights = kept\n" + _WHERE,
+    ),
+    "the scores changed in place before they are masked": Known(
+        "registered-mask-list", _WHERE, "        attn_weights.mul_(0.5)\n" + _WHERE
+    ),
+    "another name beside the sum": Known(
+        "registered-mask-list", _ADD, _ADD.replace("None:\n", "None:\n            alias = key.contiguous()\n")
+    ),
+    "another name beside present": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            kept = key\n            present = (key, value)\n            key = kept\n",
+    ),
+    "the same mask twice": Known("registered-mask-list", _WHERE, _WHERE + _WHERE),
+    "another mask given where it is handed on no more": Known(
+        "registered-mask-list",
+        "        residual = hidden_states + attended\n",
+        "        residual = hidden_states + attended\n        layer_past = residual\n",
+    ),
+    "present kept and restored": Known(
+        "registered-mask-list",
+        "        outputs = (self.c_proj",
+        "        kept = present\n        seen = 1\n        present = kept\n        outputs = (self.c_proj",
+    ),
+    "a view beside present": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            alias = key.squeeze(0)\n            present = (key, value)\n",
+    ),
+    "present made twice": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            present = (key, value)\n            present = (key, value)\n",
+    ),
+    "a buffer of another name": in_init(
+        "self._buffers['spare'] = torch.ones_like(self.registered_causal_mask)"
+    ),
+    "no gradient asked for": before_add("attention_mask.requires_grad_(False)"),
+    "a shape noted in the plain branch": Known(
+        "late", _LATE_SUM, "        self.last_seen = query.shape\n" + _LATE_SUM
+    ),
     "a copy is changed": before_add("copied = attention_mask.clone()", "copied.zero_()"),
     "a product is changed": before_add("scaled = attention_mask * 2", "scaled.zero_()"),
     "its shape is noted": before_add("self.seen = attention_mask.shape"),
