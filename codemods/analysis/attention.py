@@ -256,8 +256,7 @@ class ScorePath:
         return f"{found.reason} (line {found.line})" if found is not None else ""
 
     def _kind(self, stmt: ast.stmt) -> Mask | str:
-        """What one statement does to the scores: a Mask, ``add``, ``make``, ``write``, ``keep`` or
-        ``unknown``."""
+        """What one statement does to the scores: a Mask, or add, make, write, keep or unknown."""
         mask = self._mask(stmt)
         if mask is not None:
             return mask

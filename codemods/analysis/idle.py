@@ -8,13 +8,23 @@ and nothing is bound.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from codemods.analysis import tree as t
 
+#: ``a = b`` to the end of a statement, as it is mostly written.
+_COPY = re.compile(r"(?<![\w.])([^\W\d]\w*) *= *([^\W\d]\w*) *(?=[;#\r\n]|$)")
 
-def settle(tree: ast.Module) -> None:
-    """Put a look in place of each such assignment in the functions of ``tree``, before anything reads it."""
+
+def settle(text: str, tree: ast.Module) -> None:
+    """Put a look in place of each such assignment in the functions of ``tree``, before anything reads it.
+
+    Files whose ``text`` has no such pair, as nearly all have none, are not walked for them.
+    """
+    copies = set(_COPY.findall(text))
+    if not any((value, name) in copies for name, value in copies):
+        return
     for function in reversed(list(_functions(tree))):  # those inside first
         if any(_copied(stmt) for stmt in t.statements(function.body)):
             inside = list(ast.walk(function))

@@ -34,7 +34,7 @@ class Raising:
     """What is known: that nothing in ``results`` raises, and which of it are tensors."""
 
     def __init__(self, results: Iterable[Term]) -> None:
-        self.used = {part for term in results for part in parts(term)}
+        self.used = set(_parts(tuple(results), set()))
         made = {p for p in self.used if p[:1] == ("call",) and p[1] in {"matmul", "transpose", "softmax"}}
         others = {p[2][1] for p in made if p[1] == "matmul"}
         self.tensors = made | {p[2][0] for p in made} | others
@@ -122,12 +122,13 @@ class Raising:
         return term[0] == "call" and term[1] in _MADE
 
 
-def parts(term: Any) -> Iterator[Term]:
-    """``term`` and every term in it."""
-    if isinstance(term, tuple):
+def _parts(term: Any, seen: set[int]) -> Iterator[Term]:
+    """``term`` and every term in it, those that were ``seen`` left out."""
+    if isinstance(term, tuple) and id(term) not in seen:
+        seen.add(id(term))
         yield term
         for part in term:
-            yield from parts(part)
+            yield from _parts(part, seen)
 
 
 def _is_number(term: Term) -> bool:

@@ -102,7 +102,7 @@ def parse(text: str) -> Source:
         except ValueError as error:
             raise SourceError(f"does not parse: {error}") from error
     _refuse_depth(tree)
-    settle(tree)
+    settle(text, tree)
     return Source(text, tree)
 
 
