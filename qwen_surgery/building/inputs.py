@@ -21,9 +21,9 @@ from qwen_surgery.toolchain import Toolchain
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.patching.sources import Sources
-    from qwen_surgery.weights import TensorRef, WeightIndex
+    from qwen_surgery.weights import TensorRef
 
-Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "verify"]
+Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "sample", "verify"]
 
 
 def task_name(verb: Verb, subject: str, cores: int = 1) -> str:
@@ -105,7 +105,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
+def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str, str]:
     """Of all files that decide the export, and of where the weights are (their content is read later)."""
     digests = {
         f"{which}/{name}": hashlib.sha256(content).hexdigest()

@@ -120,8 +120,18 @@ def _report(
     stream = sys.stderr if show_diff else sys.stdout
     report.show(plan.shown, stream)
     stream.flush()
-    for note in (plan.revision_line(), *plan.notes, *notes, _last_line(plan, written)):
+    for note in (plan.revision_line(), *plan.notes, *notes, *_build_notes(plan), _last_line(plan, written)):
         console.line(note, err=True)
+
+
+def _build_notes(plan: Patch) -> tuple[str, ...]:
+    """Where a build of the checkout will be refused, that and why."""
+    from qwen_surgery.doctor.model import why_not_build
+
+    error = None if plan.blocking else why_not_build(plan)
+    if error is None:
+        return ()
+    return (f"build will refuse this checkout: {error}" + (f"  ({error.hint})" if error.hint else ""),)
 
 
 def _last_line(plan: Patch, written: bool) -> str:
@@ -153,7 +163,7 @@ def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: boo
         "declined": bool(plan.blocking),
         "counts": report.counts(plan.shown),
         "outcomes": report.to_json(plan.shown),
-        "notes": [*plan.notes, *notes],
+        "notes": [*plan.notes, *notes, *_build_notes(plan)],
     }
     if diff is not None:
         data["diff"] = diff

@@ -63,7 +63,8 @@ def apply(
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
         family = families.of(read(known[CONFIG]).values())
         facts, chosen = family.facts(known), family.recipe(recipe)
-        source = codemods.run(files[modeling], chosen, skip=source_skip)
+        sizes = facts.for_reading(seq_length)
+        source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None
@@ -93,14 +94,16 @@ def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) ->
         chosen = family.recipe(recipe)
     except UnknownRecipe as error:
         return (Outcome("recipe", Status.DECLINED, str(error.args[0])),)
-    found = tuple(codemods.run(data, chosen).outcomes)
     if config is None:
-        return found
+        return tuple(codemods.run(data, chosen).outcomes)
     try:
         facts = family.facts_of(read(config).values())
-        return found + tuple(codemods.config.run(config, chosen, seq_length, facts=facts).outcomes)
+        edited = codemods.config.run(config, chosen, seq_length, facts=facts).outcomes
+        sizes = facts.for_reading(seq_length)
     except codemods.config.ConfigError as error:
-        return (*found, Outcome("config:parse", Status.FAILED, str(error), where=CONFIG))
+        broken = Outcome("config:parse", Status.FAILED, str(error), where=CONFIG)
+        return (*codemods.run(data, chosen).outcomes, broken)
+    return (*codemods.run(data, chosen, sizes=sizes).outcomes, *edited)
 
 
 def era(data: bytes) -> str:

@@ -143,10 +143,19 @@ def _done(found: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
 
 
 def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
-    """The statuses of each codemod's sites, in order: what the catalogue records."""
+    """The statuses of each codemod's sites, in order: what the catalogue records.
+
+    Of a codemod that only reads, each status once: how many sites it has depends on the sizes in config.json,
+    and the catalogue knows a revision by its code.
+    """
+    from codemods.framework import registry
+
+    reading = {name for name in registry.BUILTIN if not registry.get(name).edits}
     result: dict[str, list[str]] = {}
     for outcome in outcomes:
-        result.setdefault(outcome.codemod, []).append(outcome.status.value)
+        statuses = result.setdefault(outcome.codemod, [])
+        if outcome.codemod not in reading or outcome.status.value not in statuses:
+            statuses.append(outcome.status.value)
     return result
 
 

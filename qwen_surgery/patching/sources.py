@@ -50,15 +50,20 @@ class Sources:
         except UnknownRecipe as error:
             raise Usage(str(error)) from error
         plan.refuse_declined(made)
+        return cls.made(made)
+
+    @classmethod
+    def made(cls, made: plan.Patch) -> Sources:
+        """The files of a patch that is not written."""
         return cls(
-            modeling=checkout.modeling,
+            modeling=made.checkout.modeling,
             reference=made.reference,
             patched=made.result,
-            recipe=recipe,
-            seq_length=seq_length,
+            recipe=made.recipe,
+            seq_length=made.seq_length,
             outcomes=tuple(o for found in made.outcomes.values() for o in found),
             receipt=made.receipt,
-            lent=checkout.lent,
+            lent=made.checkout.lent,
         )
 
     @cached_property

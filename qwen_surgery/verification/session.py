@@ -15,7 +15,7 @@ from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.runtime.host import Sampling
-from qwen_surgery.verification import language
+from qwen_surgery.verification import duration, language
 from qwen_surgery.verification.cases import (
     CaseMaker,
     NetCase,
@@ -24,7 +24,7 @@ from qwen_surgery.verification.cases import (
     longest_prompt,
     make_prompts,
 )
-from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
+from qwen_surgery.verification.engines import KEEP_BYTES, Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
@@ -46,7 +46,9 @@ KEEP_CASES = 1 << 30
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. Empty ``levels`` means every level whose parts were given; ``runtime`` is the
-    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel.
+    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel. ``sample`` is for
+    a few layers of a big model: what lies between them does not run, so that their inputs are not the whole
+    model's, and one net at a time is in memory.
     """
 
     checkout: Path
@@ -67,6 +69,12 @@ class Request:
     text: str = ""
     text_tokens: int = 256
     runtime: str | None = None
+    sample: bool = False
+
+    @property
+    def hold(self) -> int:
+        """Bytes of weights that the reference, and an engine, may hold beyond what is running."""
+        return 0 if self.sample else KEEP_BYTES
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -149,8 +157,12 @@ class _Opened:
             raise Usage(f"no tolerances are known for level {level} in mode {mode}") from None
 
 
-def verify(request: Request, progress: Callable[[str], None] = lambda what: None) -> Report:
-    """Run the levels of *request*.
+def verify(
+    request: Request,
+    progress: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Run the levels of *request*. *progress* gets what runs now, *say* what a person should know before.
 
     Raises Usage or Refused for parts that cannot be compared at all (no trust, another model's export, an
     impossible selection); everything else ends up as a check in the report.
@@ -161,9 +173,11 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
     require_trust(request.trust_remote_code, "verify", lent=checkout.lent)
     levels = request.chosen()
     parts, folders = _open(checkout, request, levels, progress)
+    if parts.reference.streamed and not request.sample:
+        say(_announced(parts, levels, len(folders)))
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     if "source" in levels:
-        engine = TorchEngine(parts.sources, parts.index, parts.geometry)
+        engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=request.hold)
         report.levels.append(_level(parts, "source", "fp32", "torch", engine))
     for folder in folders if "onnx" in levels else ():
         report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
@@ -186,7 +200,7 @@ def _open(
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
-    folders = [OrtEngine(folder) for folder in request.onnx]
+    folders = [OrtEngine(folder, keep_bytes=request.hold) for folder in request.onnx]
     bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
         _ready_for_chips(request, bmodels)
@@ -198,17 +212,38 @@ def _open(
     geometry = checkout.geometry(seq_length)
     index = WeightIndex.open(request.checkout)
     lengths = request.prompt_lengths or default_lengths(seq_length)
-    selection = Selection(lengths, request.layers, request.nets, request.seed)
+    selection = Selection(lengths, request.layers, request.nets, request.seed, request.sample)
     selection.net_names(geometry)
     reference = ReferenceModel(
         sources.reference,
         index,
         modeling=sources.modeling,
         layers=sorted({0, *selection.layer_list(geometry)}),
-        depth=selection.depth(geometry),
+        kept=selection.kept(geometry),
+        whole_model_bytes=request.hold,
     )
     limits = tolerances.load()
     return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
+
+
+def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
+    """What a model that does not fit in memory costs, as a sentence: questions, texts and emulator not
+    counted."""
+    request, length = parts.request, parts.geometry.seq_length
+    engines = ("source" in levels) + ("onnx" in levels) * folders
+    told = engines + ("chip" in levels) * len(request.bmodels)
+    made = told if CaseMaker(parts.reference, parts.geometry, parts.selection).bytes > KEEP_CASES else 1
+    nets = list(duration.net_passes(parts.selection.lengths, length))
+    talk: list[int] = []
+    if parts.whole and request.steps:
+        talk = duration.end_to_end_passes(len(_end_to_end_prompt(parts)), request.steps)
+    reference = [*nets * made, *talk * told]
+    own = [length if tokens > 1 else 1 for tokens in [*nets, *talk] * engines]
+    found = duration.seconds(parts.reference.weights, [*reference, *own])
+    return (
+        f"the unpatched model runs with one layer in memory at a time: {len(reference)} passes over "
+        f"{parts.reference.weights / 1e9:.1f} billion weights; with the nets about {duration.in_words(found)}"
+    )
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:

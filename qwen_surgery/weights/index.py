@@ -18,7 +18,12 @@ LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
 )
 _NO_INDEX = "not a weight index"
+_FETCH = "`qwen-surgery fetch` brings what is missing and leaves what is there"
 _QUANTISED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+class NoWeights(Refused):
+    """A checkout without its weights, or without some of them."""
 
 
 class WeightIndex(Mapping[str, TensorRef]):
@@ -50,9 +55,9 @@ class WeightIndex(Mapping[str, TensorRef]):
                 continue
             _refuse_quantised_tensors(refs)
             return cls(path, refs, files)
-        raise Refused(
+        raise NoWeights(
             f"{path}: no weights found",
-            hint="expected model.safetensors or pytorch_model.bin, whole or with an index.json",
+            hint=f"expected model.safetensors or pytorch_model.bin, whole or with an index.json; {_FETCH}",
         )
 
     def __getitem__(self, name: str) -> TensorRef:
@@ -86,9 +91,9 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
         file = index_file.parent / shard
         if not file.is_file():
             first = next(tensor for tensor, where in names.items() if where == shard)
-            raise Refused(
+            raise NoWeights(
                 f"{file}: shard is missing ({index_file.name} expects {first} in it)",
-                hint="download the missing shard",
+                hint=f"download the missing shard: {_FETCH}",
             )
         files.append(file)
         for name, ref in reader(file).items():
@@ -110,12 +115,17 @@ def _refuse_quantised_config(path: Path) -> None:
         config = read_json(path / "config.json", "not JSON")
     except SurgeryError:
         return  # reading config.json is not this module's business
-    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    if quantisation:
-        method = (
-            quantisation.get("quant_method", "quantised") if isinstance(quantisation, dict) else "quantised"
-        )
-        _refuse_quantised(str(method).upper(), f"{path / 'config.json'}: quantization_config")
+    method = quantisation(config) if isinstance(config, dict) else ""
+    if method:
+        _refuse_quantised(method, f"{path / 'config.json'}: quantization_config")
+
+
+def quantisation(config: Mapping[str, Any]) -> str:
+    """How *config* says the checkpoint is quantised, such as GPTQ; empty when it does not."""
+    said = config.get("quantization_config")
+    if not said:
+        return ""
+    return str(said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised").upper()
 
 
 def _refuse_quantised_tensors(refs: Mapping[str, TensorRef]) -> None:
