@@ -65,8 +65,19 @@ def test_the_emulated_chip_computes_what_the_unpatched_model_does(
     assert report["passed"] and blocks
     assert min(check["values"]["cosine"] for check in blocks) >= COSINES[mode]
     if mode == "bf16":
-        tokens = list(chip["greedy_tokens"].values())
-        assert tokens and all(one == tokens[0] for one in tokens)
+        wanted, found = chip["greedy_tokens"].values()
+        apart = sum(one != other for one, other in zip(wanted, found, strict=True))
+        assert len(wanted) == 33 and apart <= 2, "untrained: two words may be as good as each other in bf16"
+
+
+@pytest.mark.tpu
+def test_a_dynamic_build_runs_at_a_prompt_s_own_length(tmp_path: Path) -> None:
+    """Keys and values are repeated for groups of heads: at a fixed length that ended the vendor's runtime."""
+    path = make(tmp_path / "model", "qwen2")
+    flags = ("--seq-length", 32, "--mode", "bf16", "--dynamic", "--verify", "full", "--json")
+    report = json.loads(cli("build", path, "--out", tmp_path / "out", *flags).stdout)["report"]
+    runtimes = [level for level in report["levels"] if level["level"] == "runtime"]
+    assert report["passed"] and any(level["checks"] for level in runtimes)
 
 
 @pytest.fixture(scope="session")
