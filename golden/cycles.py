@@ -49,7 +49,8 @@ GEOMETRIES = {
 }
 
 #: (geometry, kind, seq_length) -> cycles that TPU-MLIR 1.30.2's own llm_convert predicts for one layer of a
-#: random Qwen2-shaped checkpoint of the same sizes, as measured, in thousands for prefill:
+#: random checkpoint of the same sizes (of Qwen2's shape for Qwen v1's), as measured, in thousands for v1's
+#: prefill:
 #: ``llm_convert.py -m DIR -s S -q w4bf16 -g 64 -c bm1684x -o OUT``.
 LLM_CONVERT = {
     ("1.8B", "block_cache", 512): 650_762,
@@ -70,6 +71,16 @@ LLM_CONVERT = {
     ("14B", "block", 512): 26_520_000,
     ("14B", "block", 2048): 113_380_000,
     ("14B", "block", 8192): 577_520_000,
+    ("Qwen2.5-0.5B", "block_cache", 512): 191_096,
+    ("Qwen2.5-0.5B", "block_cache", 2048): 224_880,
+    ("Qwen2.5-0.5B", "block", 512): 2_370_793,
+    ("Qwen2.5-0.5B", "block", 2048): 10_797_956,
+    ("Qwen2.5-1.5B", "block_cache", 512): 521_379,
+    ("Qwen2.5-1.5B", "block", 512): 5_179_291,
+    ("Qwen2.5-7B", "block_cache", 512): 2_485_923,
+    ("Qwen2.5-7B", "block", 512): 20_697_965,
+    ("Qwen3-4B", "block_cache", 512): 1_114_422,
+    ("Qwen3-4B", "block", 512): 10_204_399,
 }
 
 

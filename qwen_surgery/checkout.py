@@ -142,7 +142,10 @@ def _find_modeling(root: Path, config: dict[str, Any], family: Family, lent: Pat
         return lent
     missing = f"{root} has no modeling file ({mapped or family.modeling} is missing)"
     if family.home:
-        raise Refused(f"{missing} and no {family.home} is installed", hint="install transformers")
+        raise Refused(
+            f"{missing} and no {family.home} is installed",
+            hint="pip install 'qwen-surgery[verify]' brings transformers",
+        )
     raise Refused(missing, hint="download the model's Python files too; they are beside config.json upstream")
 
 

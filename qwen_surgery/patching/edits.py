@@ -124,8 +124,7 @@ def warm() -> None:
 
 
 def check_names(recipe: str, skip: Sequence[str], family: Family | None = None) -> None:
-    """Raise Usage for a recipe nobody provides, or not for *family*, and for a skip that names none of its
-    edits."""
+    """Raise Usage for a recipe that nobody provides or that is not *family*'s, and for a skip not in it."""
     from codemods.framework import recipes
 
     try:

@@ -37,5 +37,5 @@ def _values(name: str, noise: Any) -> Any:
     if noise.dim() == 1:
         return 1 + 0.25 * noise if name.endswith("norm.weight") else 0.25 * noise
     if "embed" in name:
-        return 0.1 * noise  # also the head, where that is tied: more would make every model say its last word
+        return noise  # as large as what layers add: what four bits lose of random weights is all their noise
     return noise / noise.shape[-1] ** 0.5
