@@ -109,7 +109,8 @@ class ScorePath:
                 kind == "unknown"
                 or (masked and kind == "make")
                 or ((masked or self._masked_in_place) and kind == "write")
-                or (kind in ("keep", "add") and self._upsets(stmt, masked))
+                or (kind == "keep" and self._upsets(stmt, masked))
+                or (kind == "add" and any(self._upsets(s, masked) for s in self._beside(stmt)))
             ):
                 found.append(stmt)
         return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
@@ -130,7 +131,15 @@ class ScorePath:
 
     @cached_property
     def _masked_in_place(self) -> bool:
-        return any(t.calls(mask.stmt, "masked_fill_") for mask in self.masks)
+        """A mask is written into the scores, or something else is once they are masked: without the mask
+        that goes into the tensor that the scores were before it."""
+        if not self.masks:
+            return False
+        after = [s for s in self.before if s.lineno > self.masks[0].stmt.lineno]
+        written = (n for s in after for n in t.walk(s) if isinstance(n, ast.AugAssign))
+        return any(t.is_name(n.target, self.scores) for n in written) or any(
+            t.calls(mask.stmt, "masked_fill_") for mask in self.masks
+        )
 
     def _looks_into(self, stmt: ast.stmt) -> bool:
         """The values of the scores are read, not only their shape, dtype or device."""
@@ -329,9 +338,8 @@ class ScorePath:
         if name is None:
             return False
         if isinstance(stmt, ast.If):
-            sums = [s for s in stmt.body if self._adds(s)]
-            others = [s for s in stmt.body if s not in sums]
-            guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(sums) == 1
+            others = self._beside(stmt)
+            guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(stmt.body) == len(others) + 1
             return guarded and not any(self.scores in t.binds(s) for s in others)
         if isinstance(stmt, ast.AugAssign):
             plus = isinstance(stmt.op, ast.Add) and t.is_name(stmt.target, self.scores)
@@ -356,6 +364,10 @@ class ScorePath:
         return any(
             t.is_name(uncast(a), self.scores) and self._is_mask_value(b) for a, b in (pair, pair[::-1])
         )
+
+    def _beside(self, stmt: ast.stmt) -> list[ast.stmt]:
+        """The statements beside the sum in the ``if`` around it."""
+        return [s for s in stmt.body if not self._adds(s)] if isinstance(stmt, ast.If) else []
 
     def _is_mask_value(self, node: ast.expr) -> bool:
         return carries(self.function, node, self.mask_parameter or "")

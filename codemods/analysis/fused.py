@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterator
 from typing import Any
 
 from codemods.analysis import tree as t
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import unwrapped
+from codemods.analysis.raising import NONE as _NONE
+from codemods.analysis.raising import Raising, Term
 from codemods.analysis.source import Source
 
 SDPA = "scaled_dot_product_attention"
-Term = tuple[Any, ...]
-_NONE: Term = ("constant", None)
 #: What a name stands for where some way to it does not set it.
 _UNSET: Term = ("unset",)
 _LIMIT = 400  #: statements followed, calls included
@@ -48,9 +47,10 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
     missing = sorted(name for name in other.own if not _always_set(owner, name))
     if missing:
         return f"the branch without {SDPA} reads self.{missing[0]}, which __init__ does not set on every way"
-    loose = _may_raise(other.met, plain)
-    if loose:
-        return f"{loose} of the branch without {SDPA} may raise an error there"
+    raising = Raising(plain.values())
+    for line, term in other.met:
+        if raising.may(term):
+            return f"line {line} of the branch without {SDPA} may raise an error there"
     for name, ours in fused.items():
         theirs = plain.get(name, ("name", name))
         kept = name not in plain and not _read_later(source, choice, name)
@@ -215,6 +215,7 @@ class _Branch:
                 raise _Unknown(f"line {stmt.lineno} returns early")
             return
         test = self._term(stmt.test, env)
+        self._noted(stmt.lineno, ("test", test))
         arms = [dict(env), dict(env)]
         for arm, block in zip(arms, (stmt.body, stmt.orelse), strict=True):
             if self._run(block, arm) is not None:
@@ -302,7 +303,9 @@ class _Branch:
             known = self._known(node.test)
             if known is not None:
                 return self._term(node.body if known else node.orelse, env)
-            return ("if", *(self._term(part, env) for part in (node.test, node.body, node.orelse)))
+            test = self._term(node.test, env)
+            self._noted(node.lineno, ("test", test))
+            return ("if", test, *(self._term(part, env) for part in (node.body, node.orelse)))
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             return (
                 type(node.ops[0]).__name__,
@@ -310,7 +313,12 @@ class _Branch:
                 self._term(node.comparators[0], env),
             )
         if isinstance(node, ast.Subscript):
-            return ("part", self._term(node.value, env), self._index(node.slice, env))
+            whole, index = self._term(node.value, env), self._index(node.slice, env)
+            at = t.constant(node.slice)
+            starred = whole[0] != "tuple" or any(part[0] == "starred" for part in whole[1])
+            if not starred and isinstance(at, int) and 0 <= at < len(whole[1]):
+                return whole[1][at]
+            return ("part", whole, index)
         if isinstance(node, ast.Starred):
             return ("starred", self._term(node.value, env))
         if isinstance(node, ast.Call):
@@ -332,7 +340,7 @@ class _Branch:
         args = tuple(self._term(a, env) for a in call.args)
         keywords = tuple(sorted((k.arg or "**", self._term(k.value, env)) for k in call.keywords))
         if not isinstance(call.func, ast.Attribute):
-            return ("call", name, args, keywords)
+            return ("builtin" if name in dir(builtins) else "call", name, args, keywords)
         if t.on_torch(call):
             return ("call", name, args, keywords)
         if t.is_name(call.func.value, "self"):
@@ -392,13 +400,15 @@ class _Match:
     def _scores(self, scores: Term | None, query: Term, key: Term, value: Term, mask: Term) -> bool:
         if scores is None:
             return False
+        causal, scores = _filled(scores)  # hidden before or after the sum, before or after the scale
         added, scores = _summed(scores)
         if added is None and mask[0] == "if" and mask[1][0] == "IsNot":
             added = mask[1][1]  # not added here: add-attention-mask adds it, or drop-causal-mask declines
-        causal, scores = _filled(scores)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
+        scores = self._unscaled(scores, value) or ("unscaled",)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
         if added is None or not _is_mask(mask, added, causal):
             return False
-        scores = self._unscaled(scores, value) or ()
         product = (
             "call",
             "matmul",
@@ -559,103 +569,6 @@ def _sets(block: list[ast.stmt], name: str) -> bool:
             if any(call.args and t.constant(call.args[0]) == name for call in calls):
                 return True
     return False
-
-
-# -- what may raise ------------------------------------------------------------------------------------------
-
-#: Methods of any tensor of numbers that raise nothing, given nothing.
-_SAFE = frozenset(
-    ("clone", "detach", "contiguous", "float", "size", "dim", "sum", "mean", "abs", "numel", "t")
-)
-_DESCRIBED = frozenset(("shape", "dtype", "device", "data", "ndim"))
-#: Functions and methods that give a tensor, whatever they are given, unless they raise.
-_MADE = frozenset(
-    ("full", "tensor", "where", "masked_fill", "expand", "matmul", "transpose", "softmax", "permute")
-)
-_ARITHMETIC = frozenset(("Add", "Sub", "Mult", "Div", "USub"))
-
-
-def _may_raise(met: list[tuple[int, Term]], plain: dict[str, Term]) -> str:
-    """The line of something evaluated that is in no result and may raise; empty when there is none."""
-    used = {part for term in plain.values() for part in _parts(term)}
-    tensors = {
-        part for part in used if part[:1] == ("call",) and part[1] in {"matmul", "transpose", "softmax"}
-    }
-    tensors |= {part[2][0] for part in tensors} | {part[2][1] for part in tensors if part[1] == "matmul"}
-    for line, term in met:
-        if term not in used and not _harmless(term, used, tensors):
-            return f"line {line}"
-    return ""
-
-
-def _parts(term: Any) -> Iterator[Term]:
-    if isinstance(term, tuple):
-        yield term
-        for part in term:
-            yield from _parts(part)
-
-
-def _harmless(term: Term, used: set[Term], tensors: set[Term]) -> bool:
-    """``term`` raises nothing, given that nothing in ``used`` does and that ``tensors`` are tensors."""
-    head = term[0]
-    if head in {"constant", "name", "slice"}:
-        return True
-    if head == "tuple":
-        return all(_harmless(part, used, tensors) for part in term[1])
-    if head in {"Is", "IsNot"}:
-        return all(part in used or _harmless(part, used, tensors) for part in term[1:])
-    if head == "same":
-        return _tensor(term[1], used, tensors) and all(_harmless(part, used, tensors) for part in term[2])
-    if head == "assert":
-        return term[1][0] == "IsNot" and term[1][2] == _NONE and _tensor(term[1][1], used, tensors)
-    if head == "if":
-        return all(part in used or _harmless(part, used, tensors) for part in term[1:])
-    if head == "attribute":
-        known = term[1] in (("name", "self"), ("name", "torch"))
-        return known or (term[2] in _DESCRIBED and _tensor(term[1], used, tensors))
-    return _tensor(term, used, tensors) or (
-        head == "call" and term[1] in {"size", "dim", "numel"} and _tensor(term[2][0], used, tensors)
-    )
-
-
-def _tensor(term: Term, used: set[Term], tensors: set[Term]) -> bool:
-    """``term`` is a tensor of numbers, made in a way that raises nothing."""
-    if term in tensors or (term in used and _made(term, used, tensors)):
-        return True
-    head = term[0]
-    if head == "written":
-        return _tensor(term[2], used, tensors)
-    if head == "call" and not term[3]:
-        made_of, rest = term[2][:1], term[2][1:]
-        alike = term[1] in {"expand_as", "type_as", "view_as"} and rest == made_of
-        return (
-            bool(made_of)
-            and _tensor(made_of[0], used, tensors)
-            and ((term[1] in _SAFE and not rest) or alike)
-        )
-    if head in _ARITHMETIC:
-        numbers = [p for p in term[1:] if p[0] == "constant" and isinstance(p[1], (int, float))]
-        return (
-            all(part in numbers or _tensor(part, used, tensors) for part in term[1:])
-            and len(term) - len(numbers) == 2
-        )
-    if head == "part":
-        return _tensor(term[1], used, tensors) and term[2] in (
-            ("constant", ...),
-            ("slice", None, None, None),
-        )
-    return False
-
-
-def _made(term: Term, used: set[Term], tensors: set[Term]) -> bool:
-    """``term``, which raises nothing, can be nothing but a tensor."""
-    if term[0] == "if":
-        return all(_tensor(arm, used, tensors) for arm in term[2:])
-    if term[0] == "own":
-        return term[1] == "attn_dropout"
-    if term[0] in _ARITHMETIC:
-        return any(_tensor(part, used, tensors) for part in term[1:])
-    return term[0] == "call" and term[1] in _MADE
 
 
 def _always_true(owner: ast.ClassDef, name: str) -> bool:

@@ -444,6 +444,7 @@ def _spoken(source: Source) -> dict[int, str]:
             id(inner): label
             for node in t.walk(source.tree)
             if isinstance(node, ast.Subscript) and isinstance(label := t.constant(node.slice), str)
+            if label not in _HIDDEN | {"_buffers"}
             for inner in (node.value, getattr(node.value, "func", None))
             if t.call_name(node.value) == "vars" or t.last_name(node.value) in {"__dict__", "_buffers"}
             if inner is not None

@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,6 +118,8 @@ def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str
         for stat in [ref.file.stat()]
     ]
     digests["weights"] = _digest(json.dumps(places))
+    if home := sources.family.home:
+        digests["home"] = f"{home} {version(home.partition('.')[0])}"
     return digests
 
 

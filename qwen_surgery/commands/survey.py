@@ -79,7 +79,7 @@ def command(
     with console.progress_bars() as bars:
         rows = survey.run(source, recipes, seq_length, partial(bars, "trying the codemods"), jobs)
     if not rows and since is None:
-        raise Refused(f"{path} holds no Qwen v1 modeling code (judged by content)")
+        raise Refused(f"{path} holds no modeling code of a known family (judged by content)")
     if as_json:
         console.print_json(matrix.to_json(rows, recipe, seq_length))
     elif markdown:

@@ -30,6 +30,7 @@ from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
 
 if TYPE_CHECKING:
+    from qwen_surgery.checkout import Checkout
     from qwen_surgery.nets import Geometry
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.tokenizer import Tokenizer
@@ -166,9 +167,12 @@ def verify(
     Raises Usage or Refused for parts that cannot be compared at all (no trust, another model's export, an
     impossible selection); everything else ends up as a check in the report.
     """
-    require_trust(request.trust_remote_code, "verify")
+    from qwen_surgery.checkout import Checkout
+
+    checkout = Checkout.open(request.checkout)
+    require_trust(request.trust_remote_code, "verify", lent=checkout.lent)
     levels = request.chosen()
-    parts, folders = _open(request, levels, progress)
+    parts, folders = _open(checkout, request, levels, progress)
     if parts.reference.streamed and not request.sample:
         say(_announced(parts, levels, len(folders)))
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
@@ -191,13 +195,11 @@ def verify(
 
 
 def _open(
-    request: Request, levels: Sequence[str], progress: Callable[[str], None]
+    checkout: Checkout, request: Request, levels: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[_Opened, list[OrtEngine]]:
-    from qwen_surgery.checkout import Checkout
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
-    checkout = Checkout.open(request.checkout)
     folders = [OrtEngine(folder, keep_bytes=request.hold) for folder in request.onnx]
     bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:

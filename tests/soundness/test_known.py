@@ -68,13 +68,19 @@ _FLOAT_SOFTMAX = "            attn_weights = F.softmax(attn_weights.float(), dim
 _LATE_SUM = (
     "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
 )
+_LATE_FILLS = (
+    "        if causal_mask is not None:\n"
+    "            attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n"
+)
+_LATE_SCALE = "        attn_weights = attn_weights / (value.size(-1) ** 0.5)\n"
 _LATE_FILL = "        if causal_mask is not None:\n            attn_weights = torch.where("
 
 
-def in_plain_branch(line: str) -> Known:
+def in_plain_branch(line: str, era: str = "late") -> Known:
     """*line* before the mask of the branch that torch 2 never runs unpatched: there causal_mask may be None,
     mask_value a number, and what raises an error raises it only in the patched file."""
-    return Known("late", _LATE_FILL, f"        {line}\n{_LATE_FILL}", "disable-torch2")
+    at = _LATE_FILL if era == "late" else _LATE_SUM
+    return Known(era, at, f"        {line}\n{at}", "disable-torch2")
 
 
 def in_block_of(era: str, old: str, new: str, codemod: str = "add-attention-mask") -> Known:
@@ -103,6 +109,16 @@ KNOWN = {
         "",
         "disable-torch2",
     ),
+    "the plain branch asks scores whether they are true": in_plain_branch(
+        "if attn_weights:\n            pass"
+    ),
+    "the plain branch makes a number of many": in_plain_branch("total = float(attn_weights)"),
+    "the plain branch asks a number for its length": in_plain_branch("noted = mask_value.size(0)", "sdpa"),
+    "the plain branch cuts a number": in_plain_branch("other = mask_value[:]", "sdpa"),
+    "the plain branch turns four axes around": in_plain_branch("turned = attn_weights.t()"),
+    "the plain branch asks for a fifth axis": in_plain_branch("noted = query.size(4)"),
+    "the plain branch asks for a dtype that is none": in_plain_branch("other = query.to(torch.flaot16)"),
+    "the plain branch calls what is not there": in_plain_branch("other = torch.halved(query)"),
     "the plain branch scales as the fused one does not": Known(
         "sdpa",
         "        self.scale_attn_weights = True\n",
@@ -206,6 +222,17 @@ KNOWN = {
     "buffer replaced": in_init("self.registered_causal_mask = ~self.registered_causal_mask"),
     "buffer changed through its name": in_init("self.get_buffer('registered_causal_mask').fill_(True)"),
     "buffer changed through _buffers": in_init("self._buffers['registered_causal_mask'].fill_(True)"),
+    "buffer replaced by two names": in_init(
+        "vars(self)['_buffers']['registered_causal_mask'] = ~self.registered_causal_mask"
+    ),
+    "scores called otherwise before a mask is added in place": Known(
+        "registered-mask-list",
+        _WHERE + "\n" + _ADD,
+        "        seen = attn_weights\n"
+        + _WHERE
+        + _ADD.replace("= attn_weights +", "+=")
+        + "        query = query * seen.sum()\n",
+    ),
     "buffer changed through another name": in_init("mask = self.registered_causal_mask", "mask.fill_(True)"),
     "triangle changed in the method": Known(
         "registered-mask-list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
@@ -380,6 +407,21 @@ LOOKS = {
         "self._buffers['spare'] = torch.ones_like(self.registered_causal_mask)"
     ),
     "no gradient asked for": before_add("attention_mask.requires_grad_(False)"),
+    "the mask added in place": Known(
+        "registered-mask-list", _ADD, _ADD.replace("attn_weights = attn_weights +", "attn_weights +=")
+    ),
+    "the plain branch scales what is masked": Known("late", _LATE_FILLS, _LATE_FILLS + _LATE_SCALE),
+    "the plain branch masks the sum": Known("late", _LATE_FILLS + "\n" + _LATE_SUM, _LATE_SUM + _LATE_FILLS),
+    "a copy changed in the plain branch": in_plain_branch("copied = query.clone(); copied.mul_(0.5)"),
+    "another tensor changed in the plain branch": in_plain_branch(
+        "other = torch.zeros_like(key); other.add_(1)"
+    ),
+    "a part of the scores seen in the plain branch": in_plain_branch("peek = attn_weights[..., :1] * 2"),
+    "one number made in the plain branch": in_plain_branch("total = float(attn_weights.float().sum())"),
+    "a view in the plain branch": in_plain_branch(
+        "alias = query.view(query.shape); query = [alias, None][0]"
+    ),
+    "a number copied in the plain branch": in_plain_branch("other = mask_value.detach()", "sdpa"),
     "a shape noted in the plain branch": Known(
         "late", _LATE_SUM, "        self.last_seen = query.shape\n" + _LATE_SUM
     ),
@@ -414,6 +456,8 @@ def test_what_changes_nothing_is_still_edited(name: str) -> None:
     text = modeling_source(known.era)
     changed = text.replace(known.old, known.new)
     assert changed != text
+    if _LATE_SCALE in known.new:
+        changed = changed.replace("            attn_weights = attn_weights / (size_temp ** 0.5)\n", "")
     changed = (
         changed.replace("self.attn = QWenAttention(", "self.attn = OtherAttention(")
         if "OtherAttention" in known.new
