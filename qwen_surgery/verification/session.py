@@ -227,9 +227,7 @@ def _open(
 
 
 def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
-    """What a model that does not fit in memory costs, as a sentence. Questions, texts and emulator are not
-    counted.
-    """
+    """What a model that does not fit in memory costs, without questions, texts and the emulator."""
     request, length = parts.request, parts.geometry.seq_length
     engines = ("source" in levels) + ("onnx" in levels) * folders
     told = engines + ("chip" in levels) * len(request.bmodels)
