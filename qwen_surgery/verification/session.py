@@ -25,7 +25,13 @@ from qwen_surgery.verification.cases import (
     make_prompts,
 )
 from qwen_surgery.verification.engines import KEEP_BYTES, Engine, OrtEngine, TorchEngine
-from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
+from qwen_surgery.verification.levels import (
+    SAMPLED_STEPS,
+    check_contract,
+    check_end_to_end,
+    check_nets,
+    timed,
+)
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
 
@@ -235,7 +241,9 @@ def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
     nets = list(duration.net_passes(parts.selection.lengths, length))
     talk: list[int] = []
     if parts.whole and request.steps:
-        talk = duration.end_to_end_passes(len(_end_to_end_prompt(parts)), request.steps)
+        talk = duration.end_to_end_passes(
+            len(_end_to_end_prompt(parts)), request.steps, min(request.steps, SAMPLED_STEPS)
+        )
     reference = [*nets * made, *talk * told]
     own = [length if tokens > 1 else 1 for tokens in [*nets, *talk] * engines]
     found = duration.seconds(parts.reference.weights, [*reference, *own])
