@@ -27,10 +27,11 @@ class Sample(Step):
     """Verify the blocks of *layers* at the levels source and onnx, which need no emulator: each net with its
     own weights against the unpatched model's layer. Leaves the report.
 
-    *exports* are the tasks with the exported folders.
+    *exported* is the task with the exported folder: where it is cleaned, the clean one, as cleaning compares
+    the two.
     """
 
-    exports: tuple[str, ...]
+    exported: str
     layers: tuple[int, ...]
     nets: tuple[str, ...]
     prompt: int
@@ -44,7 +45,7 @@ class Sample(Step):
 
         request = Request(
             checkout=self.checkout,
-            onnx=tuple(needs[task] / ONNX for task in self.exports),
+            onnx=(needs[self.exported] / ONNX,),
             layers=self.layers,
             nets=self.nets,
             prompt_lengths=(self.prompt,),
@@ -66,15 +67,15 @@ def _scores(geometry: Geometry) -> int:
     return 3 * 4 * geometry.heads * geometry.seq_length**2
 
 
-def sample_task(inputs: Inputs, exports: tuple[str, ...], request: BuildRequest) -> Task:
-    """Verify the first and the last layer of what the tasks *exports* leave."""
+def sample_task(inputs: Inputs, exported: str, request: BuildRequest) -> Task:
+    """Verify the first and the last layer of what the task *exported* leaves."""
     geometry = inputs.geometry
     layers = tuple(sorted({0, geometry.layers - 1}))
     kinds = _sampled_nets(geometry)
     return Task(
         task_name("sample", "blocks"),
         Sample(
-            exports=exports,
+            exported=exported,
             layers=layers,
             nets=tuple(kind.value for kind in kinds),
             prompt=geometry.seq_length // 3 + 1,
@@ -83,19 +84,19 @@ def sample_task(inputs: Inputs, exports: tuple[str, ...], request: BuildRequest)
             checkout=request.checkout.absolute(),
             trust_remote_code=request.trust_remote_code,
         ),
-        needs=exports,
-        cost=_cost(geometry, len(layers), kinds, len(exports)),
+        needs=(exported,),
+        cost=_cost(geometry, len(layers), kinds),
         keep=True,
         command=f"compare the {' and '.join(kind.value for kind in kinds)} of layers "
         f"{' and '.join(map(str, layers))} with the unpatched model's, in torch and onnxruntime",
     )
 
 
-def _cost(geometry: Geometry, layers: int, kinds: tuple[NetKind, ...], folders: int) -> Cost:
+def _cost(geometry: Geometry, layers: int, kinds: tuple[NetKind, ...]) -> Cost:
     """The unpatched layer and each engine's nets read a prompt and a step; a prefill net reads S rows."""
     weights = weights_of(NetKind.BLOCK, geometry)
     prefill = NetKind.BLOCK in kinds
     engine = [geometry.seq_length, 1] if prefill else [1]
-    passes = [geometry.seq_length // 3 + 1, 1, *engine * (1 + folders)]
+    passes = [geometry.seq_length // 3 + 1, 1, *engine * 2]
     memory = 800 * MB + 8 * weights + (_scores(geometry) if prefill else 0)
     return Cost(memory, MB, _START + layers * duration.seconds(weights, passes))

@@ -183,8 +183,7 @@ def verify(
         say(_announced(parts, levels, len(folders)))
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     if "source" in levels:
-        engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=request.hold)
-        report.levels.append(_level(parts, "source", "fp32", "torch", engine))
+        report.levels.append(_source_level(parts))
     for folder in folders if "onnx" in levels else ():
         report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
     if "mlir" in levels:
@@ -349,6 +348,12 @@ def _level(
             _speak(parts, result, engine, limits)
 
     return timed(result, work)
+
+
+def _source_level(parts: _Opened) -> LevelResult:
+    """The patched code in torch, whose weights go when it is done."""
+    engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=parts.request.hold)
+    return _level(parts, "source", "fp32", "torch", engine)
 
 
 def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:
