@@ -213,6 +213,7 @@ def assemble_task(
         "target": options.target,
         "tpu_mlir": inputs.toolchain.version,
         "runtime": options.runtime or "",
+        "passes": ", ".join(inputs.passes),
         **{f"unpacked {kind.value}": why for kind, why in unproven.items()},
     }
     rows = _rows(inputs, cores, narrow, unproven)

@@ -39,6 +39,7 @@ def test_a_dynamic_file_with_constant_shapes_ends_the_process(
     level = in_runtime(checkout, old)
     crashed = {check["net"] for check in level["checks"] if "does not run" in str(check["missed"])}
     assert crashed == {"generic", "qwen.py-2024-08"}
+    assert "decode nets are dynamic" in hazards(old)["generic"]
     assert not missed(in_runtime(checkout, build(checkout, tmp_path, "--mode", "bf16", "--dynamic")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def test_a_dynamic_bf16_model_gives_every_demo_the_right_tokens(checkout: Path, 
     assert labels == {f"{how} shared {n}+3" for how in ("greedy", "sampling") for n in (22, 61)}
 
 
+def test_inspect_goes_by_the_passes_on_record(bf16: Path, tmp_path: Path) -> None:
+    """Addresses do not show whether a dynamic net's shapes are free: the side file does."""
+    copy = Path(shutil.copy(bf16, tmp_path))
+    assert inspected(copy)["contract"] == [], "without a record, addresses alone judge"
+    side = json.loads(bf16.with_name(f"{bf16.name}.side.json").read_text())
+    side["notes"]["passes"] = side["notes"]["passes"].replace("free-length", "zero-bias")
+    copy.with_name(f"{copy.name}.side.json").write_text(json.dumps(side))
+    done = cli("inspect", copy, check=False)
+    assert done.returncode == 1
+    assert "generic: the prefill nets reshape to the whole length" in done.stdout
+    assert "qwen.py-2024-08: the prefill nets reshape to the whole length" in done.stdout
+
+
 def test_a_crash_of_the_runtime_is_a_reported_failure(bf16: Path) -> None:
     with Device(bf16, Toolchain.find(), shared=True) as device:
         states = device.nets["embedding"].outputs[0].memory
@@ -149,11 +163,13 @@ def test_what_inspect_says_of_shared_addresses_is_what_happens(
         ("--mode", "int8", "--dynamic"),
         ("--mode", "int4", "--dynamic"),
         ("--mode", "f16", "--dynamic"),
-        ("--mode", "bf16", "--runtime", "sophon-demo-2024.1"),
-        ("--mode", "int4", "--runtime", "sophon-demo-2024.1"),
+        *(("--mode", mode, "--runtime", "sophon-demo-2024.1") for mode in ("bf16", "int8", "int4")),
         ("--mode", "int8", "--runtime", "sophon-demo"),
-        ("--mode", "int4", "--target", "cv186x"),
-        ("--mode", "bf16", "--target", "bm1688", "--num-core", 1),
+        *(
+            ("--mode", mode, "--target", *chip)
+            for chip in (("cv186x",), ("bm1688", "--num-core", 1), ("bm1688", "--num-core", 2))
+            for mode in ("bf16", "f16", "int8", "int4")
+        ),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
