@@ -322,7 +322,10 @@ def _level(
 
     def work() -> None:
         if bmodel is not None:
-            result.checks += [*check_contract(engine, parts.geometry), _memory_check(bmodel)]
+            result.checks += [
+                *check_contract(engine, parts.geometry),
+                _memory_check(bmodel, parts.request.runtime or None),
+            ]
         wanted = parts.selection.net_names(parts.geometry, heads=heads)
         result.checks += check_nets(
             engine,
@@ -406,11 +409,11 @@ def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
         return _level(parts, "chip", mode, chip.chip, chip, bmodel)
 
 
-def _memory_check(bmodel: Path) -> Check:
-    """Whether the demos find every tensor as they left it, by the bmodel's addresses."""
+def _memory_check(bmodel: Path, profile: str | None) -> Check:
+    """Whether the demos (of *profile*) find every tensor as they left it, by what `inspect` sees."""
     from qwen_surgery.packing.report import inspect
 
-    return Check("all nets", None, "contract", "memory", {}, inspect(bmodel).contract)
+    return Check("all nets", None, "contract", "memory", {}, inspect(bmodel, profile).contract)
 
 
 def _runtime_level(parts: _Opened, bmodel: Path) -> LevelResult:

@@ -26,10 +26,10 @@ class OlderNets:
     layers: int
     passes: tuple[str, ...]
 
-    def bmodel(self, mode: str, *, dynamic: bool = False) -> Path:
+    def bmodel(self, mode: str, *, dynamic: bool = False, runtime: str = "llm-tpu") -> Path:
         """All of them in one file."""
         toolchain = Toolchain.find()
-        options = CompileOptions(mode, dynamic=dynamic).resolved()
+        options = CompileOptions(mode, dynamic=dynamic, runtime=runtime).resolved()
         work = self.work / f"{mode}{'-dynamic' if dynamic else ''}"
         work.mkdir(parents=True)
         parts = [self._compiled(net, options, work, toolchain) for net in options.nets(self.layers)]
@@ -52,11 +52,11 @@ class OlderNets:
         return work / job.bmodel(1)
 
 
-def older_nets(checkout: Path, folder: Path, seq_length: int) -> OlderNets:
-    """The nets of *checkout* in *folder*."""
+def older_nets(checkout: Path, folder: Path, seq_length: int, *flags: str) -> OlderNets:
+    """The nets of *checkout* in *folder*; *flags* are those of its export."""
     nets = folder / "nets"
     size = ("--seq-length", seq_length, "--no-twin", "--trust-remote-code")
-    cli("export", checkout, "--onnx-path", nets, *size)
+    cli("export", checkout, "--onnx-path", nets, *size, *flags)
     cli("clean", nets, "--skip", "free-length")
     manifest = json.loads((nets / "manifest.json").read_text())
     return OlderNets(nets, folder, manifest["geometry"]["layers"], tuple(manifest["passes"]))

@@ -55,6 +55,16 @@ def test_heads_that_share_memory_sample_from_damaged_logits(
     assert not missed(in_runtime(checkout, new))
 
 
+def test_float16_masks_leave_no_number_in_bf16_nets(checkout: Path, tmp_path: Path) -> None:
+    flags = ("--mode", "int4", "--runtime", "sophon-demo-2024.1")
+    nets = older_nets(checkout, tmp_path / "older", SEQ_LENGTH, "--multi-device")
+    old = nets.bmodel("int4", runtime="sophon-demo-2024.1")
+    assert ("qwen.py-2024-03", "greedy") in missed(in_runtime(checkout, old))
+    new = build(checkout, tmp_path / "new", *flags)
+    assert not missed(in_runtime(checkout, new))
+    assert inspected(new, "--runtime", "sophon-demo-2024.1")["contract"] == []
+
+
 def test_embeddings_are_copied_over_themselves(checkout: Path, older: OlderNets, tmp_path: Path) -> None:
     """Prompts that reach into the half that is overwritten first."""
     old = older.bmodel("bf16")

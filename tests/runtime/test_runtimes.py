@@ -152,26 +152,28 @@ def test_what_inspect_says_of_shared_addresses_is_what_happens(
     assert wrong and wrong <= condemned
 
 
-@pytest.mark.slow
+#: What is built for the demos: every mode, profile and chip, and --dynamic.
+FILES: tuple[tuple[object, ...], ...] = (
+    *(("--mode", mode) for mode in ("bf16", "f16", "int8", "int4")),
+    *(("--mode", mode, "--dynamic") for mode in ("f16", "int8", "int4")),
+    *(("--mode", mode, "--runtime", "sophon-demo-2024.1") for mode in ("bf16", "int8", "int4")),
+    ("--mode", "int8", "--runtime", "sophon-demo"),
+    *(
+        ("--mode", mode, "--target", *chip)
+        for chip in (("cv186x",), ("bm1688", "--num-core", 1))
+        for mode in ("bf16", "f16", "int8", "int4")
+    ),
+)
+#: Of these, the one that the ordinary suite builds beside the fixture: other demos than the fixture's.
+QUICK = ("--mode", "int4", "--runtime", "sophon-demo-2024.1")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--mode", "bf16"),
-        ("--mode", "int8"),
-        ("--mode", "int4"),
-        ("--mode", "f16"),
-        ("--mode", "int8", "--dynamic"),
-        ("--mode", "int4", "--dynamic"),
-        ("--mode", "f16", "--dynamic"),
-        *(("--mode", mode, "--runtime", "sophon-demo-2024.1") for mode in ("bf16", "int8", "int4")),
-        ("--mode", "int8", "--runtime", "sophon-demo"),
-        *(
-            ("--mode", mode, "--target", *chip)
-            for chip in (("cv186x",), ("bm1688", "--num-core", 1), ("bm1688", "--num-core", 2))
-            for mode in ("bf16", "f16", "int8", "int4")
-        ),
+        pytest.param(flags, id=" ".join(map(str, flags)), marks=() if flags == QUICK else pytest.mark.slow)
+        for flags in FILES
     ],
-    ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_every_demo_that_can_read_a_file_gives_its_nets_tokens(
     checkout: Path, tmp_path: Path, flags: tuple[object, ...]
@@ -203,6 +205,22 @@ def test_masks_of_another_format_give_the_right_tokens_where_promised(
     assert answers_with(safe, masks) == dict.fromkeys(masks, "equal")
     other = build(checkout, tmp_path / "other", "--mode", mode, "--runtime", "sophon-demo")
     assert answers_with(other, (0xC61C, 0xF0E2)) == {0xC61C: "equal", 0xF0E2: "other"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_a_full_build_gives_the_demo_of_float16_masks_the_nets_tokens(
+    checkout: Path, tmp_path: Path, mode: str
+) -> None:
+    """`build --verify full`, through the demo that writes 0xF0E2 whatever the nets' type is."""
+    flags = ("--mode", mode, "--runtime", "sophon-demo-2024.1", "--verify", "full", "--steps", 3, "--json")
+    size = ("--out", tmp_path, "--seq-length", SEQ_LENGTH, "--trust-remote-code")
+    report = json.loads(cli("build", checkout, *size, *flags).stdout)["report"]
+    assert report["passed"]
+    (level,) = (one for one in report["levels"] if one["level"] == "runtime")
+    assert missed(level) == set()
+    followed = {check["label"] for check in level["checks"] if check["net"] == "qwen.py-2024-03"}
+    assert followed == {f"greedy {memory} {n}+3" for memory in ("shared", "apart") for n in (22, 61)}
 
 
 def answers_with(bmodel: Path, masks: tuple[int, ...]) -> dict[int, str]:
