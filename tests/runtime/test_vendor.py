@@ -50,23 +50,25 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def meant(models: dict[str, Path]) -> dict[str, list[Conversation]]:
     """What the nets one by one say: a short prompt, and one that nearly fills the export length."""
-    return {kind: conversations(bmodel) for kind, bmodel in models.items()}
+    return {kind: conversations(bmodel, (20, 60), STEPS) for kind, bmodel in models.items()}
 
 
-def conversations(bmodel: Path) -> list[Conversation]:
+def conversations(bmodel: Path, lengths: tuple[int, ...], steps: int) -> list[Conversation]:
     geometry = geometry_of(bmodel)
-    prompts = [np.random.default_rng(n).integers(0, geometry.vocab, n).tolist() for n in (20, 60)]
+    prompts = [np.random.default_rng(n).integers(0, geometry.vocab, n).tolist() for n in lengths]
     with ChipEngine(bmodel, Toolchain.find()) as chip:
-        return [net_by_net(chip, geometry, prompt, STEPS, Sampling()) for prompt in prompts]
+        return [net_by_net(chip, geometry, prompt, steps, Sampling()) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Conversation]]:
-    """A bmodel with Qwen's own vocabulary, and what its nets one by one say."""
+    """A bmodel with Qwen's own vocabulary, and what its nets one by one say: two tokens, as sampling one
+    takes the emulator a minute.
+    """
     folder = tmp_path_factory.mktemp("wide")
     checkout = make_checkout(folder / "wide", layers=2, hidden=128, heads=2, vocab=151936)
     bmodel = build(checkout, folder / "out", "--mode", "int4")
-    return bmodel, conversations(bmodel)
+    return bmodel, conversations(bmodel, (60,), 1)
 
 
 @pytest.mark.parametrize("demo", DEMOS, ids=[demo.name for demo in DEMOS])
