@@ -142,7 +142,7 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
         config=sources.facts.written_out(),
         exporting=tuple(exporting),
         verifying=tuple(verify_task(inputs, cores, task, exports, request, depth) for cores, task in made),
-        weights=tuple(ref for _, ref in index.items()),
+        weights=tuple(part for ref in index.values() for part in ref.parts),
         depth=depth,
     )
 

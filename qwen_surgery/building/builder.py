@@ -150,7 +150,7 @@ class Builder:
         if early is None:
             return planned
         manifest = Manifest.load(folder)
-        refs = {ref for net in manifest.nets for ref in net.weights.values()}
+        refs = {part for net in manifest.nets for ref in net.weights.values() for part in ref.parts}
         digests = tensor_digests(refs, self.outputs.digests, self.running.progress, early())
         return planned.exported(manifest, digests)
 

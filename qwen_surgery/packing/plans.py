@@ -41,6 +41,7 @@ class StoredTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def read_raw(self) -> np.ndarray: ...
+    def read_rows(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class HasIntegers(Protocol):
@@ -204,13 +205,9 @@ class Matrix:
         if self._whole is not None:
             return Stored(self._whole.array[start:stop], self._whole.dtype)
         assert self._direct is not None
-        ref, columns = self._direct, self.shape[1]
-        kind = formats.STORAGE[ref.dtype]
-        position = ref.offset + start * columns * kind.itemsize
-        data = np.fromfile(ref.file, dtype=kind, count=(stop - start) * columns, offset=position)
-        if data.size != (stop - start) * columns:
-            raise Refused(f"tensor {ref.name}: {ref.file} ends too early", hint="the shard is truncated")
-        return Stored(data.reshape(-1, columns), ref.dtype)
+        with parsing("a pack plan", "it does not fit its tensor"):
+            block = self._direct.read_rows(start, stop)
+            return Stored(block.reshape(stop - start, self.shape[1]), self._direct.dtype)
 
 
 class Choices:

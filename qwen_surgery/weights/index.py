@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_surgery.errors import Refused, SurgeryError
+from qwen_surgery.errors import Refused
 from qwen_surgery.parsing import is_plain_name, parsing, read_json
+from qwen_surgery.weights.quantised import Release, gathered
 from qwen_surgery.weights.refs import TensorRef
 from qwen_surgery.weights.safetensors_header import read_header
 from qwen_surgery.weights.torch_zip import read_torch_zip
@@ -18,7 +19,6 @@ _LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
 )
 _NO_INDEX = "not a weight index"
-_QUANTISED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 class WeightIndex(Mapping[str, TensorRef]):
@@ -36,10 +36,10 @@ class WeightIndex(Mapping[str, TensorRef]):
         Raises Refused, naming the file and, where there is one, the tensor: no weights at all, a shard that
         the index names and that is not there, a git-lfs pointer, a damaged or truncated shard, overlapping
         tensors, a tensor that the index promises and its shard lacks, the same tensor in two shards, and
-        quantised (GPTQ, AWQ) checkpoints.
+        quantised weights that cannot be kept (:mod:`.quantised`). Of those the order and the zeros are read.
         """
         path = Path(path).absolute()
-        _refuse_quantised_config(path)
+        release = Release.of(path)
         for index_name, single_name, reader in _LAYOUTS:
             index_file, single_file = path / index_name, path / single_name
             if index_file.is_file():
@@ -48,8 +48,7 @@ class WeightIndex(Mapping[str, TensorRef]):
                 refs, files = reader(single_file), (single_file,)
             else:
                 continue
-            _refuse_quantised_tensors(refs)
-            return cls(path, refs, files)
+            return cls(path, gathered(refs, release, path), files)
         raise Refused(
             f"{path}: no weights found",
             hint="expected model.safetensors or pytorch_model.bin, whole or with an index.json",
@@ -103,29 +102,3 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
                 f"tensor {tensor}: {index_file.name} expects it in {shard}, it is in {refs[tensor].file.name}"
             )
     return refs, tuple(files)
-
-
-def _refuse_quantised_config(path: Path) -> None:
-    try:
-        config = read_json(path / "config.json", "not JSON")
-    except SurgeryError:
-        return  # reading config.json is not this module's business
-    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    if quantisation:
-        method = (
-            quantisation.get("quant_method", "quantised") if isinstance(quantisation, dict) else "quantised"
-        )
-        _refuse_quantised(str(method).upper(), f"{path / 'config.json'}: quantization_config")
-
-
-def _refuse_quantised_tensors(refs: Mapping[str, TensorRef]) -> None:
-    for name, ref in refs.items():
-        if name.endswith(_QUANTISED_ENDINGS):
-            _refuse_quantised("GPTQ or AWQ", f"{ref.file}: tensor {name}")
-
-
-def _refuse_quantised(method: str, where: str) -> None:
-    raise Refused(
-        f"{where}: {method} checkpoints are not supported yet",
-        hint="start from the bf16, fp16 or fp32 checkpoint; compile --mode int4 quantises for the chip",
-    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Bytes of one element, by the dtype names that safetensors uses.
 ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4}
+#: numpy's types of stored elements; BF16 as its bits. I32 is what the fields of quantised weights lie in.
+_STORED = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,36 @@ class TensorRef:
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False)
 
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors as they lie in files: this one, unless its values are made of several."""
+        return (self,)
+
+    def moved(self, place: Callable[[TensorRef], Path]) -> TensorRef:
+        """The same tensor in the files that *place* gives for its parts, at the same offsets."""
+        return replace(self, file=place(self))
+
     def read_raw(self) -> np.ndarray:
-        """The stored elements without conversion: uint16 bits for BF16, else float16 or float32."""
+        """The stored elements without conversion: uint16 bits for BF16, else float16, float32 or int32."""
+        return self._elements(0, self.numel).reshape(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows *start* to *stop* of a matrix [R, C], as :meth:`read_raw` gives them."""
+        columns = self.numel // self.shape[0]
+        return self._elements(start * columns, stop * columns).reshape(stop - start, columns)
+
+    def _elements(self, start: int, stop: int) -> np.ndarray:
         import numpy as np
 
-        numpy_dtype = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[self.dtype]
+        kind = np.dtype(_STORED[self.dtype])
         with self.file.open("rb") as stream:
-            data = np.fromfile(stream, dtype=numpy_dtype, count=self.numel, offset=self.offset)
-        if data.size != self.numel:
+            data = np.fromfile(stream, kind, stop - start, offset=self.offset + start * kind.itemsize)
+        if data.size != stop - start:
             raise Refused(
                 f"tensor {self.name}: {self.file} ends before byte {self.offset + self.nbytes}",
                 hint="the shard is truncated: download it again",
             )
-        return data.reshape(self.shape)
+        return data
 
 
 def check_ranges(refs: list[TensorRef], file: Path, end: int, *, shared: bool = False) -> None:
