@@ -116,14 +116,16 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     from qwen_surgery.exporting.cleaning import chosen_passes
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
+    from qwen_surgery.weights.quantised import release_of
 
     checkout = Checkout.open(request.checkout)
     geometry = checkout.geometry(request.seq_length)
-    options = request.options.resolved(geometry)
+    index = WeightIndex.open(request.checkout)
+    release = release_of(index.values())
+    options = request.options.resolved(geometry, release)
     toolchain = Toolchain.find(request.toolchain)
     sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
-    index = WeightIndex.open(request.checkout)
-    builder = Builder(request.out, geometry, options, toolchain, running)
+    builder = Builder(request.out, geometry, options, toolchain, running, release)
     version = toolchain.version if toolchain.version != "unknown" else None
     needed = needed_passes(options)
     passes = chosen_passes(skip=request.skip, toolchain=version, also=needed) if request.clean else ()
@@ -154,8 +156,9 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
     folder = request.onnx.absolute()
     manifest = Manifest.load(folder)
     manifest.check(folder)
-    options = request.options.resolved(manifest.geometry)
-    builder = Builder(request.out, manifest.geometry, options, Toolchain.find(request.toolchain), running)
+    options = request.options.resolved(manifest.geometry, manifest.release)
+    toolchain = Toolchain.find(request.toolchain)
+    builder = Builder(request.out, manifest.geometry, options, toolchain, running, manifest.release)
     refuse_uncleaned(options, manifest.passes)
     have = {net.name: net.kind for net in manifest.nets}
     for net in options.nets(manifest.geometry.layers):

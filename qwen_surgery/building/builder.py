@@ -21,8 +21,10 @@ from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
 from qwen_surgery.building.step_prove import Prove, prove_task, refused
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.weights.quantised import Release
 
 Items = list[Task | Expansion]
 Early = Callable[[], Mapping[Identity, str]]
@@ -104,6 +106,7 @@ class Packing:
     def _proven(self, narrow: Collection[NetKind], answers: Mapping[str, Answer]) -> Items:
         """All is proven that can be: compile every layer of the other kinds, and write the bmodels."""
         reasons = refused(answer.info for answer in answers.values())
+        self._refuse_rounding(reasons)
         for kind, why in reasons.items():
             then = "every layer of it is compiled instead" if kind.per_layer else "refit will not be possible"
             self.say(f"{kind.value}: packing is not proven ({why}); {then}")
@@ -117,6 +120,16 @@ class Packing:
             items += [compare_task(self.inputs, net, cores) for net in packed]
         return items
 
+    def _refuse_rounding(self, reasons: Mapping[NetKind, str]) -> None:
+        """Where the checkpoint has integers, a block that cannot be packed would get others."""
+        for kind, why in reasons.items():
+            if self.inputs.release is not None and kind.per_layer:
+                raise Refused(
+                    f"the integers of this checkpoint ({self.inputs.release}) cannot be kept: how TPU-MLIR "
+                    f"stores those of {kind.value} is not proven ({why})",
+                    hint="start from the bf16 or fp16 checkpoint",
+                )
+
     def _prove(self, nets: list[Net]) -> list[Task]:
         return [prove_task(self.inputs, net, cores) for cores in self.inputs.options.cores for net in nets]
 
@@ -126,27 +139,48 @@ def _names(tasks: list[Task]) -> tuple[str, ...]:
 
 
 class Builder:
-    """Builds of a model of *geometry* into *out*. *options* must be resolved.
+    """Builds of a model of *geometry* into *out*. *options* must be resolved; *release* says how its
+    checkpoint is quantised, where it is.
 
     Raises Usage and ToolFailed when *toolchain* cannot do what they ask for.
     """
 
     def __init__(
-        self, out: Path, geometry: Geometry, options: CompileOptions, toolchain: Toolchain, running: Running
+        self,
+        out: Path,
+        geometry: Geometry,
+        options: CompileOptions,
+        toolchain: Toolchain,
+        running: Running,
+        release: Release | None = None,
     ) -> None:
         refuse_unsupported(options, toolchain)
+        self.release = release
         self.geometry, self.options, self.toolchain, self.running = geometry, options, toolchain, running
         self.outputs = Outputs(out, json.dumps([asdict(options), toolchain.identity], sort_keys=True))
         self.pack = running.request.pack and options.num_device == 1
         if self.pack != running.request.pack:
             running.say("several chips share every net: layers are compiled one by one, not packed")
+        if release is not None and not self.pack:
+            raise Usage(
+                f"--no-pack does not go with this checkpoint ({release}): compiling rounds again",
+                hint="leave it out",
+            )
 
     def inputs(self, folder: Path, passes: tuple[str, ...], early: Early | None = None) -> Inputs:
         """The nets in *folder* as what is compiled; without *early*, before they are exported. Reads the
         weights once to know what they are, but for those whose digests *early* has."""
         from qwen_surgery.exporting.manifest import Manifest
 
-        planned = Inputs(folder, self.geometry, passes, self.options, self.toolchain, self.outputs.logs)
+        planned = Inputs(
+            folder,
+            self.geometry,
+            passes,
+            self.options,
+            self.toolchain,
+            self.outputs.logs,
+            release=self.release,
+        )
         if early is None:
             return planned
         manifest = Manifest.load(folder)

@@ -17,7 +17,7 @@ from qwen_surgery.compiling.one import NetJob
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
-from qwen_surgery.weights.quantised import release_of
+from qwen_surgery.weights.quantised import Release, release_of
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
@@ -38,6 +38,7 @@ class Inputs:
 
     ``weights`` holds per net a digest of the content of all its weights, ``templates`` per kind one of the
     graph and its tables. In a plan made before the export both are empty. ``logs`` is where tools log to.
+    ``release`` says how the checkpoint is quantised, where it is.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Inputs:
     logs: Path
     weights: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[NetKind, str] = field(default_factory=dict)
+    release: Release | None = None
 
     @property
     def nets(self) -> tuple[Net, ...]:

@@ -90,15 +90,17 @@ class Assemble(Step):
         needs: Needs,
     ) -> Piece:
         from qwen_surgery.packing.expand import Piece
+        from qwen_surgery.weights import QuantisedRef
 
         entry, old = manifest.net(row.net), self.previous
         plan = plans.get(row.plan)
         tensors = entry.weights if plan is not None else None
+        given = {slot: ref for slot, ref in entry.weights.items() if isinstance(ref, QuantisedRef)}
         if row.pack and old is not None and old.nets.get(row.net) == signature and old.file.is_file():
             return Piece(row.net, old.file, row.net, plan, tensors)
         if row.pack and plan is None:
             raise RuntimeError(f"{row.net} has no pack plan and was not compiled")
-        return Piece(row.net, needs[row.task] / row.file, row.source, plan, tensors, row.pack)
+        return Piece(row.net, needs[row.task] / row.file, row.source, plan, tensors, row.pack, given)
 
     def _predictions(self, manifest: Manifest, needs: Needs) -> dict[str, Prediction]:
         from qwen_surgery.packing.sidefile import Prediction
@@ -238,12 +240,13 @@ def _rows(
     for net in inputs.nets:
         extended = net.kind in narrow
         compiled = net.layer in (None, 0) or net.kind in unproven
+        packed = extended or not compiled or (inputs.release is not None and net.kind.per_layer)
         source = net if compiled else first[net.kind]
         task = task_name("narrow" if extended else "deploy", source.name, cores)
         file, digest = inputs.job(source).bmodel(cores), inputs.weights.get(net.name, "")
         proof = "" if net.kind.chooses else first[net.kind].name
         plan = proof and task_name("narrow" if extended else "prove", proof, cores)
-        rows.append(Row(net.name, task, file, source.name, extended or not compiled, digest, plan))
+        rows.append(Row(net.name, task, file, source.name, packed, digest, plan))
     return tuple(rows)
 
 

@@ -59,12 +59,13 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building import build, session
     from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.exporting.remote_code import require_trust
+    from qwen_surgery.weights import Release
 
     require_trust(given["trust_remote_code"], "build")
     request = BuildRequest(
         checkout=checkout,
         out=out,
-        options=options_from(given, checkout.absolute().name.lower()),
+        options=options_from(given, checkout.absolute().name.lower(), Release.of(checkout)),
         seq_length=given["seq_length"],
         recipe=given["recipe"],
         skip=given["skip"],

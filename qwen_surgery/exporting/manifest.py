@@ -16,7 +16,7 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.parsing import build, inner_path, is_plain_name, parsing, read_json, sizes, whole
 from qwen_surgery.weights import QuantisedRef, Release, TensorRef
-from qwen_surgery.weights.quantised import joined
+from qwen_surgery.weights.quantised import joined, release_of
 
 FILE_NAME = "manifest.json"
 FORMAT = 3
@@ -67,6 +67,11 @@ class Manifest:
     @property
     def seq_length(self) -> int:
         return self.geometry.seq_length
+
+    @property
+    def release(self) -> Release | None:
+        """How the checkpoint is quantised; None where it is not."""
+        return release_of(ref for net in self.nets for ref in net.weights.values())
 
     def net(self, name: str) -> NetEntry:
         """The entry of net *name*; raises Refused when it was not exported."""
