@@ -10,12 +10,14 @@ BIN := $(VENV)/bin
 DEMO ?= demo-out
 WORKERS ?= 2
 
-.PHONY: demo test lint format types unit toolchain test-slow docs clean help
+.PHONY: demo test lint format types unit toolchain test-slow wheel wheel-test docs clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, make a small Qwen checkout, build and verify an int4 bmodel"
 	@echo "make test       lint, types and the whole test suite"
+	@echo "make wheel      the wheel, in dist/"
+	@echo "make wheel-test the test suite on the installed wheel, outside the source tree"
 	@echo "make test-slow  the real-geometry runs (minutes, gigabytes)"
 
 # torch goes first and alone: with it in place nothing that follows asks pip for another build of it.
@@ -51,6 +53,14 @@ unit: toolchain
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: lint types unit
+
+# The suite without what needs the repository's own files, on the wheel as installed, outside the source tree.
+# ARGS go to pytest: make wheel-test ARGS="tests/patching -x"
+wheel-test: toolchain
+	$(BIN)/python -m tests.wheel -n $(WORKERS) --dist loadfile $(ARGS)
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 test-slow: toolchain
 	$(BIN)/python -m pytest -m slow -n 0

@@ -23,7 +23,7 @@ _AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Scheme:
     """How to quantise: *bits* 4 or 8, inputs that share a scale (*group*; -1 for all), zeros in the middle of
     the codes or (not *symmetric*) where they fit, stored less one or (*v2*) as they are; in AWQ's order if
     *awq*. Layers without a bias get one of zeros if *idle_bias*, as AutoGPTQ's do."""
@@ -60,22 +60,22 @@ class Rounded:
         return (self.codes.astype(np.float16) - zeros.astype(np.float16)) * scales
 
 
-def rounded(matrix: np.ndarray, recipe: Recipe) -> Rounded:
+def rounded(matrix: np.ndarray, scheme: Scheme) -> Rounded:
     """The nearest integers of float32 *matrix* [O, I]. Raises ValueError where groups do not fit."""
     outputs, inputs = matrix.shape
-    group = inputs if recipe.group == -1 else recipe.group
+    group = inputs if scheme.group == -1 else scheme.group
     if inputs % group:
         raise ValueError(f"groups of {group} do not divide {inputs} inputs")
     groups = matrix.reshape(outputs, inputs // group, group)
-    top = (1 << recipe.bits) - 1
+    top = (1 << scheme.bits) - 1
     low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
-    if recipe.symmetric:
+    if scheme.symmetric:
         high = np.maximum(-low, high)
         low = -high
     scales = np.maximum((high - low) / top, 1e-6).astype("<f2")
     middle = np.full(scales.shape, (top + 1) // 2)
     # Less one, a zero of 0 would have no code: such a group starts at 1.
-    zeros = middle if recipe.symmetric else np.clip(np.rint(-low / scales), 1, top).astype(int)
+    zeros = middle if scheme.symmetric else np.clip(np.rint(-low / scales), 1, top).astype(int)
     codes = np.rint(groups / scales.astype(np.float32)[..., None]) + zeros[..., None]
     return Rounded(np.clip(codes, 0, top).astype(np.uint32).reshape(outputs, inputs), zeros, scales)
 
@@ -95,27 +95,27 @@ def _awq_words(fields: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words(fields[:, order].T, 4).T)
 
 
-def stored(name: str, one: Rounded, recipe: Recipe) -> dict[str, np.ndarray]:
+def stored(name: str, one: Rounded, scheme: Scheme) -> dict[str, np.ndarray]:
     """The tensors of layer *name* that a release stores."""
     scales = {f"{name}.scales": np.ascontiguousarray(one.scales.T)}
-    if recipe.awq:
+    if scheme.awq:
         packed = {f"{name}.qweight": _awq_words(one.codes.T), f"{name}.qzeros": _awq_words(one.zeros.T)}
         return {**packed, **scales}
-    zeros = one.zeros - (0 if recipe.v2 else 1)
+    zeros = one.zeros - (0 if scheme.v2 else 1)
     inputs = one.codes.shape[1]
     return {
-        f"{name}.qweight": words(one.codes.T, recipe.bits),
-        f"{name}.qzeros": np.ascontiguousarray(words(zeros, recipe.bits).T),
+        f"{name}.qweight": words(one.codes.T, scheme.bits),
+        f"{name}.qzeros": np.ascontiguousarray(words(zeros, scheme.bits).T),
         **scales,
         f"{name}.g_idx": np.asarray(np.arange(inputs) // (inputs // one.scales.shape[1]), "<i4"),
     }
 
 
-def quantise_checkout(path: Path, recipe: Recipe) -> Path:
+def quantise_checkout(path: Path, scheme: Scheme) -> Path:
     """Make the checkout *path* (bfloat16 weights in safetensors) a quantised release of itself: matrices of
     its layers as integers, everything else in float16. Raises ValueError where groups do not fit."""
     shards = sorted(path.glob("*.safetensors"))
-    made = {shard: dict(_quantised(read_safetensors(shard), recipe)) for shard in shards}
+    made = {shard: dict(_quantised(read_safetensors(shard), scheme)) for shard in shards}
     for shard, tensors in made.items():
         write_tensors(shard, tensors)
     index = path / "model.safetensors.index.json"
@@ -125,19 +125,19 @@ def quantise_checkout(path: Path, recipe: Recipe) -> Path:
         said = {"metadata": {"total_size": total}, "weight_map": names}
         index.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config |= {"fp16": True, "quantization_config": recipe.config()}
+    config |= {"fp16": True, "quantization_config": scheme.config()}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _quantised(tensors: dict[str, np.ndarray], recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
+def _quantised(tensors: dict[str, np.ndarray], scheme: Scheme) -> Iterator[tuple[str, np.ndarray]]:
     for name, values in tensors.items():
         if ".h." not in name or values.ndim != 2:
             yield name, values.astype("<f2")
             continue
         layer = name.removesuffix(".weight")
-        yield from stored(layer, rounded(values, recipe), recipe).items()
-        if recipe.idle_bias and not layer.endswith("c_attn"):
+        yield from stored(layer, rounded(values, scheme), scheme).items()
+        if scheme.idle_bias and not layer.endswith("c_attn"):
             yield f"{layer}.bias", np.zeros(values.shape[0], "<f2")
 
 

@@ -1,4 +1,4 @@
-"""A checkout: a Hugging Face model directory of a Qwen v1 model, opened and checked, never executed."""
+"""A checkout: a Hugging Face model directory of a model this program can take, opened, never executed."""
 
 from __future__ import annotations
 
@@ -6,24 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codemods.analysis.identity import identify, may_be_modeling
 from codemods.analysis.source import SourceError
-from codemods.config.facts import CONFIG, SIZES, ModelFacts
+from codemods.config.facts import CONFIG, ModelFacts
 from codemods.config.text import ConfigError
-from qwen_surgery import nets
+from qwen_surgery import families, nets
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.families.family import Family
 from qwen_surgery.parsing import is_plain_name, read_json
 
-DEFAULT_NAME = "modeling_qwen.py"
 DEFAULT_RECIPE = "static"
 DEFAULT_SEQ_LENGTH = 512
-
-# Why a related model is not for this program: said instead of a bare refusal.
-_OTHER_TYPES = {
-    "qwen2": "Qwen2 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
-    "qwen2_moe": "Qwen MoE code is part of transformers and has another layer structure",
-    "qwen3": "Qwen3 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
-}
 
 
 @dataclass(frozen=True)
@@ -32,20 +24,22 @@ class Checkout:
 
     path: Path
     config: dict[str, Any]
+    family: Family
     modeling_file: Path
     era: str
 
     @classmethod
     def open(cls, path: Path | str) -> Checkout:
-        """Open and check the directory *path*; Refused (one line) when it is not a Qwen v1 checkout.
+        """Open and check the directory *path*; Refused (one line) when it is no model of a known family.
 
-        The modeling file is the one that config.json's ``auto_map`` names, else ``modeling_qwen.py``, else
-        the only Python file whose content is Qwen v1 modeling code. Its content decides, never its name.
+        The modeling file is the one that config.json's ``auto_map`` names, else the one of the family's
+        name, else the only Python file whose content is the family's. Its content decides, never its name.
         """
         root = Path(path)
         config = _read_config(root)
-        modeling = _find_modeling(root, config)
-        return cls(root, config, modeling, _era_of(modeling))
+        family = families.of(config, root / CONFIG)
+        modeling = _find_modeling(root, config, family)
+        return cls(root, config, family, modeling, _era_of(modeling, family))
 
     @property
     def python_files(self) -> tuple[Path, ...]:
@@ -60,7 +54,7 @@ class Checkout:
     def facts(self) -> ModelFacts:
         """What config.json means, as it is on disk now; Refused when it makes no sense."""
         try:
-            return ModelFacts.from_files(self.read_files())
+            return self.family.facts(self.read_files())
         except ConfigError as error:
             raise Refused(f"{self.path / CONFIG}: {error}") from None
 
@@ -68,20 +62,10 @@ class Checkout:
         """The sizes of the model for an export length of *seq_length*; Refused when config.json lacks one."""
         if seq_length < 1:
             raise Usage(f"the export length must be at least 1, not {seq_length}")
-        facts = self.facts
-        sizes = {name: self._size(facts.size(name), " / ".join(names)) for name, names in SIZES.items()}
-        hidden, heads = sizes["hidden"], sizes["heads"]
-        head_dim = facts.get("kv_channels")
-        if head_dim is None and hidden % heads:
-            raise Refused(f"{self.path / CONFIG}: hidden size {hidden} is not a multiple of {heads} heads")
-        head_dim = hidden // heads if head_dim is None else self._size(head_dim, "kv_channels")
-        return nets.Geometry(head_dim=head_dim, seq_length=seq_length, **sizes)
-
-    def _size(self, value: Any, key: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            where = self.path / CONFIG
-            raise Refused(f"{where}: {key} must be a positive whole number, found {value!r:.100}")
-        return value
+        try:
+            return self.family.geometry(self.facts, seq_length)
+        except ConfigError as error:
+            raise Refused(f"{self.path / CONFIG}: {error}") from None
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -95,18 +79,7 @@ def _read_config(root: Path) -> dict[str, Any]:
         raise Refused(f"{root} has no {CONFIG}", hint="a checkout is a Hugging Face model directory")
     if not isinstance(config, dict):
         raise Refused(f"{path} holds no JSON object")
-    _check_type(path, config)
     return config
-
-
-def _check_type(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("model_type")
-    architectures = config.get("architectures")
-    named = isinstance(architectures, list) and "QWenLMHeadModel" in architectures
-    if kind == "qwen" or (kind is None and named):
-        return
-    said = f"says model_type {kind!s:.100}" if kind is not None else "has no model_type"
-    raise Refused(f"{path} {said}, not qwen (Qwen v1)", hint=_OTHER_TYPES.get(str(kind), ""))
 
 
 def _mapped_name(config: dict[str, Any]) -> str | None:
@@ -121,39 +94,39 @@ def _mapped_name(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _find_modeling(root: Path, config: dict[str, Any]) -> Path:
+def _find_modeling(root: Path, config: dict[str, Any], family: Family) -> Path:
     mapped = _mapped_name(config)
-    for name in (mapped, DEFAULT_NAME):
+    for name in (mapped, family.modeling):
         if is_plain_name(name) and (root / name).is_file():
             return root / name
-    fitting = [p for p in sorted(root.glob("*.py")) if p.is_file() and is_modeling(p.read_bytes())]
+    fitting = [p for p in sorted(root.glob("*.py")) if p.is_file() and _is_modeling(p.read_bytes(), family)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = ", ".join(p.name for p in fitting)
         raise Refused(f"{root} has several modeling files ({names}) and config.json's auto_map names none")
     raise Refused(
-        f"{root} has no modeling file ({mapped or DEFAULT_NAME} is missing)",
+        f"{root} has no modeling file ({mapped or family.modeling} is missing)",
         hint="download the model's Python files too; they are beside config.json upstream",
     )
 
 
-def is_modeling(data: bytes) -> bool:
-    """Whether *data* is Qwen v1 modeling code, by content. Text that does not parse is not."""
+def _is_modeling(data: bytes, family: Family) -> bool:
+    """Whether *data* is *family*'s modeling code, by content. Text that does not parse is not."""
     try:
-        return may_be_modeling(data) and identify(data) is not None
+        return family.owns_code(data)
     except SourceError:
         return False
 
 
-def _era_of(path: Path) -> str:
+def _era_of(path: Path, family: Family) -> str:
     try:
-        era = identify(path.read_bytes())
+        era = family.era(path.read_bytes())
     except SourceError as error:
         raise Refused(f"{path}: {error}") from None
-    if era is None:
+    if not era:
         raise Refused(
-            f"{path} is not Qwen v1 modeling code (judged by its content)",
-            hint="this program edits the modeling_qwen.py of Qwen-1.8B/7B/14B/72B and derived models",
+            f"{path} is not {family.title} modeling code (judged by its content)",
+            hint=f"this program edits the {family.modeling} of that family and of derived models",
         )
-    return era.value
+    return era

@@ -10,15 +10,18 @@ import importlib
 import io
 import os
 import sys
-from typing import Any
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import click
 
-from qwen_surgery import __version__, console
-from qwen_surgery.errors import SurgeryError, ToolFailed
+from qwen_surgery import __version__, console, extras
+from qwen_surgery.errors import SurgeryError, ToolFailed, Usage
 
 # name -> (module under qwen_surgery.commands, one-line help). The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "fetch": ("fetch", "Get a checkout from a hub: only what is needed, checked."),
     "build": ("build", "Do all steps: patch, export, clean, compile, verify."),
     "patch": ("patch", "Apply the source and config edits to a checkout (--diff previews)."),
     "restore": ("restore", "Bring back the original bytes of a patched checkout."),
@@ -56,8 +59,25 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
 
 
+def _print_versions(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from qwen_surgery.toolchain.environment import Toolchain
+
+    console.line(f"qwen-surgery {__version__}")
+    try:
+        chain = Toolchain.find()
+        console.line(f"TPU-MLIR {chain.version} ({chain.origin})")
+    except ToolFailed as error:
+        console.line(f"{error}  ({error.hint})")
+    context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="qwen-surgery")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
+    help="Show the version, and TPU-MLIR's.",
+)  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_context
 def root(ctx: click.Context, debug: bool) -> None:
@@ -65,12 +85,55 @@ def root(ctx: click.Context, debug: bool) -> None:
     ctx.obj = {"debug": debug}
 
 
-def _report(error: BaseException) -> None:
-    hint = getattr(error, "hint", "")
-    console.line(f"error: {error}" + (f"  ({hint})" if hint else ""), err=True)
+def _report(error: SurgeryError) -> None:
+    console.line(f"error: {error}" + (f"  ({error.hint})" if error.hint else ""), err=True)
     tail = getattr(error, "log_tail", "")
     if tail:
         console.text(tail, err=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the command line: its words, and how many JSON documents were out before it."""
+
+    args: list[str]
+    documents: int
+
+    def end(self, message: str, exit_code: int, hint: str = "") -> NoReturn:
+        """Leave with *exit_code*; under ``--json`` stdout gets the reason, unless it has its one document."""
+        options = self.args[: self.args.index("--")] if "--" in self.args else self.args
+        if "--json" in options and console.documents() == self.documents:
+            more = {"hint": hint} if hint else {}
+            console.print_json({"error": message, **more, "exit_code": exit_code})
+        sys.exit(exit_code)
+
+    def end_wrong(self, error: click.ClickException) -> NoReturn:
+        """Leave after words that make no call."""
+        usage = io.StringIO()
+        error.show(usage)
+        console.text(usage.getvalue().rstrip("\n"), err=True)
+        self.end(error.format_message(), Usage.exit_code)
+
+    def end_failed(self, error: Exception) -> NoReturn:
+        """Leave after *error*, in one line; with its traceback under ``--debug``."""
+        if "--debug" in self.args:
+            traceback.print_exc()
+        said = _as_surgery_error(error)
+        _report(said)
+        self.end(str(said), said.exit_code, said.hint)
+
+
+def _as_surgery_error(error: Exception) -> SurgeryError:
+    """What to say about *error*: our own errors as they are, the system's and bugs as a tool's failure."""
+    if isinstance(error, SurgeryError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and (needed := extras.missing(error)):
+        return needed
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return ToolFailed(f"{where}{error.strerror or error}")
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ToolFailed(f"unexpected {said}", hint="a bug; run again with --debug and report it")
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -79,36 +142,19 @@ def main(argv: list[str] | None = None) -> Any:
     if "--debug" in args[1:]:  # it may stand anywhere
         args.remove("--debug")
         args.insert(0, "--debug")
+    call = _Call(args, console.documents())
     try:
         sys.exit(root.main(args=args, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        usage = io.StringIO()
-        error.show(usage)
-        console.text(usage.getvalue().rstrip("\n"), err=True)
-        sys.exit(2)
+        call.end_wrong(error)
     except (KeyboardInterrupt, click.Abort):
         console.line("interrupted; nothing half-written is left behind", err=True)
-        sys.exit(130)
-    except SurgeryError as error:
-        if "--debug" in args:
-            raise
-        _report(error)
-        sys.exit(error.exit_code)
+        call.end("interrupted", 130)
     except BrokenPipeError:
         # The reader (head, less) has seen enough; Python must not complain about it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if "--debug" in args:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _report(ToolFailed(f"{where}{error.strerror or error}"))
-        sys.exit(ToolFailed.exit_code)
     except Exception as error:
-        if "--debug" in args:
-            raise
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        _report(ToolFailed(f"unexpected {said}", hint="a bug; run again with --debug and report it"))
-        sys.exit(ToolFailed.exit_code)
+        call.end_failed(error)

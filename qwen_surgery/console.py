@@ -91,10 +91,20 @@ def err() -> Console:
     return _printing()(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
 
 
+_documents = 0
+
+
 def print_json(data: Any) -> None:
     """Write *data* alone to stdout, as one JSON document."""
+    global _documents
+    _documents += 1
     json.dump(data, sys.stdout, indent=2, ensure_ascii=True)
     sys.stdout.write("\n")
+
+
+def documents() -> int:
+    """How many :func:`print_json` has written so far: a second of one call would make both unreadable."""
+    return _documents
 
 
 @contextmanager

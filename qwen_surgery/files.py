@@ -51,14 +51,19 @@ def cannot_write(error: OSError, what: str, path: Path | None = None) -> ToolFai
     return ToolFailed(f"cannot write{f' {where}' if where else ''}: {explain(error)}; {what}")
 
 
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk of *folder*, made or not yet."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
 def require_disk(
     folder: Path, needed: int, what: str = "this", hint: str = "free some space or choose another folder"
 ) -> None:
     """Raise ToolFailed when the disk of *folder*, made or not yet, has fewer than *needed* bytes free."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = free_disk(folder)
     if free < needed:
         raise ToolFailed(
             f"{what} needs {needed / 1e6:,.0f} MB of disk, {folder} has {free / 1e6:,.0f} MB free", hint=hint

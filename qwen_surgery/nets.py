@@ -1,7 +1,8 @@
 """The nets of a bmodel: names, order, inputs and outputs, as the vendor's demos count them.
 
 Consumers find tensors by index and layers by counting nets, so this file is a contract. Letters: S is the
-sequence length, H the hidden size, n the number of heads, d the head dimension, V the vocabulary size.
+sequence length, H the hidden size, n the number of heads of keys and values, d the head dimension, V the
+vocabulary size.
 """
 
 from __future__ import annotations
@@ -49,15 +50,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that fix every net's shapes."""
+    """The sizes that fix every net's shapes. The last two follow from the others where they are 0."""
 
     layers: int
     hidden: int
     heads: int
     head_dim: int
     vocab: int
-    intermediate: int  # config.json's number: twice the width of w1 and of w2
+    intermediate: int  # config.json's number
     seq_length: int  # the export length S
+    kv_heads: int = 0  # heads of keys and values; as many as of queries
+    mlp_width: int = 0  # of the gated MLP; half of intermediate, which in Qwen v1 counts w1 and w2 together
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "mlp_width", self.mlp_width or self.intermediate // 2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Net:
 
 def inputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
     """Inputs of *kind*, in order."""
-    s, h, n, d, v = g.seq_length, g.hidden, g.heads, g.head_dim, g.vocab
+    s, h, n, d, v = g.seq_length, g.hidden, g.kv_heads, g.head_dim, g.vocab
     table: dict[NetKind, tuple[Tensor, ...]] = {
         NetKind.EMBEDDING: (Tensor("input_ids", (1, s), "int"),),
         NetKind.EMBEDDING_CACHE: (Tensor("input_ids", (1, 1), "int"),),
@@ -103,7 +110,7 @@ def inputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
 
 def outputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
     """Outputs of *kind*, in order."""
-    s, h, n, d, v = g.seq_length, g.hidden, g.heads, g.head_dim, g.vocab
+    s, h, n, d, v = g.seq_length, g.hidden, g.kv_heads, g.head_dim, g.vocab
     table: dict[NetKind, tuple[Tensor, ...]] = {
         NetKind.EMBEDDING: (Tensor("embedding_states", (1, s, h)),),
         NetKind.EMBEDDING_CACHE: (Tensor("embedding_states", (1, 1, h)),),

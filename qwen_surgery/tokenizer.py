@@ -15,7 +15,7 @@ from typing import Any
 
 from golden.eras.vocabulary import CUTS
 from qwen_surgery import parsing
-from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery.errors import Refused
 from qwen_surgery.files import read_regular
 
 VOCABULARY = "qwen.tiktoken"
@@ -75,10 +75,8 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self) -> Any:
-        try:
-            import tiktoken
-        except ImportError:
-            raise ToolFailed("this needs tiktoken", hint="pip install tiktoken") from None
+        import tiktoken
+
         return tiktoken.Encoding(
             "qwen", pat_str=CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
         )

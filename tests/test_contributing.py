@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.repository
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("codemods", "graph_passes", "golden", "qwen_surgery", "tests", "docs", "pyproject.toml", "setup.cfg")
 

@@ -24,6 +24,7 @@ from qwen_surgery.building.graph import Store
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.manifest import Manifest
+from qwen_surgery.families.qwen1 import Qwen1
 from qwen_surgery.packing import flat, report, sidefile
 from qwen_surgery.packing.plans import PackPlan
 from qwen_surgery.packing.schema import TABLES
@@ -238,7 +239,7 @@ def test_a_predicted_time_that_is_none(milliseconds: object, bmodel: Path) -> No
         "geometry": targets.GEOMETRY,
         "plans": [],
         "nets": {},
-        "config": {**dict.fromkeys(sidefile.COMPILED_IN, True), "trained_length": 64},
+        "config": {**dict.fromkeys(Qwen1.compiled_in, True), "trained_length": 64},
         "predictions": {kind: {"cycles": 1, "milliseconds": ms} for kind, ms in kinds.items()},
         "notes": {},
     }

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.repository
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("qwen_surgery", "codemods", "graph_passes", "golden")
 HEAVY = ("torch", "onnx", "transformers", "onnxruntime", "onnxsim", "onnx_graphsurgeon")
@@ -31,6 +33,7 @@ ROOMS = (
     "graph_passes",  # the passes on ONNX graphs, and the package's own functions
     "qwen_surgery",  # its __init__: the version
     "qwen_surgery.errors",
+    "qwen_surgery.extras",  # which package belongs to which extra
     "qwen_surgery.console",
     "qwen_surgery.files",
     "qwen_surgery.parsing",
@@ -39,7 +42,9 @@ ROOMS = (
     "qwen_surgery.tokenizer",
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",
+    "qwen_surgery.families",
     "qwen_surgery.checkout",
+    "qwen_surgery.fetching",
     "qwen_surgery.patching",
     "qwen_surgery.exporting",
     "qwen_surgery.compiling",

@@ -7,12 +7,12 @@ source and never executed; where that cannot be read, the default of upstream's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from codemods.analysis import configuration
 from codemods.analysis.source import SourceError
-from codemods.config.text import ConfigError, read
+from codemods.config.text import ConfigError
 
 CONFIG = "config.json"
 #: The defaults of upstream's configuration_qwen.py. (Its class has no ``seq_length``: the first release's.)
@@ -39,33 +39,35 @@ SIZES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The meaning of one config.json: what it gives, and the ``defaults`` of keys it does not mention."""
+    """The meaning of one config.json: what it gives, and the ``defaults`` of keys it does not mention.
+
+    ``upstream`` are the keys that upstream's own configuration class knows, with its defaults; ``trained`` is
+    the one that holds the length the model was trained for.
+    """
 
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    upstream: Mapping[str, Any] = field(default_factory=lambda: UPSTREAM)
+    trained: str = "seq_length"
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], configuration_source: bytes | str | None = None
+        cls,
+        config: Mapping[str, Any],
+        configuration_source: bytes | str | None = None,
+        upstream: Mapping[str, Any] = UPSTREAM,
+        trained: str = "seq_length",
     ) -> ModelFacts:
-        """The facts of *config*, with silent keys as the class in *configuration_source* has them.
+        """The facts of *config*, with silent keys as the class in *configuration_source* has them, else as
+        *upstream* says.
 
-        Raises :class:`ConfigError` for a ``seq_length`` that is no number of tokens.
+        Raises :class:`ConfigError` for a trained length that is no number of tokens.
         """
-        facts = cls(config, UPSTREAM | _own_defaults(configuration_source))
-        trained = facts["seq_length"]
-        if not isinstance(trained, int) or isinstance(trained, bool) or trained < 1:
-            raise ConfigError(f"seq_length is {trained!r}, not a number of tokens")
+        facts = cls(config, {**upstream, **_own_defaults(configuration_source)}, upstream, trained)
+        tokens = facts[trained]
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise ConfigError(f"{trained} is {tokens!r}, not a number of tokens")
         return facts
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> ModelFacts:
-        """The facts of a checkout's *files* by name: config.json, and the configuration class it names.
-
-        Raises :class:`ConfigError` when config.json is not one JSON object, or as :meth:`from_config` does.
-        """
-        config = read(files[CONFIG]).values()
-        return cls.from_config(config, files.get(configuration_file(config)))
 
     def __getitem__(self, key: str) -> Any:
         """The value of *key* for the model, given or not."""
@@ -77,8 +79,8 @@ class ModelFacts:
 
     @property
     def trained_length(self) -> int:
-        """Tokens up to which NTK and LogN do nothing."""
-        return int(self["seq_length"])
+        """Tokens up to which nothing acts that depends on a prompt's length (NTK, LogN)."""
+        return int(self[self.trained])
 
     @property
     def dynamic_ntk(self) -> bool:
@@ -98,8 +100,8 @@ class ModelFacts:
         return next((self.given[key] for key in SIZES[name] if self.given.get(key) is not None), None)
 
     def written_out(self) -> dict[str, Any]:
-        """config.json with the silent keys of :data:`UPSTREAM` said aloud: it needs no class to be read."""
-        return {**self.given, **{key: self[key] for key in UPSTREAM if key not in self.given}}
+        """config.json with the silent keys of ``upstream`` said aloud: it needs no class to be read."""
+        return {**self.given, **{key: self[key] for key in self.upstream if key not in self.given}}
 
 
 def configuration_file(config: Mapping[str, Any]) -> str:

@@ -115,6 +115,7 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.cleaning import chosen_passes
     from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.verification.cases import longest_prompt
     from qwen_surgery.weights import WeightIndex
     from qwen_surgery.weights.quantised import release_of
 
@@ -136,6 +137,8 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     depth = depth_for(request.verify, geometry, options, request.steps)
     if depth != "full" and (request.questions or request.text):
         raise Usage(f"with --verify {depth} no model answers or reads a text", hint="add --verify full")
+    if depth == "full":
+        longest_prompt(geometry.seq_length, request.steps)  # refused now, not when all is built
     inputs, exports = builder.inputs(Path(), passes), tuple(task.name for task in exporting)
     made = zip(options.cores, builder.bmodels(), strict=True) if depth != "none" else ()
     return Opened(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.building import resources
 from qwen_surgery.building.display import Display, clock, size
 from qwen_surgery.building.graph import Graph, Store, peak_disk, stale
@@ -61,10 +61,9 @@ def executor(scheduler: str | None) -> Iterator[tuple[Executor | None, int | Non
         return
     if not re.fullmatch(r"[a-z]+://.+:\d+", scheduler):
         raise Usage(f"--scheduler {scheduler} is no address", hint="it looks like tcp://host:8786")
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise Usage("--scheduler needs Dask", hint="pip install 'qwen-surgery[cluster]'") from error
+    extras.need("--scheduler", "cluster")
+    from distributed import Client
+
     try:
         client = Client(scheduler, timeout="20s", set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:

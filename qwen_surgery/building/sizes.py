@@ -15,8 +15,8 @@ MB = 1_000_000
 def weights_of(kind: NetKind, g: Geometry) -> int:
     """Number of weights in a net of *kind*."""
     if kind.per_layer:
-        projection = g.heads * g.head_dim
-        return g.hidden * (4 * projection + 3 * (g.intermediate // 2) + 2) + 3 * projection
+        queries, others = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        return g.hidden * (2 * (queries + others) + 3 * g.mlp_width + 2) + queries + 2 * others
     if kind.chooses:
         return 0
     return g.vocab * g.hidden + g.hidden

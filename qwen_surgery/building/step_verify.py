@@ -17,14 +17,17 @@ from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.nets import inputs as net_inputs
+from qwen_surgery.runtime.generations import FUSED, HEADS, LOGITS, conversations
 from qwen_surgery.toolchain.preload import c_compiler
 
 #: What the emulator takes, measured: a 1.8B prefill block at S=512 is 5 minutes; the smallest net 0.05
 #: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).
 EMULATED_RATE = 7e7  # multiply-adds a second
 EMULATED_START, EMULATED_START_BUSY = 0.05, 0.9  # seconds a forward
-#: Seconds of emulation that a build spends unasked.
-UNASKED = 240.0
+#: Seconds of emulation that a build spends unasked: the demos' conversations take more than half of them.
+UNASKED = 600.0
+#: What the unpatched model and the levels without an emulator take, about.
+_REFERENCE = 30.0
 
 _REPORT = "report.json"
 
@@ -32,7 +35,8 @@ _REPORT = "report.json"
 @dataclass(frozen=True)
 class Verify(Step):
     """Verify the bmodel that the task *made* left. Leaves the report. ``full`` runs everything against the
-    unpatched model; ``contract`` reads what the bmodel says of its nets.
+    unpatched model, and the demos of *runtime* in the vendor's own runtime; ``contract`` reads what the
+    bmodel says of its nets.
 
     *exports* are the tasks with the exported folders, *toolchain* is TPU-MLIR's version where known.
     """
@@ -44,6 +48,7 @@ class Verify(Step):
     steps: int
     recipe: str
     mode: str
+    runtime: str
     geometry: Geometry
     nets: tuple[Net, ...]
     questions: tuple[str, ...]
@@ -71,6 +76,8 @@ class Verify(Step):
             checkout=self.checkout,
             onnx=exported,
             bmodels=(bmodel,),
+            levels=("source", "onnx", "chip", "runtime"),
+            runtime=self.runtime,
             # A prompt of a third of S, which leaves room for decoding, and one that fills it.
             prompt_lengths=(length // 3 + 1, length),
             steps=self.steps,
@@ -114,11 +121,29 @@ def depth_for(asked: str, geometry: Geometry, options: CompileOptions, steps: in
         return "none"
     if asked != "auto":
         return asked
-    # two prompt lengths net by net, and end to end greedy and sampled; the decode steps cost their starts
-    prefill = 4 * geometry.layers * geometry.seq_length * weights_of(NetKind.BLOCK, geometry)
-    forwards = (4 + 2 * steps) * (geometry.layers + 5)
+    return "full" if emulated_seconds(geometry, options, steps) < UNASKED else "contract"
+
+
+def emulated_seconds(geometry: Geometry, options: CompileOptions, steps: int) -> float:
+    """What the emulator takes for a full verification of a bmodel of resolved *options*.
+
+    Level chip: two prompts net by net, and end to end greedy and sampled. Level runtime: two prompts net by
+    net, and in every demo's conversations.
+    """
+    stepped = 2 + 2 * (1 + conversations(options.runtime or "", _kind(options)))
+    prefills, decodes = 2 + stepped, stepped * steps
+    layers = geometry.layers * weights_of(NetKind.BLOCK, geometry)
+    head = weights_of(NetKind.LM_HEAD, geometry)
+    work = prefills * (geometry.seq_length * layers + head) + decodes * (layers + head)
     start = EMULATED_START if c_compiler() else EMULATED_START_BUSY
-    return "full" if prefill / EMULATED_RATE + forwards * start < UNASKED else "contract"
+    return work / EMULATED_RATE + (prefills + decodes) * (geometry.layers + 5) * start
+
+
+def _kind(options: CompileOptions) -> str:
+    """What demos take a bmodel of *options* for."""
+    if options.fused_head:
+        return FUSED
+    return HEADS if options.chip.heads else LOGITS
 
 
 def verify_task(
@@ -129,16 +154,18 @@ def verify_task(
     On two cores TPU-MLIR's emulator gives other numbers from run to run: there it is the contract only.
     """
     file, version = inputs.bmodel(cores).name, inputs.toolchain.version
+    depth = "contract" if cores > 1 else depth
     return Task(
         task_name("verify", file),
         Verify(
             file=file,
             made=made,
             exports=exports,
-            depth="contract" if cores > 1 else depth,
+            depth=depth,
             steps=request.steps,
             recipe=request.recipe,
             mode=inputs.options.mode,
+            runtime=inputs.options.runtime or "",
             geometry=inputs.geometry,
             nets=inputs.nets,
             questions=request.questions,
@@ -156,7 +183,24 @@ def verify_task(
             toolchain=None if version == "unknown" else version,
         ),
         needs=(*exports, made),
-        cost=Cost(2000 * MB, MB, 30.0),
+        cost=_cost(inputs, request.steps, depth),
         keep=True,
-        command=f"verify {file} against the unpatched model",
+        command=_command(inputs, file, depth),
+    )
+
+
+def _cost(inputs: Inputs, steps: int, depth: str) -> Cost:
+    if depth == "contract":
+        return Cost(200 * MB, MB, 1.0)
+    return Cost(2000 * MB, MB, _REFERENCE + emulated_seconds(inputs.geometry, inputs.options, steps))
+
+
+def _command(inputs: Inputs, file: str, depth: str) -> str:
+    """What is done, for a plan."""
+    if depth == "contract":
+        return f"check the nets, shapes and types of {file}"
+    count = 2 * conversations(inputs.options.runtime or "", _kind(inputs.options))
+    return (
+        f"verify {file} against the unpatched model, and in the vendor's runtime: {count} conversations as "
+        f"the demos of {inputs.options.runtime} have them"
     )

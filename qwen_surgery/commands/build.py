@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.compiling.flags import compile_options, options_from, run_options
 from qwen_surgery.errors import Missed
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "full", "contract", "none"]),
     default="auto",
     show_default=True,
-    help="full: every stage against the unpatched model, on the emulator too; contract: nets, shapes and "
-    "types of the bmodel; auto: full where the emulator needs minutes, not hours.",
+    help="full: every stage against the unpatched model, on the emulator too, and in the vendor's runtime as "
+    "its demos drive it; contract: nets, shapes and types of the bmodel; auto: full where the emulator "
+    "needs minutes, not hours.",
 )
 @click.option("--steps", type=click.IntRange(0), default=8, show_default=True, help="Decode steps verified.")
 @click.option(
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @compile_options
 @run_options
 def command(checkout: Path, out: Path, **given: Any) -> None:
+    extras.require("build")
     from qwen_surgery.building import build, session
     from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.exporting.remote_code import require_trust

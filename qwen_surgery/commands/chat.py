@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.errors import SurgeryError, Usage
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
     toolchain: str | None,
 ) -> None:
     """Talk to exported nets (fast) or to a bmodel on the chip emulator (slow), in the terminal."""
+    extras.require("chat")
     from qwen_surgery.chatting.chat import SYSTEM, Chat, Generation, chip_geometry, open_onnx
     from qwen_surgery.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.cleaning import Cleaning, KindReport
@@ -56,6 +56,7 @@ def command(
     explain: bool,
     as_json: bool,
 ) -> None:
+    extras.require("clean")
     from qwen_surgery.errors import Usage
     from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 

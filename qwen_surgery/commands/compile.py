@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.compiling.flags import compile_options, options_from, run_options
 
 
@@ -23,6 +23,7 @@ from qwen_surgery.compiling.flags import compile_options, options_from, run_opti
 @compile_options
 @run_options
 def command(onnx_dir: Path, out: Path, **given: Any) -> None:
+    extras.require("compile")
     from qwen_surgery.building import build, session
     from qwen_surgery.building.display import size
     from qwen_surgery.building.request import CompileRequest, RunRequest

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.errors import Refused, Usage
 
 #: What the trained model has fixed.
@@ -42,6 +42,7 @@ def command(
     """Make a small Qwen v1 checkout in PATH: a trained model that answers in words, or, with --random, random
     weights of any size.
     """
+    extras.require("demo-checkout")
     from golden.eras import ERAS, make_checkout
     from golden.speaking.model import make_chat_checkout
 

@@ -6,13 +6,12 @@ import atexit
 import gc
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 
 
 @click.command(help="Export every net of CHECKOUT to ONNX (opset 15), one trace per kind of net.")
@@ -61,6 +60,7 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
+    extras.require("export")
     from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
     from qwen_surgery.exporting.export import export
     from qwen_surgery.exporting.meanwhile import meanwhile
@@ -84,13 +84,12 @@ def command(
     index = WeightIndex.open(checkout)
     # At exit torch's objects die with the process; to collect among them first takes 0.8 s of a 3 s export.
     atexit.register(gc.freeze)
-    if find_spec("torch") and find_spec("onnx"):  # what is missing is told when it is needed
-        gc.disable()  # an import's objects stay: collecting among them takes a seventh of its time
-        try:
-            import_module("torch")
-            import_module("onnx")
-        finally:
-            gc.enable()
+    gc.disable()  # an import's objects stay: collecting among them takes a seventh of its time
+    try:
+        import_module("torch")
+        import_module("onnx")
+    finally:
+        gc.enable()
     sources = patching()
     from qwen_surgery.twin.twin import prove, skipped
 

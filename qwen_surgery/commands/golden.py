@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qwen_surgery import console, files
+from qwen_surgery import console, extras, files
 from qwen_surgery.errors import Missed, Refused, Usage
 
 _SHARED = (
@@ -67,6 +67,7 @@ def _load(file: Path | None) -> tuple[Path, Any]:
 def record_command(
     eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None, file: Path | None
 ) -> None:
+    extras.require("golden")
     from golden import record
 
     path, known = _load(file)
@@ -83,6 +84,7 @@ def record_command(
 def check_command(
     eras: tuple[str, ...], stages: tuple[str, ...], toolchain: str | None, file: Path | None, as_json: bool
 ) -> None:
+    extras.require("golden")
     from dataclasses import asdict
 
     from qwen_surgery.verification.references import judge

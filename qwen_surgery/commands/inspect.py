@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.compiling.options import RUNTIMES
 from qwen_surgery.errors import Missed
 
@@ -135,6 +135,7 @@ def command(
     model: Path, as_json: bool, every: bool, bundle: Path | None, regions: bool, runtime: str | None
 ) -> None:
     """Exit code 1 when the contract is not kept, 3 when MODEL is not a whole bmodel."""
+    extras.require("inspect")
     from qwen_surgery.packing.report import inspect
     from qwen_surgery.runtime.memory import layout
 

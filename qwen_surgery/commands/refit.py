@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.quantising import QUANTIZERS
 
 
@@ -27,6 +27,7 @@ def command(
     model: Path, checkout: Path, out: Path | None, quantizer: str | None, jobs: int | None, as_json: bool
 ) -> None:
     """The checkout has to be of the same model: sizes, rotary base, epsilon and so on are compared."""
+    extras.require("refit")
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qwen_surgery.checkout import Checkout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qwen_surgery import console, files
+from qwen_surgery import console, extras, files
 
 
 @click.command("tokenizer", help="Check CHECKOUT's tokenizer files and, with --out, collect them for a demo.")
@@ -14,6 +14,7 @@ from qwen_surgery import console, files
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to copy the files to.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found to stdout as JSON.")
 def command(checkout: Path, out: Path | None, as_json: bool) -> None:
+    extras.require("tokenizer")
     from qwen_surgery import tokenizer
 
     found = tokenizer.check(checkout)

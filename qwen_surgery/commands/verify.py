@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_surgery import console
+from qwen_surgery import console, extras
 from qwen_surgery.commands.words import word_options, words_from
+from qwen_surgery.compiling.options import RUNTIMES
 from qwen_surgery.errors import Missed, Usage
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def _numbers(
     help="Only these levels (runtime follows the vendor's demos call by call).  "
     "[default: source, and what --onnx and --bmodel allow]",
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(list(RUNTIMES)),
+    help="Level runtime: only the demos that this --runtime of a build is for.  "
+    "[default: all that can read the bmodel]",
+)
 @click.option("--layers", callback=_numbers, help="Only these layers, such as 0,15,31 (no end-to-end then).")
 @click.option(
     "--nets", default="", help="Only these nets or kinds, such as lm_head,block (no end-to-end then)."
@@ -79,6 +86,7 @@ def command(
     onnx: tuple[Path, ...],
     bmodels: tuple[Path, ...],
     levels: tuple[str, ...],
+    runtime: str | None,
     layers: tuple[int, ...] | None,
     nets: str,
     steps: int,
@@ -94,15 +102,21 @@ def command(
     trust_remote_code: bool,
     **words: Any,
 ) -> None:
+    extras.require("verify")
+    if html is not None:  # said before the work, not after it
+        extras.need("--html", "report")
     from qwen_surgery.verification.session import Request, verify
 
     if layers == () or prompt_lengths == ():
         raise Usage("an empty list of layers or lengths would compare nothing")
+    if runtime is not None and "runtime" not in levels:
+        raise Usage("--runtime is for level runtime", hint="add --level runtime")
     request = Request(
         checkout=checkout,
         onnx=onnx,
         bmodels=bmodels,
         levels=levels,
+        runtime=runtime,
         layers=layers,
         nets=tuple(name.strip() for name in nets.split(",") if name.strip()),
         steps=steps,

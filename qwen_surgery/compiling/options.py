@@ -179,8 +179,8 @@ class CompileOptions:
             )
         if self.num_device > 1:
             raise Refused(
-                f"the integers of this checkpoint ({release}) cannot be kept on several chips: there TPU-MLIR "
-                "splits weights, across groups, and rounds them again",
+                f"the integers of this checkpoint ({release}) cannot be kept on several chips: there "
+                "TPU-MLIR splits weights, across groups, and rounds them again",
                 hint="use one chip, or start from the bf16 or fp16 checkpoint",
             )
 
@@ -251,7 +251,7 @@ class CompileOptions:
 def _group_axes(geometry: Geometry | None) -> tuple[tuple[str, int], ...]:
     if geometry is None:
         return ()
-    return (("hidden size", geometry.hidden), ("MLP width", geometry.intermediate // 2))
+    return (("hidden size", geometry.hidden), ("MLP width", geometry.mlp_width))
 
 
 #: What needs which graph passes, and why: found by compiling without them with TPU-MLIR 1.30.2.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codemods.config.facts import UPSTREAM, ModelFacts
+from codemods.config.facts import ModelFacts
 from qwen_surgery.errors import Refused, SurgeryError
 from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.exporting.model_code import ModelCode
@@ -113,7 +113,7 @@ def _trace(
 
 def _refuse_other_facts(facts: ModelFacts, config: Any) -> None:
     """The class, now that it has run, must say what was read from its source."""
-    for key in UPSTREAM:
+    for key in facts.upstream:
         run = getattr(config, key, facts[key])
         if run != facts[key]:
             raise Refused(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery.errors import Refused
+from qwen_surgery import families
 from qwen_surgery.exporting import remote_code
+from qwen_surgery.families.family import Family, LayerDriver, class_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-_BLOCK, _NORM, _ROTARY = "QWenBlock", "RMSNorm", "RotaryEmbedding"
+#: Keys of config.json that say how the weights are stored, not what the model computes.
+_OF_STORAGE = ("torch_dtype", "dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ModelCode:
     """
 
     module: types.ModuleType
+    family: Family
     config: Any
 
     @classmethod
@@ -39,52 +42,32 @@ class ModelCode:
         layers do not.
         """
         module = remote_code.load(files, modeling.removesuffix(".py"), installed=installed)
-        return cls(module, _config(module, read_config(files)))
+        values = read_config(files)
+        family = families.of(values)
+        plain = {key: value for key, value in values.items() if key not in _OF_STORAGE}
+        return cls(module, family, family.config(module, plain))
 
-    def _class(self, name: str) -> type[nn.Module]:
-        from torch import nn
+    def model(self) -> nn.Module:
+        """The whole model, in evaluation mode."""
+        return class_of(self.module, self.family.model_class)(self.config).eval()
 
-        found = getattr(self.module, name, None)
-        if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-            raise Refused(f"{self.module.__name__.rpartition('.')[2]}.py has no class {name}")
-        return found
-
-    def block(self) -> nn.Module:
-        """One transformer layer, as the code builds it, in evaluation mode."""
-        block_class = self._class(_BLOCK)
-        optional = {"layer_idx": 1, "layer_number": 1}  # very early revisions number their layers from 1
-        wanted = inspect.signature(block_class.__init__).parameters
-        return block_class(self.config, **{k: v for k, v in optional.items() if k in wanted}).eval()
+    def layer(self) -> nn.Module:
+        """One layer, as the code builds it, in evaluation mode."""
+        return self.family.layer(self.module, self.config)
 
     def norm(self) -> nn.Module:
         """The final norm."""
-        epsilon = self.config.layer_norm_epsilon
-        return self._class(_NORM)(self.config.hidden_size, eps=epsilon).eval()
+        return self.family.norm(self.module, self.config)
 
-    def rotary(self, block: nn.Module) -> nn.Module:
-        """The rotary embedding: the attention's own where it has one, else as the model builds it."""
-        attention: Any = block.attn
-        own = getattr(attention, "rotary_emb", None)
-        if own is not None:
-            return own
-        config = self.config
-        width = config.kv_channels
-        if getattr(config, "rotary_pct", 1.0) != 1.0:
-            width = int(width * config.rotary_pct)
-        return self._class(_ROTARY)(width, base=getattr(config, "rotary_emb_base", 10000)).eval()
+    def driver(self, layer: nn.Module) -> LayerDriver:
+        """What runs *layer*."""
+        return self.family.driver(self.module, self.config, layer)
+
+    def tables(self, layer: nn.Module, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions 0..S-1 as *layer* gets them, float32 [S, d] each."""
+        return self.family.tables(self.module, self.config, layer, seq_length)
 
 
 def read_config(files: Mapping[str, bytes]) -> dict[str, Any]:
     """config.json out of *files*."""
     return json.loads(files["config.json"].decode("utf-8-sig"))
-
-
-def _config(module: types.ModuleType, values: Mapping[str, Any]) -> Any:
-    config_class = getattr(module, "QWenConfig", None)
-    if config_class is None:
-        raise Refused(f"{module.__name__.rpartition('.')[2]}.py does not import QWenConfig")
-    plain = {k: v for k, v in values.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
-    config = config_class(**plain)
-    for name, value in {"bf16": False, "fp16": False, "fp32": True, "use_flash_attn": False}.items():
-        setattr(config, name, value)
-    return config

@@ -1,7 +1,7 @@
 """torch modules of every kind of net, with the contract's inputs and outputs, from a checkout's classes.
 
-Never the whole model: a block is one ``QWenBlock`` of the patched code, a head is a norm and a matrix. All
-are fp32. Weights are named by *slots* (a parameter's name inside the net, such as ``attn.c_attn.weight``).
+Never the whole model: a block is one layer of the patched code, a head is a norm and a matrix. All
+are fp32. Weights are named by *slots* (a parameter's name inside the net, such as ``ln_f.weight``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_surgery.errors import Refused
-from qwen_surgery.exporting import rotary
 from qwen_surgery.exporting.model_code import ModelCode
+from qwen_surgery.families.family import HEAD, TABLE, LayerDriver
 from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry, NetKind
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class ModuleFactory:
         self._patched = patched
         self._geometry = geometry
         with weightless():
-            block = reference.block()
-        self._cos, self._sin = rotary.tables(reference.rotary(block), geometry.seq_length)
+            layer = reference.layer()
+        self._cos, self._sin = reference.tables(layer, geometry.seq_length)
 
     def build(self, kind: NetKind) -> NetModule:
         """The net of *kind*; raises Refused when the code does not fit the contract."""
@@ -89,7 +89,7 @@ class ModuleFactory:
     def _embedding(self, kind: NetKind) -> NetModule:
         with weightless():
             module = Embedding(self._geometry.vocab, self._geometry.hidden).eval()
-        return NetModule(kind, module, {"wte.weight": (module.wte, "weight")})
+        return NetModule(kind, module, {TABLE: (module.wte, "weight")})
 
     def _lm_head(self, kind: NetKind) -> NetModule:
         with weightless():
@@ -97,20 +97,17 @@ class ModuleFactory:
             head = nn.Linear(self._geometry.hidden, self._geometry.vocab, bias=False)
         module = (LmHeadTopK if kind is NetKind.LM_HEAD_TOPK else LmHead)(norm, head).eval()
         slots = {f"ln_f.{name}": place for name, place in _slots(norm).items()}
-        return NetModule(kind, module, {**slots, "lm_head.weight": (head, "weight")})
+        return NetModule(kind, module, {**slots, HEAD: (head, "weight")})
 
     def _block(self, kind: NetKind) -> NetModule:
         with weightless():
-            block = self._patched.block()
-        slots = _slots(block)
-        for (
-            module
-        ) in block.modules():  # buffers stay inside the graph as constants, where they are used at all
+            layer = self._patched.layer()
+        slots = _slots(layer)
+        for module in layer.modules():
+            # buffers stay inside the graph as constants, where they are used at all
             module._non_persistent_buffers_set.update(module._buffers)
-        adapter = rotary.adapter_for(block, self._patched.rotary(block))
-        net = (BlockCache if kind is NetKind.BLOCK_CACHE else Block)(
-            block, adapter, self._cos, self._sin
-        ).eval()
+        block_class = BlockCache if kind is NetKind.BLOCK_CACHE else Block
+        net = block_class(layer, self._patched.driver(layer), self._cos, self._sin).eval()
         constants: dict[str, tuple[nn.Module, str]] = {
             "rotary/cos": (net, "rotary_cos"),
             "rotary/sin": (net, "rotary_sin"),
@@ -233,12 +230,10 @@ class Block(nn.Module):
     All tensors are float32 but ``position_ids`` (int32 [1, L]); the mask is additive.
     """
 
-    def __init__(
-        self, layer: nn.Module, adapter: rotary.RotaryAdapter, cos: torch.Tensor, sin: torch.Tensor
-    ) -> None:
+    def __init__(self, layer: nn.Module, driver: LayerDriver, cos: torch.Tensor, sin: torch.Tensor) -> None:
         super().__init__()
         self.layer = layer
-        self._adapter = adapter
+        self._driver = driver
         self.rotary_cos = cos
         self.rotary_sin = sin
 
@@ -254,23 +249,8 @@ class Block(nn.Module):
         attention_mask: torch.Tensor,
         history: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        cos = F.embedding(position_ids, self.rotary_cos).unsqueeze(2)
-        sin = F.embedding(position_ids, self.rotary_sin).unsqueeze(2)
-        outputs = self.layer(
-            input_states,
-            layer_past=history,
-            attention_mask=attention_mask,
-            use_cache=True,
-            **self._adapter.arguments(cos, sin),
-        )
-        hidden, (key, value) = outputs[0], outputs[1]
-        if key.shape[1] != input_states.shape[1]:
-            raise Refused(
-                f"the layer returns {key.shape[1]} KV units for {input_states.shape[1]} token(s): it still "
-                "joins the history into its present",
-                hint="export needs the early-present edit: use recipe static or documented",
-            )
-        return hidden, key, value
+        positions = (position_ids, self.rotary_cos, self.rotary_sin)
+        return self._driver.run(self.layer, input_states, positions, attention_mask, history)
 
 
 class BlockCache(Block):

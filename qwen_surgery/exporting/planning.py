@@ -14,12 +14,11 @@ from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
 from qwen_surgery.files import require_disk
-from qwen_surgery.nets import Geometry, Net, NetKind
+from qwen_surgery.nets import Geometry, Net
 from qwen_surgery.weights import ITEM_SIZE, QuantisedRef, TensorRef, WeightIndex
 from qwen_surgery.weights.quantised import release_of
 
 if TYPE_CHECKING:
-    from codemods.config.facts import ModelFacts
     from qwen_surgery.patching.sources import Sources
 
 #: What one net's graph takes besides weights and tables, at most (bytes).
@@ -70,58 +69,6 @@ def select(all_nets: Iterable[Net], wanted: Iterable[str]) -> tuple[Net, ...]:
     return tuple(net for net in all_nets if net.name in wanted or net.kind.value in wanted)
 
 
-def weight_shapes(kind: NetKind, geometry: Geometry, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Slot -> shape of every weight of *kind*, as Qwen v1's layers have them.
-
-    Known without running the checkout's code, so that weights are validated first; the code must agree.
-    """
-    hidden, vocab, half = geometry.hidden, geometry.vocab, geometry.intermediate // 2
-    projection = geometry.heads * geometry.head_dim
-    if kind in (NetKind.EMBEDDING, NetKind.EMBEDDING_CACHE):
-        return {"wte.weight": (vocab, hidden)}
-    if kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK):
-        return {"ln_f.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
-    if not kind.per_layer:
-        return {}
-    shapes = {
-        "ln_1.weight": (hidden,),
-        "attn.c_attn.weight": (3 * projection, hidden),
-        "attn.c_attn.bias": (3 * projection,),
-        "attn.c_proj.weight": (hidden, projection),
-        "ln_2.weight": (hidden,),
-        "mlp.w1.weight": (half, hidden),
-        "mlp.w2.weight": (half, hidden),
-        "mlp.c_proj.weight": (hidden, half),
-    }
-    if not facts["no_bias"]:
-        shapes |= {
-            "attn.c_proj.bias": (hidden,),
-            "mlp.w1.bias": (half,),
-            "mlp.w2.bias": (half,),
-            "mlp.c_proj.bias": (hidden,),
-        }
-    return shapes
-
-
-def refuse_beyond_trained(facts: ModelFacts, seq_length: int) -> None:
-    """Raise Refused for an export length at which static nets cannot be exact.
-
-    Above the trained length (config.json's ``seq_length``) dynamic NTK picks the rotary base from each
-    prompt's length and LogN scales queries by their position. One static net has one table, so it could be
-    exact for some prompts only.
-    """
-    trained = facts.trained_length
-    if seq_length <= trained:
-        return
-    for key, what in (("use_dynamic_ntk", "dynamic NTK"), ("use_logn_attn", "LogN attention")):
-        if facts[key]:
-            raise Refused(
-                f"export length {seq_length} is above the trained length {trained} and {what} ({key}) is on: "
-                "the model's numbers then depend on each prompt's length, which a static net cannot follow",
-                hint=f"use --seq-length {trained} or less",
-            )
-
-
 def _refuse_half_quantised(refs: Iterable[TensorRef]) -> None:
     """In a quantised release the layers' matrices are integers, and nothing else is: one flag of the compiler
     stands for all of a net."""
@@ -148,17 +95,17 @@ def plan(
     that do not fit the config, for a length that cannot be exact and for links that are asked for and
     impossible; Usage for an unknown net.
     """
-    facts = sources.facts
-    refuse_beyond_trained(facts, geometry.seq_length)
+    facts, family = sources.facts, sources.family
+    family.refuse(facts, geometry)
     every_net = nets.nets(geometry.layers, multi_device=multi_device)
-    tied = facts.tied and "lm_head.weight" not in index
+    tied = facts.tied and family.anatomy.head_tensor not in index
     bindings, refs = [], {}
     for net in every_net:
-        shapes = weight_shapes(net.kind, geometry, facts)
-        binding = make_binding(net, shapes, tied=tied)
+        shapes = family.weight_shapes(net.kind, geometry, facts)
+        binding = make_binding(net, shapes, family.anatomy, tied=tied)
         refs[net.name] = resolve(binding, shapes, index)
         bindings.append(binding)
-    refuse_extra(bindings, index)
+    refuse_extra(bindings, index, family)
     if release_of(index.values()) is not None:
         _refuse_half_quantised(ref for named in refs.values() for ref in named.values())
     chosen = {net.name for net in select(every_net, wanted)}

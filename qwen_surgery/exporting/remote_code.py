@@ -62,7 +62,6 @@ def load(
     imports between the files work. *installed* says whether the code gets the installed transformers.
     Raises Refused, with the file, when the code cannot be imported.
     """
-    _require("torch", "transformers") if installed else _require("torch")
     package = f"_qwen_surgery_checkout_{next(_serial)}"
     files = {
         path[:-3]: content for path, content in sources.items() if path.endswith(".py") and "/" not in path
@@ -86,12 +85,6 @@ def load(
         # Late relative imports inside functions still need the finder, so it moves behind the usual ones.
         sys.meta_path.remove(finder)
         sys.meta_path.append(finder)
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise Refused(f"{package} is not installed", hint=f"pip install {package}")
 
 
 class _Finder:

@@ -9,13 +9,13 @@ with a ``Cast`` to float32 that keeps the name ``weight/<slot>``; a float32 weig
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwen_surgery.errors import Refused
+from qwen_surgery.families.family import Anatomy, Family
 from qwen_surgery.nets import Net, NetKind
 from qwen_surgery.weights import ITEM_SIZE, QuantisedRef, TensorRef
 from qwen_surgery.weights.quantised import refuse_stray_bias
@@ -30,8 +30,6 @@ SHARED_FROM = 1024
 #: protobuf's limit on one message.
 PROTOBUF_LIMIT = 2**31 - 1
 
-# Tensors that old checkpoints carry and no revision reads.
-_IGNORED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn\.logn_tensor)$")
 _ONNX_TYPES = {"F32": 1, "F16": 10, "BF16": 16}  # onnx.TensorProto's numbers
 _ONNX_BYTES = 2  # uint8
 
@@ -70,17 +68,10 @@ class Binding:
     tensors: Mapping[str, str]
 
 
-def make_binding(net: Net, slots: Iterable[str], *, tied: bool) -> Binding:
+def make_binding(net: Net, slots: Iterable[str], anatomy: Anatomy, *, tied: bool) -> Binding:
     """Name the checkpoint tensors of *net*. With *tied* the lm_head uses the embedding's tensor."""
-
-    def tensor(slot: str) -> str:
-        if net.layer is not None:
-            return f"transformer.h.{net.layer}.{slot}"
-        if slot == "lm_head.weight":
-            return "transformer.wte.weight" if tied else slot
-        return f"transformer.{slot}"
-
-    return Binding(net.name, net.kind, net.layer, {slot: tensor(slot) for slot in slots})
+    tensors = {slot: anatomy.tensor(net, slot, tied=tied) for slot in slots}
+    return Binding(net.name, net.kind, net.layer, tensors)
 
 
 def resolve(
@@ -107,16 +98,16 @@ def resolve(
     return result
 
 
-def refuse_extra(bindings: Iterable[Binding], index: Mapping[str, TensorRef]) -> None:
+def refuse_extra(bindings: Iterable[Binding], index: Mapping[str, TensorRef], family: Family) -> None:
     """Raise Refused when the checkpoint holds a tensor that no net uses."""
     used = {name for binding in bindings for name in binding.tensors.values()}
-    used |= {"lm_head.weight"}  # also stored by some checkpoints whose embeddings are tied
+    used |= {family.anatomy.head_tensor}  # also stored by some checkpoints whose embeddings are tied
     used |= refuse_stray_bias(index, used)
     for name, ref in index.items():
-        if name not in used and not _IGNORED.search(name):
+        if name not in used and not family.ignored.search(name):
             raise Refused(
                 f"{ref.file}: tensor {name} belongs to no net: it would be silently dropped",
-                hint="config.json may state too few layers, or this is not a text-only Qwen v1 model",
+                hint=f"config.json may state too few layers, or this is not a text-only {family.title} model",
             )
 
 

@@ -132,7 +132,7 @@ def _check_against_code(todo: ExportPlan, templates: Mapping[NetKind, Template])
             odd = ", ".join(sorted(s for s in {*bound, *wanted} if bound.get(s) != wanted.get(s)))
             raise Refused(
                 f"net {binding.net}: modeling code and config.json disagree about the weights {odd}",
-                hint="this is not the Qwen v1 layer this program knows",
+                hint="this is not the layer that this program knows of this family",
             )
 
 

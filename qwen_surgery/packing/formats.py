@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_surgery.weights.integers import Integers
+
 #: Just below one half: adding it and truncating rounds half away from zero without ever rounding 0.49999997
 #: up.
 _HALF = np.nextafter(np.float32(0.5), np.float32(0))
@@ -137,48 +139,24 @@ def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarr
     return scale, np.clip(zero, 0, top)
 
 
-@dataclass(frozen=True)
-class Integers:
-    """A matrix as integers: each weight is ``(code - zero) * scale`` of its group of columns.
+def fitted(one: Integers, form: Quantisation) -> Integers:
+    """The same weights in the layout of *form*: a group may be stored as several smaller ones of one scale.
 
-    ``codes`` [rows, columns] has one code to an element, also for 4 bits: uint8, or int8 where the format is
-    signed; ``scale`` is float32 and ``zero`` uint8, both [rows, columns / group].
+    Raises ValueError where no integers of *form* are these weights.
     """
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero: np.ndarray
-    bits: int
-
-    @property
-    def group(self) -> int:
-        """Columns that share a scale."""
-        return int(self.codes.shape[1] // self.scale.shape[1])
-
-    def rows(self, which: Any) -> Integers:
-        """Some rows (a slice or indices)."""
-        return Integers(self.codes[which], self.scale[which], self.zero[which], self.bits)
-
-    def run(self, first: int, last: int) -> Integers:
-        """The rows from *first* to *last*."""
-        return self.rows(slice(first, last))
-
-    def fitted(self, form: Quantisation) -> Integers:
-        """The same weights in the layout of *form*: a group may be stored as several smaller ones of one
-        scale. Raises ValueError where no integers of *form* are these weights."""
-        if self.bits != form.bits:
-            raise ValueError(f"they have {self.bits} bits, the net stores {form.bits}")
-        if self.group % form.group:
-            raise ValueError(f"they are in groups of {self.group}, the net's are of {form.group}")
-        times = self.group // form.group
-        scale, zero = (np.repeat(one, times, axis=1) if times > 1 else one for one in (self.scale, self.zero))
-        if not form.signed or self.codes.dtype == np.int8:
-            return Integers(self.codes, scale, zero, self.bits)
-        middle = 1 << (form.bits - 1)
-        if (zero != middle).any():
-            raise ValueError(f"a zero point is not {middle}, and the net stores none")
-        codes = (self.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
-        return Integers(codes, scale, np.zeros_like(zero), self.bits)
+    if one.bits != form.bits:
+        raise ValueError(f"they have {one.bits} bits, the net stores {form.bits}")
+    if one.group % form.group:
+        raise ValueError(f"they are in groups of {one.group}, the net's are of {form.group}")
+    times = one.group // form.group
+    scale, zero = (np.repeat(part, times, axis=1) if times > 1 else part for part in (one.scale, one.zero))
+    if not form.signed or one.codes.dtype == np.int8:
+        return Integers(one.codes, scale, zero, one.bits)
+    middle = 1 << (form.bits - 1)
+    if (zero != middle).any():
+        raise ValueError(f"a zero point is not {middle}, and the net stores none")
+    codes = (one.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
+    return Integers(codes, scale, np.zeros_like(zero), one.bits)
 
 
 def joined(parts: list[Integers]) -> Integers:

@@ -20,6 +20,7 @@ from qwen_surgery.packing import formats
 from qwen_surgery.packing.coverage import whole_rows
 from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
 from qwen_surgery.parsing import build, parsing, sizes, whole
+from qwen_surgery.weights.integers import Integers
 
 #: Elements handled at once: small enough to stay in a core's cache through all passes over them.
 _BLOCK = 1 << 17
@@ -51,13 +52,13 @@ class HasIntegers(Protocol):
     def name(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def integers(self) -> formats.Integers: ...
+    def integers(self) -> Integers: ...
 
 
 #: slot -> integers of a weight of one net, for the weights that are not to be rounded as the compiler does
 Given = Mapping[str, HasIntegers]
 #: Chooses the integers of float32 values [rows, columns], in a format.
-Quantise = Callable[[np.ndarray, formats.Quantisation], formats.Integers]
+Quantise = Callable[[np.ndarray, formats.Quantisation], Integers]
 #: slot -> tensor of one net
 Tensors = Mapping[str, StoredTensor]
 #: Takes packed bytes and where they go, counted from the start of the coefficient section.
@@ -215,9 +216,9 @@ class Choices:
 
     def __init__(self, given: Given) -> None:
         self._given = given
-        self._read: dict[str, formats.Integers] = {}
+        self._read: dict[str, Integers] = {}
 
-    def of(self, placement: Quantised) -> formats.Integers | None:
+    def of(self, placement: Quantised) -> Integers | None:
         """Those of its rows, in the layout of its form; None where no weight of it is given.
 
         Raises Refused, naming the weights, where their rows do not stay whole or the layout cannot hold them.
@@ -233,10 +234,10 @@ class Choices:
             runs = whole_rows(placement.expression, np.arange(placement.start, placement.stop), shapes)
             if runs is None:
                 raise ValueError("the net does not keep their rows whole")
-            found = [self._weight(slot).rows(rows).fitted(placement.form) for slot, rows in runs]
+            found = [formats.fitted(self._weight(slot).rows(rows), placement.form) for slot, rows in runs]
             return formats.joined(found)
 
-    def _weight(self, slot: str) -> formats.Integers:
+    def _weight(self, slot: str) -> Integers:
         if slot not in self._read:
             self._read = {slot: self._given[slot].integers()}
         return self._read[slot]
@@ -295,12 +296,10 @@ def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor | None) ->
         result.result()
 
 
-def _rounded(
-    placement: Quantised, matrix: Matrix, quantise: Quantise
-) -> Callable[[int, int], formats.Integers]:
+def _rounded(placement: Quantised, matrix: Matrix, quantise: Quantise) -> Callable[[int, int], Integers]:
     """Gives the integers that *quantise* makes of rows of *placement*."""
 
-    def part(first: int, last: int) -> formats.Integers:
+    def part(first: int, last: int) -> Integers:
         block = matrix.rows(placement.start + first, placement.start + last)
         values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
         return quantise(values, placement.form)
@@ -310,7 +309,7 @@ def _rounded(
 
 def _pack_quantised(
     placement: Quantised,
-    part: Callable[[int, int], formats.Integers],
+    part: Callable[[int, int], Integers],
     tensors: Tensors,
     sink: Sink,
     pool: ThreadPoolExecutor | None,

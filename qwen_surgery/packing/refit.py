@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codemods.config.facts import CONFIG, ModelFacts
+from qwen_surgery import families
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
 from qwen_surgery.packing import formats, sidefile
@@ -42,7 +43,8 @@ def _facts(checkout: Checkout) -> ModelFacts:
     receipt = Receipt.load(checkout.path)
     if receipt is None or CONFIG not in receipt.files:
         return checkout.facts
-    return ModelFacts.from_files({**checkout.read_files(), CONFIG: receipt.original(checkout.path, CONFIG)})
+    files = {**checkout.read_files(), CONFIG: receipt.original(checkout.path, CONFIG)}
+    return checkout.family.facts(files)
 
 
 def refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None:
@@ -52,7 +54,10 @@ def refuse_other_model(side: SideFile, checkout: Checkout, bmodel: Path) -> None
     differ = [
         f"{name} {geometry[name]} / {other[name]}" for name in geometry if geometry[name] != other[name]
     ]
-    config = sidefile.compiled_in(_facts(checkout))
+    config = checkout.family.compiled_facts(_facts(checkout))
+    if set(config) != set(side.config):
+        title = families.of_compiled_facts(side.config).title
+        raise Refused(f"{checkout.path} is {checkout.family.title}, {bmodel} was built from {title}")
     stretched = side.geometry.seq_length > min(side.config["trained_length"], config["trained_length"])
     for name, value in side.config.items():
         if config[name] != value and (name != "trained_length" or stretched):
@@ -134,7 +139,7 @@ def refit(
             hint="their packing could not be proven at build time; build a new bmodel from the checkout",
         )
     tensors = {name: _tensors(name, net, index) for name, net in side.nets.items()}
-    _refuse_extra_layers(side, index, bmodel)
+    _refuse_extra_layers(side, index, bmodel, checkout.family.anatomy.every_layer)
     check_weights(bmodel)
     pieces = [_piece(name, bmodel, side, tensors, quantise) for name in names]
     side = dataclasses.replace(side, notes={**side.notes, "quantizer": quantizer})
@@ -162,10 +167,10 @@ def _piece(
     return Piece(name, bmodel, name, plan=plan, tensors=tensors[name], pack=True, quantise=quantise)
 
 
-def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path) -> None:
+def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path, prefix: str) -> None:
     known = {tensor for net in side.nets.values() for tensor, _ in net.tensors.values()}
     for name in index:
-        extra = name.startswith("transformer.h.") and name.endswith(".weight") and name not in known
+        extra = name.startswith(prefix) and name.endswith(".weight") and name not in known
         if extra:
             raise Refused(
                 f"tensor {name} has no place in {bmodel}", hint="this is another model; build a new bmodel"

@@ -157,7 +157,7 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
         fused = found["lm_head"].outputs[0].dtype in ("int32", "uint32")
         geometry = _geometry(found, layers)
     except (LookupError, ValueError) as error:
-        return [f"not the nets of a Qwen v1 model (missing or odd: {error})"]
+        return [f"not the nets of a model of this contract (missing or odd: {error})"]
     if layers > len(reports):
         return [f"a net of layer {layers - 1}, but {len(reports)} nets in all"]
     heads = "greedy_head" in found or "penalty_sample_head" in found
@@ -219,7 +219,7 @@ def geometry_of(path: Path) -> Geometry:
     try:
         return _geometry(reports, layers)
     except (KeyError, IndexError, ValueError) as error:
-        raise Refused(f"{path} does not hold the nets of a Qwen v1 model") from error
+        raise Refused(f"{path} does not hold the nets of a model of this contract") from error
 
 
 def inspect(path: Path, profile: str | None = None) -> BmodelReport:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codemods.config.facts import ModelFacts
+from qwen_surgery import families
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import replacing
 from qwen_surgery.nets import Geometry
@@ -28,17 +28,6 @@ FORMAT = 1
 _LARGEST = 64 << 20
 _LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
-
-#: What config.json says that becomes instructions or tables of a compiled net: a refit cannot change it.
-COMPILED_IN = (
-    "layer_norm_epsilon",
-    "rotary_emb_base",
-    "rotary_pct",
-    "scale_attn_weights",
-    "no_bias",
-    "use_logn_attn",
-    "use_dynamic_ntk",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ class SideFile:
     """The content of a side file; see the module's text.
 
     ``heads`` are the head digests of the bmodels it belongs to: one, but for the moment in which a refit
-    replaces a file. ``config`` holds the values of :data:`COMPILED_IN` the bmodel was made with and
+    replaces a file. ``config`` holds what its family compiles in (see :class:`Family`) and
     ``trained_length``. ``predictions`` are by kind of net (``block``, ``block_cache``, ...). ``notes`` is
     free text by name: mode, TPU-MLIR version, what could not be packed and why.
     """
@@ -96,11 +85,6 @@ def head_digest(bmodel: Path) -> str:
         return hashlib.sha256(file.read(opened.base)).hexdigest()
 
 
-def compiled_in(facts: ModelFacts) -> dict[str, Any]:
-    """What a refit cannot change of a model."""
-    return {**{name: facts[name] for name in COMPILED_IN}, "trained_length": facts.trained_length}
-
-
 def describe(
     bmodel: Path,
     pieces: Sequence[Piece],
@@ -115,6 +99,7 @@ def describe(
     *config* is the unpatched config.json with its silent keys written out. Pieces without plan or tensors
     are recorded as not refittable.
     """
+    family = families.of(config)
     plans: list[PackPlan] = []
     nets = {}
     for piece in pieces:
@@ -129,7 +114,7 @@ def describe(
         geometry,
         tuple(plans),
         nets,
-        compiled_in(ModelFacts.from_config(config)),
+        family.compiled_facts(family.facts_of(config)),
         predictions or {},
         notes or {},
     )
@@ -169,8 +154,7 @@ def _parse(data: dict[str, Any]) -> SideFile:
         nets[name] = weights
     said = {name: value for name, value in data.items() if name != "format"}
     side = build(SideFile, {**said, "plans": plans, "nets": nets})
-    if set(side.config) != {*COMPILED_IN, "trained_length"}:
-        raise ValueError("it does not say what is compiled in")
+    families.of_compiled_facts(side.config)
     whole(side.config["trained_length"], 1)
     for prediction in side.predictions.values():
         if not (whole(prediction.cycles) and 0 < prediction.milliseconds < _LONGEST):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from codemods.analysis.source import SourceError
 from codemods.config.facts import CONFIG, ModelFacts
+from codemods.config.text import read
 from codemods.framework.base import Outcome, Status
+from qwen_surgery import families
 from qwen_surgery.errors import Refused, Usage
 
 #: The recipes that ship with the program.
@@ -57,7 +59,8 @@ def apply(
     source_skip = [name for name in skip if name in registry.names()]
     source = codemods.run(files[modeling], chosen, skip=source_skip)
     try:
-        facts = ModelFacts.from_files({**files, CONFIG: unpatched_config or files[CONFIG]})
+        known = {**files, CONFIG: unpatched_config or files[CONFIG]}
+        facts = families.of(read(known[CONFIG]).values()).facts(known)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None
@@ -87,14 +90,12 @@ def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) ->
 
 
 def era(data: bytes) -> str:
-    """The era of *data*, by its structure; '' when it is not Qwen v1 modeling code.
+    """The era of *data*, by its structure; '' when it is no known family's modeling code.
 
     Raises SourceError, which knows the line, when *data* does not parse.
     """
-    import codemods
-
-    found = codemods.identify(data)
-    return "" if found is None else found.value
+    family = families.of_code(data)
+    return "" if family is None else family.era(data)
 
 
 def warm() -> None:
@@ -127,7 +128,6 @@ def config_labels(name: str) -> tuple[str, ...]:
     """The ``config:<key>`` names under which the outcomes of the config edit called *name* appear."""
     import codemods.config
     from codemods.config.base import ConfigContext
-    from codemods.config.text import read
 
     decisions = codemods.config.get(name).decide(read(b"{}"), ConfigContext(512, ModelFacts.from_config({})))
     return tuple(f"config:{decision.key}" for decision in decisions)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods.config.facts import ModelFacts
+from codemods.config.facts import CONFIG, ModelFacts
+from codemods.config.text import read
 from codemods.framework.base import Outcome
 from codemods.framework.recipes import UnknownRecipe
+from qwen_surgery import families
 from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.families.family import Family
 from qwen_surgery.patching import plan, write
 from qwen_surgery.patching.receipt import Receipt
 
@@ -57,6 +60,11 @@ class Sources:
         )
 
     @cached_property
+    def family(self) -> Family:
+        """The family that the unpatched config.json is of."""
+        return families.of(read(self.reference[CONFIG]).values())
+
+    @cached_property
     def facts(self) -> ModelFacts:
         """What the unpatched config.json means."""
-        return ModelFacts.from_files(self.reference)
+        return self.family.facts(self.reference)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from qwen_surgery.packing import formats
-from qwen_surgery.packing.formats import Integers, Quantisation
+from qwen_surgery.packing.formats import Quantisation
+from qwen_surgery.weights.integers import Integers
 
 #: By bits: the shares of the compiler's scale that are tried and fitted. 8 bits have few outliers to give up.
 _SHRINK = {4: (0.95, 0.8), 8: (0.97, 0.9)}

@@ -69,7 +69,7 @@ class DataFlow(ABC):
 
     #: Whether it can sample by penalty_sample_head; the others are greedy only.
     samples = False
-    #: The mask's closed value in every net, where a generation does not go by the net's own type.
+    #: The mask's closed value as the demo always writes it; None: it goes by the net's own type.
     mask_bits: int | None = None
 
     def __init__(self, machine: Machine) -> None:
@@ -181,6 +181,7 @@ class Copying(DataFlow):
     """
 
     samples = True
+    mask_bits: int | None = MASK_BITS["bf16"]
     #: Whether it can hold the caches itself.
     holds_cache = True
 
@@ -268,10 +269,11 @@ class CopyingAlone(Copying):
 class OwnLength(Copying):
     """LLM-TPU's generic demos (Qwen2 to Qwen3), which read a file without heads or with a greedy head: a
     dynamic prefill is launched at the prompt's own length; a decode net reads where the one before it wrote,
-    and writes straight into the cache.
+    and writes straight into the cache. They know float16 from 2025-08 on.
     """
 
     samples = False
+    mask_bits = None
     holds_cache = False
 
     def prepare(self) -> None:
@@ -425,6 +427,8 @@ class Parallel(InPlace):
     prefill is launched at exactly the prompt's length, after a whole embedding.
     """
 
+    mask_bits = MASK_BITS["bf16"]
+
     def places(self) -> None:
         self.ids = self.nets["embedding"].inputs[0].memory
         self.states = self.block(0).outputs[0].memory
@@ -440,6 +444,6 @@ class Parallel(InPlace):
 
 
 class InPlaceFloat16(InPlace):
-    """sophon-demo's qwen.py of 2024-03: buffers of its own, and float16's -10000 in the mask of every net."""
+    """sophon-demo's qwen.py of 2024-03 to 2024-07: buffers of its own, and float16's -10000 in every mask."""
 
     mask_bits = MASK_BITS["f16"]

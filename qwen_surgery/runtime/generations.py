@@ -35,8 +35,14 @@ class DemoGeneration:
 
     def refuses(self, nets: Iterable[NetMemory]) -> str:
         """Why it cannot read a file of *nets* at all; empty when it can."""
-        kind = kind_of({net.name: net for net in nets})
-        return "" if kind in self.heads else _WHY_NOT[self.heads[0], kind]
+        found = {net.name: net for net in nets}
+        kind = kind_of(found)
+        if kind not in self.heads:
+            return _WHY_NOT[self.heads[0], kind]
+        mask = found["block_0"].inputs[2].dtype
+        if mask == "f16" and self.flow.mask_bits == flows.MASK_BITS["bf16"]:
+            return "its masks are always bf16 bits, and float16 takes its -10000 for -6.1: nothing is masked"
+        return ""
 
 
 #: (what the demo takes, what the file is) -> why it cannot run
@@ -51,11 +57,11 @@ _WHY_NOT = {
 GENERATIONS = (
     DemoGeneration(
         "chat-2024", "LLM-TPU models/Qwen/python_demo/chat.cpp, 2024-03-28 to 2025-06",
-        ("llm-tpu", "sophon-demo"), flows.Copying, (HEADS,), (True,),
+        ("llm-tpu",), flows.Copying, (HEADS,), (True,),
     ),
     DemoGeneration(
         "chat-2025", "LLM-TPU models/Qwen/python_demo/chat.cpp, from 2025-06",
-        ("llm-tpu", "sophon-demo"), flows.CopyingAlone, (HEADS,), (True,),
+        ("llm-tpu",), flows.CopyingAlone, (HEADS,), (True,),
     ),
     DemoGeneration(
         "generic", "LLM-TPU models/Qwen2_5/python_demo/chat.cpp and its likes, greedy",
@@ -70,7 +76,7 @@ GENERATIONS = (
         ("sophon-demo-2024.1",), flows.CopyingToken, (FUSED,), (True,),
     ),
     DemoGeneration(
-        "qwen.py-2024-03", "sophon-demo sample/Qwen/python/qwen.py, 2024-03",
+        "qwen.py-2024-03", "sophon-demo sample/Qwen/python/qwen.py, 2024-03 to 2024-07",
         ("sophon-demo-2024.1",), flows.InPlaceFloat16, (FUSED,), (True, False),
     ),
     DemoGeneration(
@@ -85,6 +91,15 @@ def kind_of(nets: Mapping[str, NetMemory]) -> str:
     if "greedy_head" in nets:
         return HEADS
     return FUSED if nets["lm_head"].outputs[0].dtype == "i32" else LOGITS
+
+
+def conversations(profile: str, kind: str) -> int:
+    """How many conversations of one prompt the level ``runtime`` has with a file of *kind* of *profile*."""
+    return sum(
+        len(one.shared) * (2 if one.flow.samples and kind == HEADS else 1)
+        for one in of_profile(profile)
+        if kind in one.heads
+    )
 
 
 def of_profile(profile: str | None) -> tuple[DemoGeneration, ...]:

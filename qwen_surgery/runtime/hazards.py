@@ -8,6 +8,7 @@ sharing memory with a net that it does not share with.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ class Segment:
         return Segment(Memory(start, end - start), self.number, self.offset + start - self.memory.address)
 
 
+def _start(segment: Segment) -> int:
+    return segment.memory.address
+
+
 class Contents:
     """Device memory by who wrote what. Segments are disjoint and in the order of their addresses."""
 
@@ -51,16 +56,22 @@ class Contents:
 
     def read(self, memory: Memory) -> list[Segment]:
         """The segments in *memory*, cut to it; gaps are bytes that nobody wrote."""
-        return [part for segment in self._segments if (part := segment.cut(memory))]
+        return [part for segment in self._segments[self._touched(memory)] if (part := segment.cut(memory))]
 
     def put(self, segments: Iterable[Segment], memory: Memory) -> None:
         """Fill *memory* with *segments*, all of which lie in it."""
+        touched = self._touched(memory)
         rest = []
-        for segment in self._segments:
+        for segment in self._segments[touched]:
             before = Memory(segment.memory.address, max(0, memory.address - segment.memory.address))
             after = Memory(memory.end, max(0, segment.memory.end - memory.end))
             rest += [part for side in (before, after) if (part := segment.cut(side))]
-        self._segments = sorted([*rest, *segments], key=lambda segment: segment.memory.address)
+        self._segments[touched] = sorted([*rest, *segments], key=_start)
+
+    def _touched(self, memory: Memory) -> slice:
+        """Where the segments stand that may have bytes in *memory*: a 72B model's flow has thousands."""
+        first = max(0, bisect_right(self._segments, memory.address, key=_start) - 1)
+        return slice(first, bisect_left(self._segments, memory.end, lo=first, key=_start))
 
     def fill(self, memory: Memory, number: int) -> None:
         if memory.size:

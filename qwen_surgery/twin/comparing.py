@@ -93,7 +93,7 @@ def _places(trail: Trail, nets: Recorder, layers: int, *, decode: bool) -> Itera
         net = f"{block}_{i}"
         after = f"{block}_{i - 1}" if i else table
         between = (
-            f"what QWenModel.forward does between {'its layers' if i else 'the embedding and its layers'}"
+            f"what the model's forward does between {'its layers' if i else 'the embedding and its layers'}"
         )
         yield _Pair(f"between {after} and {net}", trail.inputs.get(i), rows(nets.given[net]), between)
         outputs = (trail.outputs.get(i), trail.keys.get(i), trail.values.get(i))
@@ -104,11 +104,11 @@ def _places(trail: Trail, nets: Recorder, layers: int, *, decode: bool) -> Itera
         f"between {block}_{layers - 1} and lm_head",
         None if trail.closing is None else trail.closing[-1],
         nets.given["lm_head"],
-        "what QWenModel.forward does between its last layer and ln_f",
+        "what the model's forward does between its last layer and the final norm",
     )
-    closing = "the final norm, lm_head's own class, and what lies between ln_f and lm_head"
+    closing = "the final norm, lm_head's own class, and what lies between the norm and lm_head"
     yield _Pair("lm_head", trail.head, nets.gave["lm_head"][0], closing)
-    look = "what QWenLMHeadModel.forward does with its logits"
+    look = "what the whole model's forward does with its logits"
     yield _Pair("after lm_head", trail.logits, nets.gave["lm_head"][0], look)
 
 
@@ -117,5 +117,5 @@ def _look_in_block(trail: Trail, i: int) -> str:
         return f"the attention_mask that the model hands to layer {trail.odd_mask}: not only open and closed"
     return (
         f"what the model hands to layer {i} (rotary tables, mask), what that layer knows and others do not "
-        "(its index, attributes set on it), and the patched QWenBlock"
+        "(its index, attributes set on it), and the patched layer"
     )

@@ -91,7 +91,7 @@ def _check(
     sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geometry, *, installed: bool
 ) -> TwinReport:
     report = TwinReport(twins(real, sources.facts), installed)
-    tied = sources.facts.tied and "lm_head.weight" not in checkpoint
+    tied = sources.facts.tied and sources.family.anatomy.head_tensor not in checkpoint
     watched: list[list[str]] = []
     for sizes in report.twins:
         try:

@@ -32,6 +32,7 @@ class TwinNets:
         patched = ModelCode.load(sources.patched, sources.modeling, installed=installed)
         reference = ModelCode.load(sources.reference, sources.modeling, installed=installed)
         self._factory = ModuleFactory(patched, reference, geometry)
+        self._anatomy = patched.family.anatomy
         self._index = index
         self._contract = {net.name: net for net in nets.nets(geometry.layers)}
         self._built: dict[NetKind, NetModule] = {}
@@ -46,7 +47,8 @@ class TwinNets:
             self._built[net.kind] = self._factory.build(net.kind)
         built = self._built[net.kind]
         if name not in self._values:
-            binding = make_binding(net, built.slots, tied="lm_head.weight" not in self._index)
+            tied = self._anatomy.head_tensor not in self._index
+            binding = make_binding(net, built.slots, self._anatomy, tied=tied)
             refs = resolve(binding, built.shapes(), self._index)
             self._values[name] = {slot: torch.from_numpy(ref.read()) for slot, ref in refs.items()}
         return built.load(self._values[name])

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qwen_surgery.families.family import Anatomy
     from qwen_surgery.patching.sources import Sources
-
-TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class Trail:
 
 
 class WholeTwin:
-    """The checkout's own ``QWenLMHeadModel`` at a twin's sizes, fp32, with random weights.
+    """The checkout's own whole model at a twin's sizes, fp32, with random weights.
 
     *sources* carry the twin's config; *checkpoint* are the names of the real checkpoint's tensors, *tied*
     says whether the output layer is the embedding's table. ``index`` are the weights by checkpoint name.
     *installed* says whether the code gets the installed transformers. Raises Refused when the code cannot be
-    built or does not have Qwen v1's parts.
+    built or does not have its family's parts.
     """
 
     def __init__(
@@ -76,13 +75,11 @@ class WholeTwin:
         self.code = ModelCode.load(sources.reference, sources.modeling, installed=installed)
         # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        model_class = getattr(self.code.module, "QWenLMHeadModel", None)
-        if model_class is None:
-            raise Refused(f"{sources.modeling} has no class QWenLMHeadModel")
+        self._anatomy = self.code.family.anatomy
         with weightless():
-            self._model: Any = model_class(self.code.config).eval()
-        self.index = _fill(self._model, checkpoint, tied=tied)
-        self._own_inputs = "prepare_inputs_for_generation" in vars(model_class)
+            self._model: Any = self.code.model()
+        self.index = _fill(self._model, checkpoint, self._anatomy, tied=tied)
+        self._own_inputs = "prepare_inputs_for_generation" in vars(type(self._model))
         self._trail = Trail()
         self._past: Any = None
         self._tokens: list[int] = []
@@ -103,28 +100,31 @@ class WholeTwin:
 
         self._trail = Trail()
         with torch.no_grad():
-            result = self._model(**self._inputs(), return_dict=True)
-        self._past = result.past_key_values
+            result, self._past = self._step()
         self._trail.logits = result.logits[0, -1].float().numpy().copy()
         return self._trail
 
-    def _inputs(self) -> dict[str, Any]:
-        """What the model's forward gets for the next step: its own choice, as generate would ask for it."""
+    def _step(self) -> tuple[Any, Any]:
+        """The next step's result and cache. What the forward gets is the model's own choice, as generate
+        would ask for it, where it makes one."""
         import torch
 
         ids = torch.tensor([self._tokens])
         if not self._own_inputs:
             new = ids if self._past is None else ids[:, -1:]
-            return {"input_ids": new, "past_key_values": self._past, "use_cache": True}
+            return self.code.family.whole_step(self._model, new, self._past)
         given = {"past_key_values": self._past, "attention_mask": torch.ones_like(ids), "use_cache": True}
-        return dict(self._model.prepare_inputs_for_generation(ids, **given))
+        result = self._model(**self._model.prepare_inputs_for_generation(ids, **given), return_dict=True)
+        return result, result.past_key_values
 
     def _watch(self) -> None:
         try:
-            body, head = self._model.transformer, self._model.lm_head
-            table, blocks, norm = body.wte, list(body.h), body.ln_f
+            body, head = getattr(self._model, self._anatomy.body), getattr(self._model, self._anatomy.head)
+            table, norm = getattr(body, self._anatomy.table), getattr(body, self._anatomy.norm)
+            blocks = list(getattr(body, self._anatomy.layers))
         except AttributeError as error:
-            raise Refused(f"QWenLMHeadModel lacks a part of Qwen v1: {error}") from error
+            family = self.code.family
+            raise Refused(f"{family.model_class} lacks a part of {family.title}: {error}") from error
         table.register_forward_hook(self._after_table)
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(self._before_block(i), with_kwargs=True)
@@ -173,7 +173,9 @@ def _is_odd(mask: Any) -> bool:
     return bool(((mask != 0) & (mask > -1e3)).any())
 
 
-def _fill(model: nn.Module, checkpoint: Mapping[str, Any], *, tied: bool) -> dict[str, TensorRef]:
+def _fill(
+    model: nn.Module, checkpoint: Mapping[str, Any], anatomy: Anatomy, *, tied: bool
+) -> dict[str, TensorRef]:
     """Give every parameter random values; returns them by the names that a checkpoint stores them under."""
     import torch
 
@@ -183,20 +185,20 @@ def _fill(model: nn.Module, checkpoint: Mapping[str, Any], *, tied: bool) -> dic
             if parameter is None:
                 continue
             name = f"{prefix}.{attribute}"
-            stored = TABLE if tied and name == HEAD else name
+            stored = anatomy.table_tensor if tied and name == anatomy.head_tensor else name
             if stored not in checkpoint:
                 raise Refused(
                     f"the model's code has a parameter {name} that is not in the checkpoint",
                     hint="this code and these weights do not belong together",
                 )
             if stored not in index:
-                index[stored] = HeldTensor.of(stored, _values(stored, tuple(parameter.shape)))
+                index[stored] = HeldTensor.of(stored, _values(stored, tuple(parameter.shape), anatomy))
             value = torch.from_numpy(index[stored].read())
             module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
     return index
 
 
-def _values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _values(name: str, shape: tuple[int, ...], anatomy: Anatomy) -> np.ndarray:
     """Random float32 values, the same for the same name, of which every part of the model shows.
 
     Gains differ from 1 and biases from 0; attention is sharp; logits reach far, so that a cap on them shows.
@@ -205,7 +207,7 @@ def _values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         gain = name.endswith("weight")
         return np.asarray(1 + 0.25 * np.clip(values, -3, 3) if gain else 0.5 * values, dtype=np.float32)
-    if name == TABLE:
+    if name == anatomy.table_tensor:
         return values
-    scale = 20.0 if name == HEAD else 1.5 if "c_attn" in name else 0.8
+    scale = 20.0 if name == anatomy.head_tensor else 1.5 if "c_attn" in name else 0.8
     return np.asarray(values * np.float32(scale / shape[-1] ** 0.5), dtype=np.float32)

@@ -140,6 +140,13 @@ def make_prompts(selection: Selection, geometry: Geometry) -> list[list[int]]:
     return prompts
 
 
+def longest_prompt(seq_length: int, steps: int) -> int:
+    """Tokens of the longest prompt after which *steps* decode steps fit; raises Usage when none does."""
+    if steps >= seq_length:
+        raise Usage(f"{steps} steps do not fit in an export length of {seq_length}", hint="use fewer --steps")
+    return seq_length - steps
+
+
 def default_lengths(seq_length: int) -> tuple[int, ...]:
     """Ragged prompts: one token, about a third, all but one (its decode step fills the last slot), all."""
     return tuple(sorted({1, seq_length // 3 + 1, max(1, seq_length - 1), seq_length}))
@@ -236,7 +243,7 @@ class CaseMaker:
     def _history(self, units: np.ndarray, layer: int) -> np.ndarray:
         """[1, S, n, d]: the past units, then noise of their size in the slots that the mask must close."""
         generator = np.random.default_rng([self._selection.seed, layer, len(units)])
-        shape = (1, self._g.seq_length, self._g.heads, self._g.head_dim)
+        shape = (1, self._g.seq_length, self._g.kv_heads, self._g.head_dim)
         history = generator.standard_normal(shape, dtype=np.float32) * np.float32(units.std() + 1e-3)
         history[0, : len(units)] = units
         return history

@@ -90,6 +90,7 @@ class TorchEngine:
         patched = ModelCode.load(sources.patched, sources.modeling)
         reference = ModelCode.load(sources.reference, sources.modeling)
         self._factory = ModuleFactory(patched, reference, geometry)
+        self._anatomy = patched.family.anatomy
         self._index = index
         self._contract = {net.name: net for net in nets.nets(geometry.layers, multi_device=multi_device)}
         self._open: _Kept[Any] = _Kept(keep_bytes)
@@ -103,7 +104,8 @@ class TorchEngine:
 
         net = self._contract[name]
         built = self._factory.build(net.kind)
-        binding = make_binding(net, built.slots, tied="lm_head.weight" not in self._index)
+        tied = self._anatomy.head_tensor not in self._index
+        binding = make_binding(net, built.slots, self._anatomy, tied=tied)
         refs = resolve(binding, built.shapes(), self._index)
         values = {slot: torch.from_numpy(np.ascontiguousarray(ref.read())) for slot, ref in refs.items()}
         return built.load(values), sum(4 * ref.numel for ref in refs.values())

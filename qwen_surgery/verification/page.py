@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_surgery import __version__, files
-from qwen_surgery.errors import Refused, ToolFailed
+from qwen_surgery import __version__, extras, files
+from qwen_surgery.errors import Refused
 from qwen_surgery.verification.results import Check, LevelResult, Report
 from qwen_surgery.verification.table import COLUMNS, HEADINGS, number, rows_of, worst_of
 
@@ -107,6 +107,7 @@ def write_page(report: Report, path: Path, request: Request) -> None:
 
     Raises ToolFailed when matplotlib or jinja2 is not installed (the ``report`` extra has both).
     """
+    extras.need("the HTML page", "report")
     files.write_whole(
         path, render(report, diffs(report), pass_counts(request), predictions(request)).encode()
     )
@@ -114,10 +115,8 @@ def write_page(report: Report, path: Path, request: Request) -> None:
 
 def render(report: Report, diff: str, passes: list[PassCounts], predicted: list[Predicted]) -> str:
     """The page's text."""
-    try:
-        import jinja2
-    except ImportError:
-        raise _missing("jinja2") from None
+    import jinja2
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     kinds, by_net = errors_by_net(report)
@@ -146,10 +145,6 @@ def render(report: Report, diff: str, passes: list[PassCounts], predicted: list[
     )
 
 
-def _missing(package: str) -> ToolFailed:
-    return ToolFailed(f"the HTML page needs {package}", hint="pip install 'qwen-surgery[report]'")
-
-
 def _rows(level: LevelResult) -> list[dict[str, Any]]:
     return [
         {
@@ -176,13 +171,11 @@ def plot(
     lines of one level share a colour and a legend entry, and decode is dashed. Text and axes have the page's
     own colour.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator
-    except ImportError:
-        raise _missing("matplotlib") from None
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     with matplotlib.rc_context(_style(name)):
         figure = Figure(figsize=(7, 3.2) if pairs or ticks else (5, 2.6), layout="constrained")
         figure.patch.set_visible(False)

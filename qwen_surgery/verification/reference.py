@@ -1,6 +1,6 @@
 """The reference of everything: the unpatched upstream model, run in fp32 on the CPU with its own config.
 
-The checkout's own ``QWenLMHeadModel`` runs whole, from token ids to logits: its forward, its masks and its
+The checkout's own model class runs whole, from token ids to logits: its forward, its masks and its
 cache are untouched. What each block takes and gives is recorded by hooks. A model that does not fit in memory
 runs with one layer's weights loaded at a time, and reads its tables of words by the row.
 """
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 #: Weights are held in memory as a whole up to this many bytes of float32, else layer by layer.
 WHOLE_MODEL_BYTES = 2 << 30
 _ROWS_AT_A_TIME = 8192
-_TABLES = ("transformer.wte.weight", "lm_head.weight")
 
 
 @dataclass
@@ -77,21 +76,23 @@ class ReferenceModel:
         code = ModelCode.load(files, modeling)
         # Newer versions warn about arguments that the unpatched code gives; it stays as it is.
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        model_class = getattr(code.module, "QWenLMHeadModel", None)
-        if model_class is None:
-            raise Refused(f"{modeling} has no class QWenLMHeadModel")
+        self._family = code.family
+        self._anatomy = anatomy = code.family.anatomy
+        self._tables = (anatomy.table_tensor, anatomy.head_tensor)
         with weightless():
-            self._model: Any = model_class(code.config).eval()
-        stack = self._model.transformer
-        self._cut = depth is not None and depth < len(stack.h)
+            self._model: Any = code.model()
+        self._body: Any = getattr(self._model, anatomy.body)
+        stack = getattr(self._body, anatomy.layers)
+        self._cut = depth is not None and depth < len(stack)
         if self._cut:
-            stack.h = stack.h[:depth]
+            stack = stack[:depth]
+            setattr(self._body, anatomy.layers, stack)
         self._index = index
-        self._tied = "lm_head.weight" not in index
-        self.layer_count = len(stack.h)
+        self._tied = anatomy.head_tensor not in index
+        self.layer_count = len(stack)
         self.layers = tuple(range(self.layer_count)) if layers is None else tuple(layers)
         self._places = self._match_parameters()
-        held = [name for name in self._places if not (self._cut and name in _TABLES)]
+        held = [name for name in self._places if not (self._cut and name in self._tables)]
         self.streamed = sum(4 * self._index[self._tensor(name)].numel for name in held) > whole_model_bytes
         self._pass: Pass | None = None
         self._past: Any = None
@@ -118,7 +119,8 @@ class ReferenceModel:
         return places
 
     def _tensor(self, name: str) -> str:
-        return "transformer.wte.weight" if self._tied and name == "lm_head.weight" else name
+        table, head = self._tables
+        return table if self._tied and name == head else name
 
     def _load(self, names: Sequence[str]) -> None:
         import torch
@@ -141,10 +143,11 @@ class ReferenceModel:
 
     def _install(self) -> None:
         left = self._read_by_rows() if self.streamed or self._cut else set()
-        left |= {name for name in self._places if self.streamed and ".h." in name}
+        inside = self._anatomy.every_layer
+        left |= {name for name in self._places if self.streamed and name.startswith(inside)}
         self._load([name for name in self._places if name not in left])
         self._unload(sorted(left))
-        for i, block in enumerate(self._model.transformer.h):
+        for i, block in enumerate(getattr(self._body, self._anatomy.layers)):
             block.register_forward_pre_hook(self._before(i), with_kwargs=True)
             block.register_forward_hook(self._after(i), with_kwargs=True)
 
@@ -152,19 +155,19 @@ class ReferenceModel:
         """Have plain tables read from the checkpoint where they are used; the names of their parameters."""
         from torch import nn
 
-        table: Any = self._model.transformer.wte
-        head: Any = self._model.lm_head
+        table: Any = getattr(self._body, self._anatomy.table)
+        head: Any = getattr(self._model, self._anatomy.head)
         found = set()
         if type(table) is nn.Embedding:
             object.__setattr__(table, "forward", self._embed)
-            found.add(_TABLES[0])
+            found.add(self._tables[0])
         if type(head) is nn.Linear and head.bias is None:
             object.__setattr__(head, "forward", self._product)
-            found.add(_TABLES[1])
+            found.add(self._tables[1])
         return found
 
     def _layer_parameters(self, i: int) -> list[str]:
-        return [name for name in self._places if name.startswith(f"transformer.h.{i}.")]
+        return [name for name in self._places if name.startswith(self._anatomy.layer(i))]
 
     def _before(self, i: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,18 +182,19 @@ class ReferenceModel:
         return hook
 
     def _after(self, i: int) -> Any:
-        def hook(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+        def hook(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
             if self.streamed:
                 self._unload(self._layer_parameters(i))
             record = self._pass
             if record is None:
                 return
-            states, (key, value) = output[0], output[1]
+            step = self._family.layer_step(output, given, i)
+            states = step.states
             if i in self.layers:
                 record.block_outputs[i] = states[0].numpy().copy()
                 for whole, new, past in (
-                    (key, record.keys, record.past_keys),
-                    (value, record.values, record.past_values),
+                    (step.key, record.keys, record.past_keys),
+                    (step.value, record.values, record.past_values),
                 ):
                     units = whole[0].numpy().copy()
                     new[i], past[i] = units[record.start :], units[: record.start]
@@ -203,14 +207,14 @@ class ReferenceModel:
         """The embedding's forward: [1, L] -> [1, L, H], the rows read from the checkpoint."""
         import torch
 
-        rows = read_rows(self._index[_TABLES[0]], ids.ravel().tolist())
+        rows = read_rows(self._index[self._tables[0]], ids.ravel().tolist())
         return torch.from_numpy(rows).reshape(*ids.shape, -1)
 
     def _product(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output layer's forward: [1, L, H] -> [1, 1, V], the last token's alone, some rows at a time."""
         import torch
 
-        table = self._index[self._tensor(_TABLES[1])]
+        table = self._index[self._tensor(self._tables[1])]
         parts = []
         for first in range(0, table.shape[0], _ROWS_AT_A_TIME):
             rows = range(first, min(first + _ROWS_AT_A_TIME, table.shape[0]))
@@ -221,12 +225,10 @@ class ReferenceModel:
         import torch
 
         self._pass = Pass(tuple(tokens), self.length)
-        inputs = {"input_ids": torch.tensor([list(tokens)]), "past_key_values": self._past}
         with torch.no_grad():
             # Without its last layers a model has no logits: then only the stack runs.
-            run = self._model.transformer if self._cut else self._model
-            result = run(**inputs, use_cache=True, return_dict=True)
-        self._past = result.past_key_values
+            run = self._body if self._cut else self._model
+            result, self._past = self._family.whole_step(run, torch.tensor([list(tokens)]), self._past)
         if not self._cut:
             self._pass.logits = result.logits[0, -1].numpy().copy()
         record, self._pass = self._pass, None
@@ -251,7 +253,7 @@ def _refuse_other_order(order: Sequence[int], layers: int) -> None:
         raise Refused(
             f"the model's forward runs the layers {', '.join(map(str, order))}, and the nets run each of the "
             f"{layers} once, in order",
-            hint="look at the loop over the layers in QWenModel.forward",
+            hint="look at the loop over the layers in the model's forward",
         )
 
 

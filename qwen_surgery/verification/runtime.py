@@ -157,8 +157,8 @@ class Runtime:
         for i in range(g.layers):
             inputs = [states, position, mask, self._keys[i], self._values[i]]
             states, key, value = self._engine.run(f"block_cache_{i}", inputs)
-            self._keys[i][:, slot] = key.reshape(1, g.heads, g.head_dim)
-            self._values[i][:, slot] = value.reshape(1, g.heads, g.head_dim)
+            self._keys[i][:, slot] = key.reshape(1, g.kv_heads, g.head_dim)
+            self._values[i][:, slot] = value.reshape(1, g.kv_heads, g.head_dim)
         return self._logits(states)
 
     def _logits(self, hidden: np.ndarray) -> np.ndarray:

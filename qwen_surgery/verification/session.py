@@ -16,7 +16,14 @@ from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification import language
-from qwen_surgery.verification.cases import CaseMaker, NetCase, Selection, default_lengths, make_prompts
+from qwen_surgery.verification.cases import (
+    CaseMaker,
+    NetCase,
+    Selection,
+    default_lengths,
+    longest_prompt,
+    make_prompts,
+)
 from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
@@ -37,7 +44,9 @@ KEEP_CASES = 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Empty ``levels`` means every level whose parts were given."""
+    """What the user asked for. Empty ``levels`` means every level whose parts were given; ``runtime`` is the
+    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel.
+    """
 
     checkout: Path
     onnx: tuple[Path, ...] = ()
@@ -56,6 +65,7 @@ class Request:
     questions: tuple[str, ...] = ()
     text: str = ""
     text_tokens: int = 256
+    runtime: str | None = None
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -320,12 +330,7 @@ def _end_to_end_prompt(parts: _Opened) -> list[int]:
     and its distribution, which is then compared, hangs on little.
     """
     prompts = make_prompts(parts.selection, parts.geometry)
-    room = parts.geometry.seq_length - parts.request.steps
-    if room < 1:
-        raise Usage(
-            f"{parts.request.steps} steps do not fit in an export length of {parts.geometry.seq_length}",
-            hint="use fewer --steps",
-        )
+    room = longest_prompt(parts.geometry.seq_length, parts.request.steps)
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
     prompt = max(fitting, key=len) if fitting else prompts[0][:room]
     return _text_tokens(parts)[: len(prompt)] or prompt
@@ -367,22 +372,32 @@ def _runtime_level(parts: _Opened, bmodel: Path) -> LevelResult:
     result = LevelResult("runtime", _mode_of(parts.request, bmodel), "bmruntime")
 
     def work() -> None:
-        longest = _end_to_end_prompt(parts)
-        seq_length, steps = parts.geometry.seq_length, parts.request.steps
-        # Short, and as long as it may be: what overlaps shows in a prompt's last rows.
-        lengths = Selection((max(1, seq_length // 3), seq_length - steps), seed=parts.request.seed)
-        prompts = make_prompts(lengths, parts.geometry) if not parts.request.prompt_lengths else [longest]
+        lengths = Selection(
+            _runtime_lengths(parts.request, parts.geometry.seq_length), seed=parts.request.seed
+        )
+        prompts = make_prompts(lengths, parts.geometry)
         result.checks += check_runtimes(
             bmodel,
             Toolchain.find(parts.request.toolchain),
             parts.geometry,
             prompts,
-            steps,
+            parts.request.steps,
             Sampling(seed=parts.request.seed),
+            profile=parts.request.runtime,
             progress=lambda what: parts.progress(f"runtime: {what}"),
         )
 
     return timed(result, work)
+
+
+def _runtime_lengths(request: Request, seq_length: int) -> tuple[int, ...]:
+    """The prompts that were asked for, cut to leave room for the steps; else a short one, and one as long as
+    it may be: what overlaps shows in a prompt's last rows.
+    """
+    room = longest_prompt(seq_length, request.steps)
+    return tuple(
+        sorted({min(length, room) for length in request.prompt_lengths or (seq_length // 3 + 1, room)})
+    )
 
 
 def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:

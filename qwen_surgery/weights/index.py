@@ -13,8 +13,8 @@ from qwen_surgery.weights.refs import TensorRef
 from qwen_surgery.weights.safetensors_header import read_header
 from qwen_surgery.weights.torch_zip import read_torch_zip
 
-# In the order of preference when a checkout holds several.
-_LAYOUTS = (
+#: Index, single file, reader; in the order of preference when a checkout holds several.
+LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors", read_header),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
 )
@@ -40,7 +40,7 @@ class WeightIndex(Mapping[str, TensorRef]):
         """
         path = Path(path).absolute()
         release = Release.of(path)
-        for index_name, single_name, reader in _LAYOUTS:
+        for index_name, single_name, reader in LAYOUTS:
             index_file, single_file = path / index_name, path / single_name
             if index_file.is_file():
                 refs, files = _read_sharded(index_file, reader)

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.parsing import parsing, read_json, whole
+from qwen_surgery.weights.integers import Integers
 from qwen_surgery.weights.refs import TensorRef
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from qwen_surgery.packing.formats import Integers
 
 #: Where a release says how it is quantised: a file, and the key in it ('' for the whole file).
 _PLACES = (("config.json", "quantization_config"), ("quantize_config.json", ""), ("quant_config.json", ""))
@@ -129,8 +128,6 @@ class QuantisedRef(TensorRef):
     def integers(self, rows: slice = slice(None)) -> Integers:
         """The checkpoint's own integers of some rows. Raises Refused when a shard ends too early."""
         import numpy as np
-
-        from qwen_surgery.packing.formats import Integers
 
         codes, zero = self._codes(rows), self._by_outputs(self.zeros.read_raw())[:, rows]
         zero = zero.T + np.uint8(self.release.less_one)

@@ -125,6 +125,19 @@ def test_a_plan_writes_nothing(checkout: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.tpu
+def test_a_plan_says_what_a_verification_in_the_vendors_runtime_costs(checkout: Path, tmp_path: Path) -> None:
+    rows = {}
+    for depth, length in (("contract", 32), ("full", 32), ("full", 512)):
+        flags = ("--seq-length", length, "--name", "tiny", "--trust-remote-code", "--dry-run", "--json")
+        plan = json.loads(cli("build", checkout, "--out", tmp_path, "--verify", depth, *flags).stdout)
+        rows[depth, length] = next(row for row in plan["tasks"] if row["task"].startswith("verify:"))
+    assert "the vendor's runtime: 10 conversations" in rows["full", 32]["command"]
+    assert "vendor" not in rows["contract", 32]["command"]
+    seconds = [row["seconds"] for row in rows.values()]
+    assert seconds == sorted(set(seconds)), "contract, a short length, a long one"
+
+
+@pytest.mark.tpu
 def test_one_layers_new_weights_pack_that_layer_alone(
     checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
 ) -> None:
@@ -334,3 +347,12 @@ def test_an_export_remembers_the_config_that_its_bmodel_is_made_with(exported: P
 
     config = json.loads((exported.parent / "Qwen-two/config.json").read_text())
     assert Manifest.load(exported).config == config
+
+
+def test_steps_that_do_not_fit_are_refused_before_anything_is_built(checkout: Path, tmp_path: Path) -> None:
+    """Told after the compile, the wrong word costs a user the whole build."""
+    done = cli(
+        "build", checkout, "--out", tmp_path / "out", "--seq-length", 8, "--trust-remote-code", check=False
+    )
+    assert done.returncode == 2 and "8 steps do not fit in an export length of 8" in done.stderr
+    assert not list(tmp_path.rglob("*.bmodel")) and not list(tmp_path.rglob("*.onnx"))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from codemods import config, docs
 from codemods.framework import registry
+
+pytestmark = pytest.mark.repository
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -64,18 +63,6 @@ def test_a_given_key_wins_over_the_class_and_the_class_over_upstream() -> None:
 @pytest.mark.parametrize("source", [None, b"", b"class (", b"\xff\xfe\x00"])
 def test_a_class_that_cannot_be_read_leaves_upstreams_defaults(source: bytes | None) -> None:
     assert ModelFacts.from_config({}, source) == ModelFacts.from_config({})
-
-
-def test_the_class_is_the_one_that_auto_map_names() -> None:
-    config = {"auto_map": {"AutoConfig": "Someone/Model--mine.MyConfig"}}
-    files = {
-        "config.json": json.dumps(config).encode(),
-        "mine.py": (HEAD + WAYS["keywords"]).encode(),
-        "configuration_qwen.py": (HEAD + WAYS["keywords"].replace("64", "32")).encode(),
-    }
-    assert ModelFacts.from_files(files).trained_length == 64
-    files["config.json"] = b"{}"
-    assert ModelFacts.from_files(files).trained_length == 32
 
 
 def test_written_out_a_config_needs_no_class() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
-from qwen_surgery.exporting.planning import refuse_beyond_trained
+from qwen_surgery.families.qwen1 import Qwen1
 from qwen_surgery.packing.refit import refuse_other_model
-from qwen_surgery.packing.sidefile import SideFile, compiled_in
+from qwen_surgery.packing.sidefile import SideFile
 from qwen_surgery.patching.sources import Sources
 from tests.exporting.conftest import LENGTH, Tiny, small_checkout
 
@@ -67,7 +67,7 @@ def test_the_manifest_says_what_the_config_left_out(checkouts: tuple[Path, Path]
 
 def test_side_file_and_refit_see_one_model(checkouts: tuple[Path, Path]) -> None:
     opened = [Checkout.open(path) for path in checkouts]
-    facts = [compiled_in(checkout.facts) for checkout in opened]
+    facts = [Qwen1().compiled_facts(checkout.facts) for checkout in opened]
     assert facts[0] == facts[1] and facts[0]["use_logn_attn"] and facts[0]["trained_length"] == LENGTH
     side = SideFile((), opened[0].geometry(LENGTH), (), {}, facts[0])
     refuse_other_model(side, opened[1], Path("x.bmodel"))
@@ -77,11 +77,12 @@ def test_a_missing_length_is_that_of_the_class(tmp_path: Path) -> None:
     """The made-up checkouts' class says 2048, upstream's first release was trained at 8192."""
     path = small_checkout(tmp_path / "checkout", trained_length=LENGTH)
     silence(path, "seq_length")
-    facts = Checkout.open(path).facts
+    checkout = Checkout.open(path)
+    facts = checkout.facts
     assert facts.trained_length == 2048
-    refuse_beyond_trained(facts, 2048)
+    checkout.family.refuse(facts, checkout.geometry(2048))
     with pytest.raises(Refused, match="2049 is above the trained length 2048"):
-        refuse_beyond_trained(facts, 2049)
+        checkout.family.refuse(facts, checkout.geometry(2049))
     (path / "configuration_qwen.py").unlink()
     assert Checkout.open(path).facts.trained_length == 8192
 

@@ -28,7 +28,7 @@ def plain_export(tiny: Tiny, name: str, target: Path) -> None:
     code = [ModelCode.load(files) for files in (tiny.sources.patched, tiny.sources.reference)]
     kind = BLOCKS[name]
     built = ModuleFactory(*code, tiny.geometry).build(kind)
-    binding = make_binding(Net(name, kind, 1), built.slots, tied=False)
+    binding = make_binding(Net(name, kind, 1), built.slots, code[0].family.anatomy, tied=False)
     refs = resolve(binding, built.shapes(), tiny.index)
     module = built.load({slot: torch.from_numpy(ref.read()) for slot, ref in refs.items()})
     arguments = tuple(

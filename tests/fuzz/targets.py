@@ -335,6 +335,7 @@ def side_file(folder: Path) -> tuple[Write, Read]:
     """The side file as ``inspect`` reads it, and its plans as ``refit`` packs by them."""
     import numpy as np
 
+    from qwen_surgery.families.qwen1 import Qwen1
     from qwen_surgery.packing import plans, report, sidefile
     from qwen_surgery.weights import TensorRef
 
@@ -349,7 +350,7 @@ def side_file(folder: Path) -> tuple[Write, Read]:
         "geometry": GEOMETRY,
         "plans": [_plan()],
         "nets": {"block_cache_0": {"plan": 0, "tensors": {"w": ["h.0.w", [4, 4]]}}},
-        "config": {**dict.fromkeys(sidefile.COMPILED_IN, True), "trained_length": 64},
+        "config": {**dict.fromkeys(Qwen1.compiled_in, True), "trained_length": 64},
         "predictions": predictions,
         "notes": {"mode": "int4"},
     }

@@ -69,6 +69,16 @@ def test_a_pass_acts_on_upstreams_own_form(templates: Templates, name: str, kind
     assert name in result.applied
 
 
+def test_a_mask_gets_its_floor_where_a_row_can_be_closed_everywhere(templates: Templates) -> None:
+    """In prefill, and in the one mask there; a token's own place is open, so that decode costs nothing."""
+    nets = templates("sdpa")
+    block = clean(nets[NetKind.BLOCK].model, ["bounded-mask"]).model
+    floors = [one for one in block.graph.node if one.op_type == "Max"]
+    assert [one.input[0] for one in floors] == ["attention_mask"]
+    assert not [one for one in block.graph.node if one not in floors and "attention_mask" in one.input]
+    assert clean(nets[NetKind.BLOCK_CACHE].model, ["bounded-mask"]).applied == ()
+
+
 def test_cleaning_twice_changes_nothing_more(templates: Templates) -> None:
     once = clean(templates("sdpa")[NetKind.BLOCK].model, check="off")
     again = clean(once.model, check="off")

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.formats import Quantisation
+from qwen_surgery.weights.integers import Integers
 
 _NORMAL = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 _USUAL = st.floats(-4, 4, width=32, allow_subnormal=False)
@@ -126,7 +127,7 @@ def _form(group: int, *, bits: int = 4, signed: bool = False) -> Quantisation:
     return Quantisation(bits, group, signed, "BF16", 1, signed=signed)
 
 
-def _dequantised(one: formats.Integers) -> np.ndarray:
+def _dequantised(one: Integers) -> np.ndarray:
     codes = one.codes.astype(np.float32).reshape(len(one.codes), -1, one.group)
     return ((codes - one.zero[..., None]) * one.scale[..., None]).reshape(one.codes.shape)
 
@@ -134,7 +135,7 @@ def _dequantised(one: formats.Integers) -> np.ndarray:
 def test_integers_in_smaller_groups_are_the_same_weights() -> None:
     values = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     wide = formats.quantise(values.copy(), _form(32))
-    fine = wide.fitted(_form(16))
+    fine = formats.fitted(wide, _form(16))
     assert fine.group == 16
     np.testing.assert_array_equal(_dequantised(fine), _dequantised(wide))
 
@@ -142,13 +143,13 @@ def test_integers_in_smaller_groups_are_the_same_weights() -> None:
 def test_integers_about_the_middle_are_stored_signed_where_the_net_has_no_zeros() -> None:
     rng = np.random.default_rng(0)
     scale, zero = np.ones((3, 1), np.float32), np.full((3, 1), 128, np.uint8)
-    one = formats.Integers(rng.integers(0, 256, (3, 16), np.uint8), scale, zero, 8)
-    signed = one.fitted(_form(16, bits=8, signed=True))
+    one = Integers(rng.integers(0, 256, (3, 16), np.uint8), scale, zero, 8)
+    signed = formats.fitted(one, _form(16, bits=8, signed=True))
     assert signed.codes.dtype == np.int8
     np.testing.assert_array_equal(_dequantised(signed), _dequantised(one))
     zero[1] = 127
     with pytest.raises(ValueError, match="zero point is not 128"):
-        one.fitted(_form(16, bits=8, signed=True))
+        formats.fitted(one, _form(16, bits=8, signed=True))
 
 
 @pytest.mark.parametrize(
@@ -158,4 +159,4 @@ def test_integers_about_the_middle_are_stored_signed_where_the_net_has_no_zeros(
 def test_integers_that_a_layout_cannot_hold_are_refused(form: Quantisation, said: str) -> None:
     values = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
     with pytest.raises(ValueError, match=said):
-        formats.quantise(values, _form(32)).fitted(form)
+        formats.fitted(formats.quantise(values, _form(32)), form)

@@ -16,6 +16,7 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.plans import PackPlan, Quantised, pack
 from qwen_surgery.weights import TensorRef
+from qwen_surgery.weights.integers import Integers
 
 ROWS, COLUMNS, GROUP = 12, 64, 16
 _FORM = formats.Quantisation(4, GROUP, False, "BF16", 2)
@@ -26,13 +27,13 @@ class Chosen:
     """A weight's integers, held in memory."""
 
     name: str
-    values: formats.Integers
+    values: Integers
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.codes.shape
 
-    def integers(self) -> formats.Integers:
+    def integers(self) -> Integers:
         return self.values
 
 
@@ -40,7 +41,7 @@ def _chosen(name: str, rows: int = ROWS, group: int = GROUP) -> Chosen:
     rng = np.random.default_rng(len(name))
     groups = (rows, COLUMNS // group)
     codes, zero = rng.integers(0, 16, (rows, COLUMNS), np.uint8), rng.integers(0, 16, groups, np.uint8)
-    return Chosen(name, formats.Integers(codes, rng.random(groups, np.float32), zero, 4))
+    return Chosen(name, Integers(codes, rng.random(groups, np.float32), zero, 4))
 
 
 def _plan(expression: list[Any], start: int = 0, stop: int = ROWS) -> PackPlan:
@@ -132,6 +133,6 @@ def test_groups_smaller_than_the_nets_are_refused(tmp_path: Path) -> None:
 def test_weights_stored_together_in_different_groups_get_the_smaller_one(tmp_path: Path) -> None:
     given = {"a": _chosen("a", group=32), "bb": _chosen("bb")}
     plan = _plan(["concat", 0, [_A, _B]], 0, 2 * ROWS)
-    a, b = given["a"].values.fitted(_FORM), given["bb"].values
+    a, b = formats.fitted(given["a"].values, _FORM), given["bb"].values
     want = [np.concatenate([getattr(one, field) for one in (a, b)]) for field in ("codes", "scale", "zero")]
     assert _packed(plan, given, tmp_path) == _stored(*want)

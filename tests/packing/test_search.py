@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from qwen_surgery.cli import main
 from qwen_surgery.packing import formats, sidefile, write
-from qwen_surgery.packing.formats import Integers, Quantisation
+from qwen_surgery.packing.formats import Quantisation
 from qwen_surgery.quantising import search
+from qwen_surgery.weights.integers import Integers
 from tests.packing.conftest import Bench
 
 FORMS = [

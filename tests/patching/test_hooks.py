@@ -11,6 +11,8 @@ import pytest
 
 from tests.patching.conftest import Result, git
 
+pytestmark = pytest.mark.repository
+
 HOOKS = Path(__file__).parents[2] / ".pre-commit-hooks.yaml"
 
 

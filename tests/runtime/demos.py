@@ -6,6 +6,7 @@ stands in for what the demos need beside bmruntime: pybind11 (they are Python mo
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from qwen_surgery.toolchain.preload import EMULATOR_YIELD, compile_shared
 
 PYTHON_DEMO = "models/Qwen/python_demo/chat.cpp"
 DEMO = "models/Qwen/demo/demo.cpp"
+PARALLEL = "models/Qwen/demo_parallel/demo_parallel.cpp"
+#: demo_parallel takes the shape of device 1's first output for its hidden states. On one device that is past
+#: the list's end, and bmruntime ends the process; the first output's own shape is the same one.
+_PAST_THE_END = re.compile(r"\[0 \+ out_num(_cache)?\]")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ DEMOS = (
     ),
     Demo("1cf8611", "models/Qwen2_5/python_demo/chat.cpp", "chat"),
     Demo("1cf8611", "models/Qwen3/python_demo/chat.cpp", "chat"),
+    *(Demo(commit, PARALLEL, "parallel", FUSED) for commit in ("1e8f264", "a4637c9", "1cf8611")),
 )
 
 _PYBIND = """
@@ -174,6 +180,20 @@ int main(int, char **argv) {
   _Exit(0);
 }
 """,
+    "parallel": """
+int main(int, char **argv) {
+  auto prompt = numbers(argv[2]), text = numbers(argv[3]);
+  QwenChat model;
+  model.init({0}, argv[1], "");
+  model.token_length = prompt.size();
+  for (size_t step = 0; step < text.size(); step++) {
+    say("token", step ? model.forward_next(text[step - 1]) : model.forward_first(prompt));
+    model.token_length++;
+  }
+  fflush(stderr);
+  _Exit(0);
+}
+""",
 }
 
 
@@ -198,7 +218,8 @@ class Workshop:
         (folder / "pybind11").mkdir(parents=True)
         for name in ("bmruntime_interface.h", "bmdef.h", "bmlib_runtime.h"):
             (folder / name).write_text(self._show(demo.commit, f"models/Qwen/support/include/{name}"))
-        (folder / "demo.cpp").write_text(self._show(demo.commit, demo.path))
+        source = self._show(demo.commit, demo.path)
+        (folder / "demo.cpp").write_text(_PAST_THE_END.sub("[0]", source))
         (folder / "tokenizer.h").write_text(_TOKENIZER)
         (folder / "pybind11/pybind11.h").write_text(_PYBIND)
         (folder / "pybind11/stl.h").write_text("")

@@ -101,6 +101,8 @@ def chip_report(era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     code, out, _ = run(capsys, "build", checkout, *args, *words, "--trust-remote-code", "--json")
     report = json.loads(out)["report"]
     assert code == 0 and report["passed"]
+    followed = {check["net"] for check in report["levels"][-1]["checks"]}
+    assert followed == {"chat-2024", "chat-2025", "generic"}, "the demos of the default runtime"
     return next(level for level in report["levels"] if level["level"] == "chip")
 
 

@@ -1,0 +1,54 @@
+"""The families of models that this program can take: one module each, found by what config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from codemods.framework.discovery import defined, modules
+from qwen_surgery.errors import Refused
+from qwen_surgery.families.family import Family
+
+
+@cache
+def all_families() -> tuple[Family, ...]:
+    """Every family of this package."""
+    named = modules(__name__, __path__).values()
+    found = (defined(module, Family) for module in named)  # type: ignore[type-abstract]
+    return tuple(family for family in found if family is not None)
+
+
+def of(config: Mapping[str, Any], where: object = "config.json") -> Family:
+    """The family that *config* is of; raises Refused, in one line, for a model of none."""
+    for family in all_families():
+        if family.claims(config):
+            return family
+    kind = config.get("model_type")
+    said = f"says model_type {kind!s:.100}" if kind is not None else "has no model_type"
+    names = ", ".join(f"{name} ({family.title})" for family in all_families() for name in family.model_types)
+    raise Refused(f"{where} {said}, not {names}", hint=_OTHERS.get(str(kind), ""))
+
+
+def of_code(code: bytes) -> Family | None:
+    """The family whose modeling code *code* is, judged by its content; raises SourceError."""
+    for family in all_families():
+        if family.owns_code(code):
+            return family
+    return None
+
+
+def of_compiled_facts(config: Mapping[str, Any]) -> Family:
+    """The family of a bmodel whose side file says *config*; raises ValueError when it says no family's."""
+    for family in all_families():
+        if set(config) == {*family.compiled_in, "trained_length"}:
+            return family
+    raise ValueError("it does not say what is compiled in")
+
+
+#: Why a related model is not for this program: said beside a bare refusal.
+_OTHERS = {
+    "qwen2": "Qwen2 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
+    "qwen2_moe": "Qwen MoE code is part of transformers and has another layer structure",
+    "qwen3": "Qwen3 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
+}
