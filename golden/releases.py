@@ -114,14 +114,15 @@ def stored(name: str, one: Rounded, scheme: Scheme) -> dict[str, np.ndarray]:
 def quantise_checkout(path: Path, scheme: Scheme) -> Path:
     """Make the checkout *path* (bfloat16 weights in safetensors) a quantised release of itself: matrices of
     its layers as integers, everything else in float16. Raises ValueError where groups do not fit."""
-    shards = sorted(path.glob("*.safetensors"))
-    made = {shard: dict(_quantised(read_safetensors(shard), scheme)) for shard in shards}
-    for shard, tensors in made.items():
+    names: dict[str, str] = {}
+    total = 0
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors = dict(_quantised(read_safetensors(shard), scheme))
         write_tensors(shard, tensors)
+        names |= dict.fromkeys(tensors, shard.name)
+        total += sum(one.nbytes for one in tensors.values())
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = {name: shard.name for shard, tensors in made.items() for name in tensors}
-        total = sum(one.nbytes for tensors in made.values() for one in tensors.values())
         said = {"metadata": {"total_size": total}, "weight_map": names}
         index.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from qwen_surgery.building.step_prove import load_plan
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
+from qwen_surgery.packing.sidefile import RELEASE
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
@@ -90,17 +91,24 @@ class Assemble(Step):
         needs: Needs,
     ) -> Piece:
         from qwen_surgery.packing.expand import Piece
-        from qwen_surgery.weights import QuantisedRef
+        from qwen_surgery.weights.quantised import own_integers
 
         entry, old = manifest.net(row.net), self.previous
         plan = plans.get(row.plan)
         tensors = entry.weights if plan is not None else None
-        given = {slot: ref for slot, ref in entry.weights.items() if isinstance(ref, QuantisedRef)}
         if row.pack and old is not None and old.nets.get(row.net) == signature and old.file.is_file():
             return Piece(row.net, old.file, row.net, plan, tensors)
         if row.pack and plan is None:
             raise RuntimeError(f"{row.net} has no pack plan and was not compiled")
-        return Piece(row.net, needs[row.task] / row.file, row.source, plan, tensors, row.pack, given)
+        return Piece(
+            row.net,
+            needs[row.task] / row.file,
+            row.source,
+            plan,
+            tensors,
+            row.pack,
+            own_integers(entry.weights),
+        )
 
     def _predictions(self, manifest: Manifest, needs: Needs) -> dict[str, Prediction]:
         from qwen_surgery.packing.sidefile import Prediction
@@ -215,6 +223,7 @@ def assemble_task(
         "target": options.target,
         "tpu_mlir": inputs.toolchain.version,
         "runtime": options.runtime or "",
+        **({RELEASE: str(inputs.release)} if inputs.release else {}),
         **{f"unpacked {kind.value}": why for kind, why in unproven.items()},
     }
     rows = _rows(inputs, cores, narrow, unproven)

@@ -15,8 +15,8 @@ from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
 from qwen_surgery.files import require_disk
 from qwen_surgery.nets import Geometry, Net
-from qwen_surgery.weights import ITEM_SIZE, QuantisedRef, TensorRef, WeightIndex
-from qwen_surgery.weights.quantised import release_of
+from qwen_surgery.weights import ITEM_SIZE, TensorRef, WeightIndex
+from qwen_surgery.weights.quantised import refuse_half_quantised
 
 if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
@@ -69,16 +69,6 @@ def select(all_nets: Iterable[Net], wanted: Iterable[str]) -> tuple[Net, ...]:
     return tuple(net for net in all_nets if net.name in wanted or net.kind.value in wanted)
 
 
-def _refuse_half_quantised(refs: Iterable[TensorRef]) -> None:
-    """In a quantised release the layers' matrices are integers, and nothing else is: one flag of the compiler
-    stands for all of a net."""
-    for ref in refs:
-        matrix = ".h." in ref.name and len(ref.shape) == 2
-        if isinstance(ref, QuantisedRef) != matrix:
-            said = "is quantised too" if not matrix else f"is {ref.dtype} among quantised ones"
-            raise Refused(f"{ref.file}: tensor {ref.name} {said}, which is not supported")
-
-
 def plan(
     sources: Sources,
     index: WeightIndex,
@@ -106,8 +96,8 @@ def plan(
         refs[net.name] = resolve(binding, shapes, index)
         bindings.append(binding)
     refuse_extra(bindings, index, family)
-    if release_of(index.values()) is not None:
-        _refuse_half_quantised(ref for named in refs.values() for ref in named.values())
+    every_ref = (ref for named in refs.values() for ref in named.values())
+    refuse_half_quantised(every_ref, family.anatomy.every_layer)
     chosen = {net.name for net in select(every_net, wanted)}
     kept = tuple(binding for binding in bindings if binding.net in chosen)
     refuse_foreign(onnx_path)

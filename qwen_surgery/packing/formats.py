@@ -150,11 +150,13 @@ def fitted(one: Integers, form: Quantisation) -> Integers:
         raise ValueError(f"they are in groups of {one.group}, the net's are of {form.group}")
     times = one.group // form.group
     scale, zero = (np.repeat(part, times, axis=1) if times > 1 else part for part in (one.scale, one.zero))
-    if not form.signed or one.codes.dtype == np.int8:
+    if not form.symmetric or one.codes.dtype == np.int8:
         return Integers(one.codes, scale, zero, one.bits)
     middle = 1 << (form.bits - 1)
     if (zero != middle).any():
-        raise ValueError(f"a zero point is not {middle}, and the net stores none")
+        raise ValueError(f"a zero point is not {middle}, and the net has no others")
+    if not form.signed:
+        return Integers(one.codes, scale, zero, one.bits)
     codes = (one.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
     return Integers(codes, scale, np.zeros_like(zero), one.bits)
 

@@ -41,8 +41,9 @@ class StoredTensor(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]: ...
     def read_raw(self) -> np.ndarray: ...
-    def read_rows(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class HasIntegers(Protocol):
@@ -192,7 +193,7 @@ class Matrix:
         self._direct: StoredTensor | None = None
         self._whole: Stored | None = None
         self.shape = shape
-        if expression[0] == "slot":
+        if expression[0] == "slot" and len(tensors[expression[1]].parts) == 1:
             self._direct = tensors[expression[1]]
         else:
             with parsing("a pack plan", "its expression cannot be evaluated"):
@@ -206,9 +207,13 @@ class Matrix:
         if self._whole is not None:
             return Stored(self._whole.array[start:stop], self._whole.dtype)
         assert self._direct is not None
-        with parsing("a pack plan", "it does not fit its tensor"):
-            block = self._direct.read_rows(start, stop)
-            return Stored(block.reshape(stop - start, self.shape[1]), self._direct.dtype)
+        ref, columns = self._direct, self.shape[1]
+        kind = formats.STORAGE[ref.dtype]
+        position = ref.offset + start * columns * kind.itemsize
+        data = np.fromfile(ref.file, dtype=kind, count=(stop - start) * columns, offset=position)
+        if data.size != (stop - start) * columns:
+            raise Refused(f"tensor {ref.name}: {ref.file} ends too early", hint="the shard is truncated")
+        return Stored(data.reshape(-1, columns), ref.dtype)
 
 
 class Choices:

@@ -28,6 +28,8 @@ FORMAT = 1
 _LARGEST = 64 << 20
 _LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
+#: The note that says how the checkpoint was quantised, where the layers hold its own integers.
+RELEASE = "release"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 A linear layer ``NAME`` of O outputs and I inputs is stored as
 
-    ``NAME.qweight``  GPTQ: int32 [I * bits / 32, O], the fields of a word are inputs that follow each other;
-                      AWQ: int32 [I, O / 8], those of a word are eight outputs in the order 0 2 4 6 1 3 5 7
-    ``NAME.qzeros``   int32 [I / group, O * bits / 32], the fields of a word are outputs (AWQ: in that order)
-    ``NAME.scales``   float16 [I / group, O]
-    ``NAME.g_idx``    GPTQ: int32 [I], the group of each input
-    ``NAME.bias``     [O], often there and zero where the layer has none
+- ``NAME.qweight``: GPTQ int32 [I * bits / 32, O], the fields of a word are inputs that follow each other; AWQ
+  int32 [I, O / 8], those of a word are eight outputs in the order 0 2 4 6 1 3 5 7
+- ``NAME.qzeros``: int32 [I / group, O * bits / 32], the fields of a word are outputs (AWQ: in that order)
+- ``NAME.scales``: float16 [I / group, O]
+- ``NAME.g_idx``: GPTQ only, int32 [I], the group of each input
+- ``NAME.bias``: [O], often there and zero where the layer has none
 
 The lowest bits of a word are its first field, and a weight is ``(code - zero) * scale``. AutoGPTQ stores each
 zero less one (``checkpoint_format: gptq``, or nothing said); ``gptq_v2`` and AWQ store it as it is.
@@ -112,35 +112,30 @@ class QuantisedRef(TensorRef):
         return replace(self, file=codes.file, codes=codes, zeros=zeros, scales=scales)
 
     def read_raw(self) -> np.ndarray:
-        """float16 [O, I]."""
-        return self.read_rows(0, self.shape[0])
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows *start* to *stop*, float16."""
+        """float16 [O, I]. Raises Refused when a shard ends too early."""
         import numpy as np
 
-        one = self.integers(slice(start, stop))
-        codes = one.codes.reshape(len(one.codes), -1, one.group).astype(np.float32)
-        codes -= one.zero[:, :, None]
-        codes *= one.scale[:, :, None]  # exact in float32, so that it is rounded once
-        return codes.astype(np.float16).reshape(one.codes.shape)
+        one = self.integers()
+        values = one.codes.reshape(len(one.codes), -1, one.group).astype(np.float32)
+        values -= one.zero[:, :, None]
+        values *= one.scale[:, :, None]  # exact in float32, so that it is rounded once
+        return values.astype(np.float16).reshape(self.shape)
 
-    def integers(self, rows: slice = slice(None)) -> Integers:
-        """The checkpoint's own integers of some rows. Raises Refused when a shard ends too early."""
+    def integers(self) -> Integers:
+        """The checkpoint's own integers. Raises Refused when a shard ends too early."""
         import numpy as np
 
-        codes, zero = self._codes(rows), self._by_outputs(self.zeros.read_raw())[:, rows]
-        zero = zero.T + np.uint8(self.release.less_one)
-        scale = self.scales.read_raw()[:, rows].T.astype(np.float32)
-        return Integers(codes, np.ascontiguousarray(scale), np.ascontiguousarray(zero), self.release.bits)
+        zero = self._by_outputs(self.zeros.read_raw()).T + np.uint8(self.release.less_one)
+        scale = self.scales.read_raw().T.astype(np.float32, order="C")
+        return Integers(self._codes(), scale, np.ascontiguousarray(zero), self.release.bits)
 
-    def _codes(self, rows: slice) -> np.ndarray:
+    def _codes(self) -> np.ndarray:
         import numpy as np
 
         words = self.codes.read_raw()
         if self.release.method == "awq":
-            return np.ascontiguousarray(self._by_outputs(words)[:, rows].T)
-        return fields_of(np.ascontiguousarray(words[:, rows].T), self.release.bits)
+            return np.ascontiguousarray(self._by_outputs(words).T)
+        return fields_of(words.T, self.release.bits)
 
     def _by_outputs(self, words: np.ndarray) -> np.ndarray:
         """[groups or I, O] of words whose fields are outputs."""
@@ -276,6 +271,24 @@ def refuse_stray_bias(index: Mapping[str, TensorRef], used: Iterable[str]) -> se
                 )
             idle.add(name)
     return idle
+
+
+def refuse_half_quantised(refs: Iterable[TensorRef], layers: str) -> None:
+    """Raise Refused where not all matrices of the layers (tensors whose names begin with *layers*), or others
+    too, are integers: one flag of the compiler stands for all of a net."""
+    refs = list(refs)
+    if release_of(refs) is None:
+        return
+    for ref in refs:
+        matrix = ref.name.startswith(layers) and len(ref.shape) == 2
+        if isinstance(ref, QuantisedRef) != matrix:
+            said = f"is {ref.dtype} among quantised ones" if matrix else "is quantised too"
+            raise Refused(f"{ref.file}: tensor {ref.name} {said}, which is not supported")
+
+
+def own_integers(refs: Mapping[str, TensorRef]) -> dict[str, QuantisedRef]:
+    """Those of *refs* that the checkpoint stores as integers."""
+    return {name: ref for name, ref in refs.items() if isinstance(ref, QuantisedRef)}
 
 
 def release_of(refs: Iterable[TensorRef]) -> Release | None:

@@ -23,7 +23,8 @@ _STORED = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4"}
 class TensorRef:
     """One tensor: *nbytes* at *offset* of *file*, row-major, little-endian.
 
-    ``dtype`` is ``BF16``, ``F16`` or ``F32``; ``nbytes`` equals the product of ``shape`` times the item size.
+    ``dtype`` is ``BF16``, ``F16``, ``F32`` or, for parts of quantised weights, ``I32``; ``nbytes`` equals the
+    product of ``shape`` times the item size.
     """
 
     name: str
@@ -57,25 +58,16 @@ class TensorRef:
 
     def read_raw(self) -> np.ndarray:
         """The stored elements without conversion: uint16 bits for BF16, else float16, float32 or int32."""
-        return self._elements(0, self.numel).reshape(self.shape)
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows *start* to *stop* of a matrix [R, C], as :meth:`read_raw` gives them."""
-        columns = self.numel // self.shape[0]
-        return self._elements(start * columns, stop * columns).reshape(stop - start, columns)
-
-    def _elements(self, start: int, stop: int) -> np.ndarray:
         import numpy as np
 
-        kind = np.dtype(_STORED[self.dtype])
         with self.file.open("rb") as stream:
-            data = np.fromfile(stream, kind, stop - start, offset=self.offset + start * kind.itemsize)
-        if data.size != stop - start:
+            data = np.fromfile(stream, dtype=_STORED[self.dtype], count=self.numel, offset=self.offset)
+        if data.size != self.numel:
             raise Refused(
                 f"tensor {self.name}: {self.file} ends before byte {self.offset + self.nbytes}",
                 hint="the shard is truncated: download it again",
             )
-        return data
+        return data.reshape(self.shape)
 
 
 def check_ranges(refs: list[TensorRef], file: Path, end: int, *, shared: bool = False) -> None:
