@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 
 from codemods.analysis.identity import Era, identify, refusal
+from codemods.analysis.model_parts import ModelSizes
 from codemods.analysis.source import SourceError
 from codemods.framework.base import Example, Outcome, Status
 from codemods.framework.recipes import Recipe
@@ -18,6 +19,7 @@ from codemods.framework.runner import SourceResult, run_rules
 __all__ = [
     "Era",
     "Example",
+    "ModelSizes",
     "Outcome",
     "Recipe",
     "SourceError",
@@ -29,11 +31,14 @@ __all__ = [
 ]
 
 
-def run(source: bytes | str, recipe: Recipe | str, *, skip: Iterable[str] = ()) -> SourceResult:
+def run(
+    source: bytes | str, recipe: Recipe | str, *, skip: Iterable[str] = (), sizes: ModelSizes | None = None
+) -> SourceResult:
     """Apply a recipe's codemods to one modeling file.
 
     ``source`` is the file's bytes (or text, taken as UTF-8); ``recipe`` a :class:`Recipe` or its name;
-    ``skip`` names codemods to leave out (their sites end as ``declined``, marked ``suppressed``). The
+    ``skip`` names codemods to leave out (their sites end as ``declined``, marked ``suppressed``); ``sizes``
+    say what the real model is (upstream's defaults, and any length up to the trained one, without). The
     result's ``code`` equals the input byte for byte outside the lines its outcomes report. Raises
     :class:`SourceError` when the source does not parse, and :class:`LookupError` for an unknown recipe or
     codemod name.
@@ -44,7 +49,7 @@ def run(source: bytes | str, recipe: Recipe | str, *, skip: Iterable[str] = ()) 
     data = source.encode() if isinstance(source, str) else source
     for name in skip:
         registry.get(name)
-    return run_rules(data, [registry.get(name) for name in chosen.codemods], skip)
+    return run_rules(data, [registry.get(name) for name in chosen.codemods], skip, sizes)
 
 
 if "libcst.codemod" in sys.modules:  # LibCST's tool is running: give it a command for each rule

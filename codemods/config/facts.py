@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from codemods.analysis import configuration
+from codemods.analysis.model_parts import ModelSizes
 from codemods.analysis.source import SourceError
 from codemods.config.text import ConfigError
 
@@ -27,6 +28,8 @@ UPSTREAM: dict[str, Any] = {
     "no_bias": True,
     "tie_word_embeddings": False,
 }
+#: Keys that only the oldest releases have, with their class's defaults.
+_OLDEST: dict[str, Any] = {"pos_emb": "rotary"}
 #: Size of the model -> the config.json names it went by, the newest first. The oldest are GPT-2's.
 SIZES: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer"),
@@ -98,6 +101,14 @@ class ModelFacts:
     def size(self, name: str) -> Any:
         """The size *name* (a key of :data:`SIZES`) that config.json gives; None where it gives none."""
         return next((self.given[key] for key in SIZES[name] if self.given.get(key) is not None), None)
+
+    def for_reading(self, seq_length: int | None = None) -> ModelSizes:
+        """What reading a model's forward needs to know, for an export of *seq_length* tokens (None: for every
+        length up to the trained one). A size stands under each of its names."""
+        sizes = {key: self.size(name) for name, keys in SIZES.items() for key in keys}
+        known = {key: value for key, value in sizes.items() if value is not None}
+        config = {**_OLDEST, **self.defaults, **known, **self.given}
+        return ModelSizes(config, self.trained_length if seq_length is None else seq_length)
 
     def written_out(self) -> dict[str, Any]:
         """config.json with the silent keys of ``upstream`` said aloud: it needs no class to be read."""

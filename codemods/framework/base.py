@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from codemods.analysis.source import Source
 from codemods.framework import prose
+
+if TYPE_CHECKING:
+    from codemods.analysis.model_parts import ModelSizes
 
 
 class Status(str, Enum):
@@ -105,9 +108,13 @@ class Site:
 
 @dataclass
 class Decisions:
-    """What is decided so far in this run, by codemod; a later rule may build on an earlier one's."""
+    """What is decided so far in this run, by codemod; a later rule may build on an earlier one's.
+
+    ``sizes`` are the real model's; None where they are not known.
+    """
 
     sites: dict[str, list[Site]] = field(default_factory=dict)
+    sizes: ModelSizes | None = None
 
     def applies(self, codemod: str, where: str) -> bool:
         """True when ``codemod`` is going to edit the function ``where``."""
@@ -133,6 +140,7 @@ class Rule(Documented):
 
     absent: ClassVar[str]  #: the reason given when no site is found
     required: ClassVar[bool] = True
+    edits: ClassVar[bool] = True  #: False for a rule that reads and never applies anything
 
     def sites(self, source: Source, decided: Decisions) -> Iterable[Site]:
         """Every place in ``source`` this rule could act on, with its decision; empty means absent."""

@@ -43,6 +43,7 @@ STATIC = Recipe(
         "drop-causal-mask",
         "drop-upcast-causal-mask",
         "early-present",
+        "model-forward",
     ),
     (
         "seq-length",

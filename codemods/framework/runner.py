@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from codemods.analysis.source import Source, SourceError, Suppression, parse, read
 from codemods.framework.base import Decisions, EditError, Outcome, Rule, Site, Status
+
+if TYPE_CHECKING:
+    from codemods.analysis.model_parts import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,16 @@ class SourceResult:
         )
 
 
-def run_rules(data: bytes, rules: Sequence[Rule], skip: Iterable[str] = ()) -> SourceResult:
-    """Apply ``rules`` in order to ``data``; raises ``SourceError`` if it does not parse."""
+def run_rules(
+    data: bytes, rules: Sequence[Rule], skip: Iterable[str] = (), sizes: ModelSizes | None = None
+) -> SourceResult:
+    """Apply ``rules`` in order to ``data``; raises ``SourceError`` if it does not parse.
+
+    ``sizes`` are those of the real model, where they are known.
+    """
     source = read(data)
     skipped, used = set(skip), set()
-    decided = Decisions()
+    decided = Decisions(sizes=sizes)
     for rule in rules:
         sites = []
         for site in rule.sites(source, decided):

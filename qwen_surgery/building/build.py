@@ -15,6 +15,7 @@ from qwen_surgery.building.inputs import source_digests
 from qwen_surgery.building.request import BuildRequest, CompileRequest
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
+from qwen_surgery.building.step_sample import sample_task
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
 from qwen_surgery.compiling.options import (
     needed_passes,
@@ -36,6 +37,7 @@ class Opened:
 
     The tasks ``exporting`` leave exported folders, of which the last is compiled; where there are none,
     ``folder`` is. ``passes`` clean it. ``config`` is the unpatched config.json, ``weights`` are all tensors.
+    ``sampling`` needs nothing but the export, and is done beside the compiling.
     """
 
     builder: Builder
@@ -43,6 +45,7 @@ class Opened:
     config: dict[str, Any]
     folder: Path = Path()
     exporting: tuple[Task, ...] = ()
+    sampling: tuple[Task, ...] = ()
     verifying: tuple[Task, ...] = ()
     weights: tuple[TensorRef, ...] = ()
     depth: str = "none"
@@ -60,7 +63,7 @@ class Opened:
             inputs = self.builder.inputs(folder, self.passes, None if planned else early)
             return self.builder.tasks(inputs, self.config, say)
 
-        return Graph([*self.exporting, Expansion(exports, exported)])
+        return Graph([*self.exporting, *self.sampling, Expansion(exports, exported)])
 
     def planned(self) -> Graph:
         """The same as it will be if all goes as expected."""
@@ -140,12 +143,14 @@ def _open_checkout(request: BuildRequest, running: Running) -> Opened:
     if depth == "full":
         longest_prompt(geometry.seq_length, request.steps)  # refused now, not when all is built
     inputs, exports = builder.inputs(Path(), passes), tuple(task.name for task in exporting)
-    made = zip(options.cores, builder.bmodels(), strict=True) if depth != "none" else ()
+    checked = depth != "none" and options.num_device == 1
+    made = zip(options.cores, builder.bmodels(), strict=True) if checked else ()
     return Opened(
         builder,
         passes,
         config=sources.facts.written_out(),
         exporting=tuple(exporting),
+        sampling=(sample_task(inputs, exports, request),) if depth == "sample" else (),
         verifying=tuple(verify_task(inputs, cores, task, exports, request, depth) for cores, task in made),
         weights=tuple(part for ref in index.values() for part in ref.parts),
         depth=depth,
@@ -176,29 +181,35 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
 
 def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
     """Verify the bmodels, which are in their place whatever comes out."""
-    if not opened.verifying:
-        return
-    graph.add(opened.verifying)
-    verified = opened.builder.make(graph)
-    result.done, result.ran = verified.done, [*result.ran, *verified.ran]
-    folders = [opened.builder.outputs.store.folder(graph.keys[task.name]) for task in opened.verifying]
-    reports = [load_report(folder) for folder in folders]
-    result.report = next((report for report in reports if not report["passed"]), reports[0])
     result.depth = opened.depth
+    if opened.verifying:
+        graph.add(opened.verifying)
+        verified = opened.builder.make(graph)
+        result.done, result.ran = verified.done, [*result.ran, *verified.ran]
+    store = opened.builder.outputs.store
+    reports, sampled = (
+        [load_report(store.folder(graph.keys[task.name])) for task in tasks]
+        for tasks in (opened.verifying, opened.sampling)
+    )
+    if reports:
+        result.report = next((report for report in reports if not report["passed"]), reports[0])
+    for report in sampled:
+        before = result.report or {"passed": True}
+        result.report = {**before, "passed": before["passed"] and report["passed"], "sampled": report}
 
 
 def _notes(request: BuildRequest, opened: Opened, result: BuildResult) -> Iterator[str]:
     """What the user should know of how the bmodels were verified."""
-    if opened.depth == "none" and request.verify != "none":
-        yield "not verified: the emulator is one chip, this bmodel needs several"
+    if opened.depth != "none" and not opened.verifying:
+        yield "the bmodel is not verified: the emulator is one chip, this bmodel needs several"
     elif 2 in opened.builder.options.cores:
         yield (
             "the two-core bmodel is checked for nets, shapes and types only: on two cores, TPU-MLIR's "
             "emulator gives other numbers from run to run"
         )
-    if opened.depth == "contract" and request.verify == "auto":
+    if opened.verifying and opened.depth == "sample" and request.verify == "auto":
         yield (
-            "verified: nets, shapes and types. The emulator would need long for this size; sample it with "
-            f"`qwen-surgery verify {request.checkout} --bmodel {result.bmodels[0]} "
-            "--layers 0 --nets block_cache`"
+            "verified: first and last layer before compiling, nets, shapes and types after it. The emulator "
+            f"would need long for this size; sample it with `qwen-surgery verify {request.checkout} "
+            f"--bmodel {result.bmodels[0]} --layers 0 --nets block_cache`"
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef, WeightIndex
 
-Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "verify"]
+Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "sample", "verify"]
 
 
 def task_name(verb: Verb, subject: str, cores: int = 1) -> str:

@@ -41,8 +41,8 @@ class BuildRequest:
     """A build of *checkout* into the folder *out*.
 
     ``recipe`` names the source edits; ``skip`` leaves graph passes out, without ``clean`` there are none;
-    ``verify`` is ``auto``, ``full``, ``contract`` or ``none``, with so many decode ``steps``; ``toolchain``
-    is a TPU-MLIR version (None: the default one). Without ``twin`` the export is not proven
+    ``verify`` is ``auto``, ``full``, ``sample``, ``contract`` or ``none``, with so many decode ``steps``;
+    ``toolchain`` is a TPU-MLIR version (None: the default one). Without ``twin`` the export is not proven
     against the unpatched model at a tiny width. ``questions`` are put to every engine, ``text`` is read by
     all of them, so many of its tokens.
     """

@@ -113,15 +113,16 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 
 def depth_for(asked: str, geometry: Geometry, options: CompileOptions, steps: int) -> str:
-    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``contract``;
-    ``none`` for several chips, which the emulator does not have. Raises Usage when that was asked for."""
-    if options.num_device > 1 and asked not in ("auto", "none"):
-        raise Usage(f"--verify {asked} is impossible: the emulator is one chip", hint="use --verify none")
-    if options.num_device > 1:
-        return "none"
+    """What ``auto`` means for this model: ``full`` where the emulator is quick enough, else ``sample``.
+
+    Raises Usage when what was asked for needs several chips, which the emulator does not have.
+    """
+    if options.num_device > 1 and asked in ("full", "contract"):
+        raise Usage(f"--verify {asked} is impossible: the emulator is one chip", hint="use --verify sample")
     if asked != "auto":
         return asked
-    return "full" if emulated_seconds(geometry, options, steps) < UNASKED else "contract"
+    quick = options.num_device == 1 and emulated_seconds(geometry, options, steps) < UNASKED
+    return "full" if quick else "sample"
 
 
 def emulated_seconds(geometry: Geometry, options: CompileOptions, steps: int) -> float:
@@ -154,7 +155,7 @@ def verify_task(
     On two cores TPU-MLIR's emulator gives other numbers from run to run: there it is the contract only.
     """
     file, version = inputs.bmodel(cores).name, inputs.toolchain.version
-    depth = "contract" if cores > 1 else depth
+    depth = "contract" if cores > 1 or depth == "sample" else depth
     return Task(
         task_name("verify", file),
         Verify(

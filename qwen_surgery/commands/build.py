@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 @click.option(
     "--verify",
     "depth",
-    type=click.Choice(["auto", "full", "contract", "none"]),
+    type=click.Choice(["auto", "full", "sample", "contract", "none"]),
     default="auto",
     show_default=True,
     help="full: every stage against the unpatched model, on the emulator too, and in the vendor's runtime as "
-    "its demos drive it; contract: nets, shapes and types of the bmodel; auto: full where the emulator "
-    "needs minutes, not hours.",
+    "its demos drive it; contract: nets, shapes and types of the bmodel; sample: that, and the blocks of the "
+    "first and last layer before they are compiled; auto: full where the emulator needs minutes, not hours, "
+    "else sample.",
 )
 @click.option("--steps", type=click.IntRange(0), default=8, show_default=True, help="Decode steps verified.")
 @click.option(
@@ -97,20 +98,25 @@ def _show(result: BuildResult, as_json: bool) -> None:
     if as_json:
         console.print_json(result.to_json())
         return
-    if result.depth == "contract" and result.report is not None:
-        for problem in result.report["problems"]:
-            console.err().print(f"missed: {problem}")
-        if result.passed:
-            console.out().print(f"{result.report['nets']} nets as the runtimes count them")
-    elif result.report is not None:
-        from qwen_surgery.verification.results import Report
-        from qwen_surgery.verification.table import make_table, misses, said_lines
-
-        report = Report.from_json(result.report)
-        console.out().print(make_table(report))
-        for line in said_lines(report):
-            console.out().print(line, soft_wrap=True)
-        for line in misses(report):
-            console.err().print(f"missed: {line}")
+    found = result.report or {}
+    for problem in found.get("problems", ()):
+        console.err().print(f"missed: {problem}")
+    if found.get("problems") == []:
+        console.out().print(f"{found['nets']} nets as the runtimes count them")
+    for compared in (found, found.get("sampled", {})):
+        if "levels" in compared:
+            _show_compared(compared)
     for path in result.bmodels:
         console.out().print(f"{path} ({size(path.stat().st_size)})")
+
+
+def _show_compared(found: dict[str, Any]) -> None:
+    from qwen_surgery.verification.results import Report
+    from qwen_surgery.verification.table import make_table, misses, said_lines
+
+    report = Report.from_json(found)
+    console.out().print(make_table(report))
+    for line in said_lines(report):
+        console.out().print(line, soft_wrap=True)
+    for line in misses(report):
+        console.err().print(f"missed: {line}")

@@ -62,6 +62,12 @@ def _numbers(
     "--nets", default="", help="Only these nets or kinds, such as lm_head,block (no end-to-end then)."
 )
 @click.option(
+    "--sample",
+    is_flag=True,
+    help="With --layers and --nets: run no layer between the chosen ones, and hold one net in memory. Quick, "
+    "but their inputs are not the whole model's.",
+)
+@click.option(
     "--steps", default=8, show_default=True, type=click.IntRange(0), help="Decode steps end to end."
 )
 @click.option("--prompt-lengths", callback=_numbers, help="Prompt lengths.  [default: 1, S/3+1, S-1, S]")
@@ -89,6 +95,7 @@ def command(
     runtime: str | None,
     layers: tuple[int, ...] | None,
     nets: str,
+    sample: bool,
     steps: int,
     prompt_lengths: tuple[int, ...] | None,
     seq_length: int | None,
@@ -111,6 +118,8 @@ def command(
         raise Usage("an empty list of layers or lengths would compare nothing")
     if runtime is not None and "runtime" not in levels:
         raise Usage("--runtime is for level runtime", hint="add --level runtime")
+    if sample and not (layers and nets and all(name.startswith("block") for name in nets.split(","))):
+        raise Usage("--sample is for some layers' blocks", hint="add --layers and --nets block,block_cache")
     request = Request(
         checkout=checkout,
         onnx=onnx,
@@ -119,6 +128,7 @@ def command(
         runtime=runtime,
         layers=layers,
         nets=tuple(name.strip() for name in nets.split(",") if name.strip()),
+        sample=sample,
         steps=steps,
         prompt_lengths=prompt_lengths or (),
         seq_length=seq_length,

@@ -57,10 +57,11 @@ def apply(
 
     chosen = recipes.load(recipe)
     source_skip = [name for name in skip if name in registry.names()]
-    source = codemods.run(files[modeling], chosen, skip=source_skip)
     try:
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
         facts = families.of(read(known[CONFIG]).values()).facts(known)
+        sizes = facts.for_reading(seq_length)
+        source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None
@@ -80,13 +81,15 @@ def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) ->
     import codemods
     import codemods.config
 
-    found = tuple(codemods.run(data, recipe).outcomes)
     if config is None:
-        return found
+        return tuple(codemods.run(data, recipe).outcomes)
     try:
-        return found + tuple(codemods.config.run(config, recipe, seq_length).outcomes)
+        edited = codemods.config.run(config, recipe, seq_length).outcomes
+        sizes = ModelFacts.from_config(read(config).values()).for_reading(seq_length)
     except codemods.config.ConfigError as error:
-        return (*found, Outcome("config:parse", Status.FAILED, str(error), where=CONFIG))
+        broken = Outcome("config:parse", Status.FAILED, str(error), where=CONFIG)
+        return (*codemods.run(data, recipe).outcomes, broken)
+    return (*codemods.run(data, recipe, sizes=sizes).outcomes, *edited)
 
 
 def era(data: bytes) -> str:

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to verify: *layers* (None: all), *names* of nets or kinds (empty: all), prompt *lengths*."""
+    """What to verify: *layers* (None: all), *names* of nets or kinds (empty: all), prompt *lengths*. With
+    *sample* the chosen layers follow each other: what lies between them does not run."""
 
     lengths: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
     seed: int = 0
+    sample: bool = False
 
     def layer_list(self, geometry: Geometry) -> tuple[int, ...]:
         """The chosen layers; raises Usage for one that the model does not have."""
@@ -55,12 +57,14 @@ class Selection:
             n.name for n in contract if self.wants(n.name, n.kind) and (n.layer is None or n.layer in layers)
         ]
 
-    def depth(self, geometry: Geometry) -> int | None:
-        """How many first layers the reference needs for what is chosen; None: the whole model."""
+    def kept(self, geometry: Geometry) -> tuple[int, ...] | None:
+        """The layers that the reference needs for what is chosen; None: the whole model."""
         kinds = {n.kind for n in nets.nets(geometry.layers) if self.wants(n.name, n.kind)}
         if kinds & _AFTER_THE_LAYERS:
             return None
-        return 1 + max(self.layer_list(geometry)) if kinds & _BLOCKS else 1
+        if self.sample:
+            return tuple(sorted(set(self.layer_list(geometry))))
+        return tuple(range(1 + max(self.layer_list(geometry)))) if kinds & _BLOCKS else (0,)
 
 
 _BLOCKS = {NetKind.BLOCK, NetKind.BLOCK_CACHE}

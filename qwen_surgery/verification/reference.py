@@ -55,10 +55,10 @@ class ReferenceModel:
     """The unpatched model of a checkout.
 
     *files* are the unpatched Python files and config.json, *index* the checkpoint's tensors. *layers* are the
-    layers to record (all by default). *depth* keeps only that many first layers: they compute what they
-    compute in the whole model, but there are no logits. Raises Refused when the code's parameters and the
-    checkpoint's tensors do not match. Runs the checkout's code: callers have asked for
-    ``--trust-remote-code``.
+    layers to record (all by default). *kept* (rising) leaves only these layers, each fed by the one before it
+    in *kept*, and no logits: the model's first layers then compute what they compute in the whole model.
+    Raises Refused when the code's parameters and the checkpoint's tensors do not match. Runs the checkout's
+    code: callers have asked for ``--trust-remote-code``.
     """
 
     def __init__(
@@ -68,9 +68,11 @@ class ReferenceModel:
         *,
         modeling: str = "modeling_qwen.py",
         layers: Sequence[int] | None = None,
-        depth: int | None = None,
+        kept: Sequence[int] | None = None,
         whole_model_bytes: int = WHOLE_MODEL_BYTES,
     ) -> None:
+        import torch
+
         from qwen_surgery.exporting.modules import weightless
 
         code = ModelCode.load(files, modeling)
@@ -83,14 +85,15 @@ class ReferenceModel:
             self._model: Any = code.model()
         self._body: Any = getattr(self._model, anatomy.body)
         stack = getattr(self._body, anatomy.layers)
-        self._cut = depth is not None and depth < len(stack)
+        self._kept = tuple(range(len(stack)) if kept is None else kept)
+        self._cut = len(self._kept) < len(stack)
         if self._cut:
-            stack = stack[:depth]
+            stack = torch.nn.ModuleList([stack[i] for i in self._kept])
             setattr(self._body, anatomy.layers, stack)
         self._index = index
         self._tied = anatomy.head_tensor not in index
         self.layer_count = len(stack)
-        self.layers = tuple(range(self.layer_count)) if layers is None else tuple(layers)
+        self.layers = self._kept if layers is None else tuple(layers)
         self._places = self._match_parameters()
         held = [name for name in self._places if not (self._cut and name in self._tables)]
         self.streamed = sum(4 * self._index[self._tensor(name)].numel for name in held) > whole_model_bytes
@@ -119,8 +122,14 @@ class ReferenceModel:
         return places
 
     def _tensor(self, name: str) -> str:
+        """What the parameter *name* is called in the checkpoint, which has the layers that were left out."""
         table, head = self._tables
-        return table if self._tied and name == head else name
+        if self._tied and name == head:
+            return table
+        if not name.startswith(self._anatomy.every_layer):
+            return name
+        place, _, rest = name.removeprefix(self._anatomy.every_layer).partition(".")
+        return self._anatomy.layer(self._kept[int(place)]) + rest
 
     def _load(self, names: Sequence[str]) -> None:
         import torch
@@ -147,9 +156,9 @@ class ReferenceModel:
         left |= {name for name in self._places if self.streamed and name.startswith(inside)}
         self._load([name for name in self._places if name not in left])
         self._unload(sorted(left))
-        for i, block in enumerate(getattr(self._body, self._anatomy.layers)):
-            block.register_forward_pre_hook(self._before(i), with_kwargs=True)
-            block.register_forward_hook(self._after(i), with_kwargs=True)
+        for place, block in enumerate(getattr(self._body, self._anatomy.layers)):
+            block.register_forward_pre_hook(self._before(place), with_kwargs=True)
+            block.register_forward_hook(self._after(place), with_kwargs=True)
 
     def _read_by_rows(self) -> set[str]:
         """Have plain tables read from the checkpoint where they are used; the names of their parameters."""
@@ -166,13 +175,15 @@ class ReferenceModel:
             found.add(self._tables[1])
         return found
 
-    def _layer_parameters(self, i: int) -> list[str]:
-        return [name for name in self._places if name.startswith(self._anatomy.layer(i))]
+    def _layer_parameters(self, place: int) -> list[str]:
+        return [name for name in self._places if name.startswith(self._anatomy.layer(place))]
 
-    def _before(self, i: int) -> Any:
+    def _before(self, place: int) -> Any:
+        i = self._kept[place]
+
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.streamed:
-                self._load(self._layer_parameters(i))
+                self._load(self._layer_parameters(place))
             states = args[0] if args else kwargs["hidden_states"]
             if self._pass is not None:
                 self._pass.order.append(i)
@@ -181,10 +192,12 @@ class ReferenceModel:
 
         return hook
 
-    def _after(self, i: int) -> Any:
+    def _after(self, place: int) -> Any:
+        i = self._kept[place]
+
         def hook(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
             if self.streamed:
-                self._unload(self._layer_parameters(i))
+                self._unload(self._layer_parameters(place))
             record = self._pass
             if record is None:
                 return
@@ -198,7 +211,7 @@ class ReferenceModel:
                 ):
                     units = whole[0].numpy().copy()
                     new[i], past[i] = units[record.start :], units[: record.start]
-            if i == self.layer_count - 1 and not self._cut:
+            if place == self.layer_count - 1 and not self._cut:
                 record.last_hidden = states[0, -1].numpy().copy()
 
         return hook
@@ -232,7 +245,7 @@ class ReferenceModel:
         if not self._cut:
             self._pass.logits = result.logits[0, -1].numpy().copy()
         record, self._pass = self._pass, None
-        _refuse_other_order(record.order, self.layer_count)
+        _refuse_other_order(record.order, self._kept)
         self.length += len(tokens)
         return record
 
@@ -248,11 +261,11 @@ class ReferenceModel:
         return self._forward([token])
 
 
-def _refuse_other_order(order: Sequence[int], layers: int) -> None:
-    if list(order) != list(range(layers)):
+def _refuse_other_order(order: Sequence[int], layers: Sequence[int]) -> None:
+    if list(order) != list(layers):
         raise Refused(
             f"the model's forward runs the layers {', '.join(map(str, order))}, and the nets run each of the "
-            f"{layers} once, in order",
+            f"{len(layers)} once, in order",
             hint="look at the loop over the layers in the model's forward",
         )
 

@@ -24,7 +24,7 @@ from qwen_surgery.verification.cases import (
     longest_prompt,
     make_prompts,
 )
-from qwen_surgery.verification.engines import Engine, OrtEngine, TorchEngine
+from qwen_surgery.verification.engines import KEEP_BYTES, Engine, OrtEngine, TorchEngine
 from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
@@ -45,7 +45,9 @@ KEEP_CASES = 1 << 30
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. Empty ``levels`` means every level whose parts were given; ``runtime`` is the
-    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel.
+    profile whose demos the level ``runtime`` follows, None: all that can read the bmodel. ``sample`` is for
+    a few layers of a big model: what lies between them does not run, so that their inputs are not the whole
+    model's, and one net at a time is in memory.
     """
 
     checkout: Path
@@ -66,6 +68,12 @@ class Request:
     text: str = ""
     text_tokens: int = 256
     runtime: str | None = None
+    sample: bool = False
+
+    @property
+    def hold(self) -> int:
+        """Bytes of weights that the reference, and an engine, may hold beyond what is running."""
+        return 0 if self.sample else KEEP_BYTES
 
     def chosen(self) -> tuple[str, ...]:
         """The levels to run, in order; raises Usage when a level lacks its part."""
@@ -159,7 +167,7 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
     parts, folders = _open(request, levels, progress)
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     if "source" in levels:
-        engine = TorchEngine(parts.sources, parts.index, parts.geometry)
+        engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=request.hold)
         report.levels.append(_level(parts, "source", "fp32", "torch", engine))
     for folder in folders if "onnx" in levels else ():
         report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
@@ -184,7 +192,7 @@ def _open(
     from qwen_surgery.weights import WeightIndex
 
     checkout = Checkout.open(request.checkout)
-    folders = [OrtEngine(folder) for folder in request.onnx]
+    folders = [OrtEngine(folder, keep_bytes=request.hold) for folder in request.onnx]
     bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
         _ready_for_chips(request, bmodels)
@@ -196,14 +204,15 @@ def _open(
     geometry = checkout.geometry(seq_length)
     index = WeightIndex.open(request.checkout)
     lengths = request.prompt_lengths or default_lengths(seq_length)
-    selection = Selection(lengths, request.layers, request.nets, request.seed)
+    selection = Selection(lengths, request.layers, request.nets, request.seed, request.sample)
     selection.net_names(geometry)
     reference = ReferenceModel(
         sources.reference,
         index,
         modeling=sources.modeling,
         layers=sorted({0, *selection.layer_list(geometry)}),
-        depth=selection.depth(geometry),
+        kept=selection.kept(geometry),
+        whole_model_bytes=request.hold,
     )
     limits = tolerances.load()
     return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders

@@ -16,6 +16,8 @@ import pytest
 from golden.eras import make_checkout
 from qwen_surgery.building.step_assemble import differences
 from qwen_surgery.packing.container import Bmodel
+from tests.twin.forks import FORKS
+from tests.twin.test_twin import checkout as fork_checkout
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,6 +286,32 @@ def test_a_build_that_ends_in_the_contract_says_so_to_a_person(
     done = cli("build", checkout, "--out", first[1], *flags)
     assert "11 nets as the runtimes count them" in done.stdout
     assert "tiny_int4_seq32_1dev.bmodel" in done.stdout
+
+
+@pytest.mark.tpu
+def test_a_sampled_build_compares_the_first_and_the_last_layer(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]]
+) -> None:
+    """What a build of a big model proves by default: a wrong table there passes the contract."""
+    report = build(checkout, first[1], "--verify", "sample")["report"]
+    assert report["passed"] and report["nets"] == 11 and report["problems"] == []
+    levels = report["sampled"]["levels"]
+    assert [level["level"] for level in levels] == ["source", "onnx", "onnx"]
+    compared = {"block_0", "block_2", "block_cache_0", "block_cache_2"}
+    assert all({check["net"] for check in level["checks"]} == compared for level in levels)
+
+
+@pytest.mark.tpu
+def test_a_sampled_build_misses_a_layer_that_is_not_what_its_net_is(tmp_path: Path) -> None:
+    """The bmodel is there, the exit code and the line say that it is wrong."""
+    fork = next(fork for fork in FORKS if fork.name == "layers changed after they were made")
+    wrong = fork_checkout(tmp_path / "Qwen-fork", fork)
+    flags = ("--seq-length", 16, "--trust-remote-code", "--no-twin", "--mode", "bf16")
+    asked = ("--recipe", "documented", "--verify", "sample")
+    done = cli("build", wrong, "--out", tmp_path / "out", *flags, *asked, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "block_2" in done.stderr and "verification missed" in done.stderr
+    assert list((tmp_path / "out").rglob("*.bmodel"))
 
 
 @pytest.mark.tpu

@@ -6,7 +6,11 @@ fork says where model and nets part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import pytest
+
+from codemods.framework import recipes
 
 
 @dataclass(frozen=True)
@@ -253,3 +257,9 @@ FORKS = (
         ),
     ),
 )
+
+
+def leave_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the reading of the model's forward out of recipe ``static``: it declines most of these forks."""
+    left = tuple(name for name in recipes.STATIC.codemods if name != "model-forward")
+    monkeypatch.setitem(recipes.BUILTIN, "static", replace(recipes.STATIC, codemods=left))

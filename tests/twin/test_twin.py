@@ -17,9 +17,15 @@ from qwen_surgery.exporting.manifest import Manifest
 from qwen_surgery.patching.sources import Sources
 from qwen_surgery.twin.twin import LIMIT, TwinReport, check_twin
 from qwen_surgery.weights import WeightIndex
-from tests.twin.forks import FORKS, Fork
+from tests.twin.forks import FORKS, Fork, leave_unread
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin on its own: reading the source would decline most of these checkouts before there is one."""
+    leave_unread(monkeypatch)
 
 
 def checkout(path: Path, fork: Fork | None = None, **options: Any) -> Path:

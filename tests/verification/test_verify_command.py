@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen_surgery.cli import main
 from qwen_surgery.verification import session
-from qwen_surgery.verification.cases import Selection
+from qwen_surgery.verification.cases import CaseMaker, Selection
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.session import Request, verify
-from tests.twin.forks import FORKS
+from tests.twin.forks import FORKS, leave_unread
 from tests.twin.test_twin import checkout as fork_checkout
 from tests.verification.conftest import SEQ_LENGTH, Bench
 
@@ -125,7 +126,7 @@ def test_a_streamed_reference_gives_the_same_numbers(bench: Bench) -> None:
 
 def test_first_layers_alone_give_the_same_numbers(bench: Bench) -> None:
     """One layer of a large model is verified without the others and without the vocabulary's matrices."""
-    cut = ReferenceModel(bench.sources.reference, bench.index, layers=[0], depth=1)
+    cut = ReferenceModel(bench.sources.reference, bench.index, layers=[0], kept=[0])
     whole, short = bench.reference.prefill([5, 300, 17]), cut.prefill([5, 300, 17])
     assert short.logits is None and short.last_hidden is None and set(short.block_outputs) == {0}
     assert abs(whole.block_outputs[0] - short.block_outputs[0]).max() == 0
@@ -135,20 +136,36 @@ def test_first_layers_alone_give_the_same_numbers(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "names", "depth"),
+    ("layers", "names", "kept"),
     [
-        ((0,), ("block", "block_cache"), 1),
-        ((0, 1), ("block_0",), 2),
-        ((0,), ("embedding",), 1),
+        ((0,), ("block", "block_cache"), (0,)),
+        ((1,), ("block_1",), (0, 1)),
+        ((0,), ("embedding",), (0,)),
         ((0,), ("block", "lm_head"), None),
         ((0,), (), None),
         (None, (), None),
     ],
 )
 def test_the_reference_is_as_deep_as_what_is_chosen(
-    layers: tuple[int, ...] | None, names: tuple[str, ...], depth: int | None, bench: Bench
+    layers: tuple[int, ...] | None, names: tuple[str, ...], kept: tuple[int, ...] | None, bench: Bench
 ) -> None:
-    assert Selection((3,), layers, names).depth(bench.geometry) == depth
+    assert Selection((3,), layers, names).kept(bench.geometry) == kept
+
+
+def test_a_sample_runs_the_chosen_layers_alone(bench: Bench) -> None:
+    """The last layer of a large model is verified with its own weights, and nothing between is read."""
+    sampled = Selection((3,), (1,), ("block", "block_cache"), sample=True)
+    assert sampled.kept(bench.geometry) == (1,)
+    index = {name: ref for name, ref in bench.index.items() if not name.startswith("transformer.h.0.")}
+    cut = ReferenceModel(bench.sources.reference, index, layers=[1], kept=[1], whole_model_bytes=0)
+    names = [case.net for case in CaseMaker(cut, bench.geometry, sampled).cases()]
+    assert names == ["block_1", "block_cache_1"]
+    request = Request(
+        bench.path, onnx=(bench.folder,), nets=("block", "block_cache"), layers=(1,), sample=True
+    )
+    report = verify(replace(request, trust_remote_code=True))
+    assert report.passed and [level.level for level in report.levels] == ["source", "onnx"]
+    assert {check.net for level in report.levels for check in level.checks} == {"block_1", "block_cache_1"}
 
 
 def test_cases_that_take_much_memory_are_made_again_for_each_level(
@@ -177,9 +194,14 @@ def test_cases_that_take_much_memory_are_made_again_for_each_level(
     ],
 )
 def test_what_the_model_does_around_its_layers_is_in_the_reference(
-    fork: str, net: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    fork: str,
+    net: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A reference that fed the layers itself would agree with nets that lack the same step."""
+    leave_unread(monkeypatch)
     path = fork_checkout(tmp_path / "fork", next(f for f in FORKS if f.name == fork))
     code, out, _ = run(capsys, "verify", path, "--seq-length", 16, "--trust-remote-code", "--json")
     assert code == 1
@@ -187,7 +209,10 @@ def test_what_the_model_does_around_its_layers_is_in_the_reference(
     assert net in {check["net"] for check in level["checks"] if not check["passed"]}
 
 
-def test_a_model_that_skips_a_layer_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_model_that_skips_a_layer_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unread(monkeypatch)
     path = fork_checkout(tmp_path / "fork", next(f for f in FORKS if f.name == "a layer skipped"))
     code, _, err = run(capsys, "verify", path, "--seq-length", 16, "--trust-remote-code")
     assert code == 3
