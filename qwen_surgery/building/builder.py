@@ -161,9 +161,10 @@ class Builder:
         self.pack = running.request.pack and options.num_device == 1
         if self.pack != running.request.pack:
             running.say("several chips share every net: layers are compiled one by one, not packed")
-        if release is not None and not self.pack:
+        wrong = "--prove" if running.request.prove else "" if self.pack else "--no-pack"
+        if release is not None and wrong:
             raise Usage(
-                f"--no-pack does not go with this checkpoint ({release}): compiling rounds again",
+                f"{wrong} does not go with this checkpoint ({release}): compiling rounds again",
                 hint="leave it out",
             )
 

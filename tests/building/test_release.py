@@ -144,6 +144,7 @@ def test_options_that_would_round_again_are_usage_errors(int4: Built, tmp_path: 
     for option, said in (
         (("--mode", "int8"), "--mode int8 does not go with this checkpoint"),
         (("--no-pack",), "--no-pack does not go with this checkpoint"),
+        (("--prove", 1), "--prove does not go with this checkpoint"),
     ):
         done = _conflict("build", int4.checkout, "--out", tmp_path / "out", *option)
         assert done.returncode == 2
