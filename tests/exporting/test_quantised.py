@@ -16,10 +16,11 @@ import pytest
 
 from golden.eras.checkout import read_safetensors
 from golden.releases import Rounded, Scheme, quantise_checkout, rounded, stored, write_tensors
+from qwen_surgery.cli import main
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.verification.engines import OrtEngine
-from qwen_surgery.weights import QuantisedRef, WeightIndex
+from qwen_surgery.weights import QuantisedRef, Release, WeightIndex
 from tests.exporting.conftest import Tiny, small_checkout
 from tests.exporting.test_weights import rewrite_header
 
@@ -221,3 +222,16 @@ def test_a_damaged_dtype_is_refused_not_read(tmp_path: Path) -> None:
     rewrite_header(tmp_path / "model.safetensors", as_floats)
     with pytest.raises(Refused, match=r"w1.qweight: F32 \[4, 64\] is no I32 matrix"):
         WeightIndex.open(tmp_path)
+
+
+def test_demo_checkout_makes_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo-checkout", str(tmp_path / "demo"), "--gptq", "int8"])
+    assert stop.value.code == 0
+    assert Release.of(tmp_path / "demo") == Release("gptq", 8, 128, less_one=True)
+    assert sum(isinstance(ref, QuantisedRef) for ref in WeightIndex.open(tmp_path / "demo").values()) == 10
+    with pytest.raises(SystemExit) as stop:
+        main(["demo-checkout", str(tmp_path / "wide"), "--gptq", "int4", "--dtype", "f32"])
+    assert stop.value.code == 2
+    assert "--gptq quantises bf16 weights" in capsys.readouterr().err
+    assert not (tmp_path / "wide").exists()
