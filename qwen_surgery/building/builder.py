@@ -20,7 +20,7 @@ from qwen_surgery.building.step_compile import combine_task, compile_tasks
 from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
 from qwen_surgery.building.step_prove import Prove, prove_task, refused
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import QUANTIZERS, CompileOptions
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
@@ -46,9 +46,20 @@ class BuildResult:
     def passed(self) -> bool:
         return self.report is None or bool(self.report["passed"])
 
+    @property
+    def integers(self) -> str:
+        """A line on the integers that the bmodels hold; empty where there are none, or no side file."""
+        from qwen_surgery.packing import sidefile
+
+        if not sidefile.path_for(self.bmodels[0]).is_file():
+            return ""
+        side = sidefile.load(self.bmodels[0])
+        return sidefile.integers_line(side.integers(), side.notes)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "bmodels": [str(path) for path in self.bmodels],
+            "integers": self.integers,
             "passed": self.passed,
             "verified": self.depth,
             "unpacked": self.unpacked,
@@ -121,14 +132,20 @@ class Packing:
         return items
 
     def _refuse_rounding(self, reasons: Mapping[NetKind, str]) -> None:
-        """Where the checkpoint has integers, a block that cannot be packed would get others."""
+        """A net that cannot be packed would get the compiler's integers, where others are wanted."""
         for kind, why in reasons.items():
+            if not self.inputs.chosen(kind):
+                continue
+            stored = f"how TPU-MLIR stores those of {kind.value} is not proven ({why})"
             if self.inputs.release is not None and kind.per_layer:
                 raise Refused(
-                    f"the integers of this checkpoint ({self.inputs.release}) cannot be kept: how TPU-MLIR "
-                    f"stores those of {kind.value} is not proven ({why})",
+                    f"the integers of this checkpoint ({self.inputs.release}) cannot be kept: {stored}",
                     hint="start from the bf16 or fp16 checkpoint",
                 )
+            quantizer = self.inputs.options.quantizer
+            raise Refused(
+                f"--quantizer {quantizer} cannot place its integers: {stored}", hint="use --quantizer rtn"
+            )
 
     def _prove(self, nets: list[Net]) -> list[Task]:
         return [prove_task(self.inputs, net, cores) for cores in self.inputs.options.cores for net in nets]
@@ -161,11 +178,21 @@ class Builder:
         self.pack = running.request.pack and options.num_device == 1
         if self.pack != running.request.pack:
             running.say("several chips share every net: layers are compiled one by one, not packed")
-        wrong = "--prove" if running.request.prove else "" if self.pack else "--no-pack"
-        if release is not None and wrong:
+        self._refuse_compiled_layers()
+
+    def _refuse_compiled_layers(self) -> None:
+        """Raise Usage where layers would be compiled whose integers are not the compiler's."""
+        wrong = "--prove" if self.running.request.prove else "" if self.pack else "--no-pack"
+        if wrong and self.release is not None:
             raise Usage(
-                f"{wrong} does not go with this checkpoint ({release}): compiling rounds again",
+                f"{wrong} does not go with this checkpoint ({self.release}): compiling rounds again",
                 hint="leave it out",
+            )
+        if wrong and self.options.quantizer != QUANTIZERS[0]:
+            raise Usage(
+                f"{wrong} does not go with --quantizer {self.options.quantizer}: compiled layers are rounded "
+                "by TPU-MLIR",
+                hint="leave one of them out",
             )
 
     def inputs(self, folder: Path, passes: tuple[str, ...], early: Early | None = None) -> Inputs:

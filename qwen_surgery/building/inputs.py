@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qwen_surgery.building.digests import digest_of
 from qwen_surgery.compiling.one import NetJob
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import QUANTIZERS, CompileOptions
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.weights.quantised import Release, release_of
@@ -50,6 +50,11 @@ class Inputs:
     weights: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[NetKind, str] = field(default_factory=dict)
     release: Release | None = None
+
+    def chosen(self, kind: NetKind) -> bool:
+        """Whether the integers of nets of *kind* are others than the compiler's."""
+        own = self.release is not None and kind.per_layer
+        return own or (self.options.quantizer != QUANTIZERS[0] and self.options.integer(kind))
 
     @property
     def nets(self) -> tuple[Net, ...]:

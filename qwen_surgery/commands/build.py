@@ -106,6 +106,8 @@ def _show(result: BuildResult, as_json: bool) -> None:
     for compared in (found, found.get("sampled", {})):
         if "levels" in compared:
             _show_compared(compared)
+    if result.integers:
+        console.out().print(result.integers, soft_wrap=True)
     for path in result.bmodels:
         console.out().print(f"{path} ({size(path.stat().st_size)})")
 

@@ -46,5 +46,7 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
             }
         )
         return
+    if result.integers:
+        console.out().print(result.integers, soft_wrap=True)
     for path in result.bmodels:
         console.out().print(f"{path} ({size(path.stat().st_size)})")

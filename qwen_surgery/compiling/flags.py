@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import click
 
 from qwen_surgery.chips import CHIPS, DEFAULT_CHIP, with_ability
-from qwen_surgery.compiling.options import ADDR_MODES, QUANTIZE, RUNTIMES, CompileOptions, release_mode
+from qwen_surgery.compiling.options import (
+    ADDR_MODES,
+    QUANTIZE,
+    QUANTIZERS,
+    RUNTIMES,
+    CompileOptions,
+    release_mode,
+)
 from qwen_surgery.weights.quantised import Release
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -91,6 +98,14 @@ _COMPILE = (
         help="Keep the lm_head at a higher precision.  [default: as --mode; int8 where the checkpoint is "
         "quantised]",
     ),
+    click.option(
+        "--quantizer",
+        type=click.Choice(QUANTIZERS),
+        default=QUANTIZERS[0],
+        show_default=True,
+        help="How integers are chosen: rtn rounds as TPU-MLIR does; search takes for each group of weights "
+        "the scale that loses least.",
+    ),
     click.option("--name", default=None, help="First part of the file name.  [default: the folder's name]"),
     click.option("--toolchain", metavar="VERSION", default=None, help="TPU-MLIR version to use."),
 )
@@ -154,5 +169,5 @@ def options_from(given: dict[str, Any], name: str, release: Release | None) -> C
     """
     mode = given["mode"] or ("int4" if release is None else release_mode(release))
     names = ["target", "runtime", "num_device", "num_core", "addr_mode", "dynamic", "q_group_size"]
-    names += ["symmetric", "lm_head_mode"]
+    names += ["symmetric", "lm_head_mode", "quantizer"]
     return CompileOptions(mode=mode, name=given["name"] or name, **{key: given[key] for key in names})

@@ -18,6 +18,8 @@ from qwen_surgery.weights.quantised import Release
 #: --mode -> TPU-MLIR's quantisation of blocks and lm_head.
 QUANTIZE = {"bf16": "BF16", "f16": "F16", "int8": "W8BF16", "int4": "W4BF16"}
 ADDR_MODES = ("io_alone", "basic")
+#: How integers are chosen: as the compiler rounds, or by a search for each group's best scale.
+QUANTIZERS = ("rtn", "search")
 #: Group size the reference scripts give int4; int8 is quantised per output channel, without groups.
 INT4_GROUP = 64
 #: The mode of the lm_head where the checkpoint's own integers are kept, and it has none for the lm_head.
@@ -71,7 +73,7 @@ class CompileOptions:
 
     ``num_core`` is for chips of several cores: how many, or None for a file for each count, as the reference
     script makes. ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size``
-    counts input features per scale.
+    counts input features per scale. ``quantizer`` is one of :data:`QUANTIZERS`.
     """
 
     mode: str = "int4"
@@ -85,6 +87,7 @@ class CompileOptions:
     symmetric: bool = False
     lm_head_mode: str | None = None
     runtime: str | None = None
+    quantizer: str = QUANTIZERS[0]
 
     def resolved(self, geometry: Geometry | None = None, release: Release | None = None) -> CompileOptions:
         """These options with every default filled in; raises :class:`Usage` for what cannot work.
@@ -115,6 +118,7 @@ class CompileOptions:
         self._check_head()
         # A release keeps its output layer in float16, of which int8 loses next to nothing.
         head = self.lm_head_mode or (self.mode if release is None else RELEASE_HEAD)
+        self._check_quantizer(head)
         return replace(self, runtime=runtime.name, q_group_size=group, lm_head_mode=head)
 
     @property
@@ -218,7 +222,32 @@ class CompileOptions:
         if order.index(self.lm_head_mode) > order.index(self.mode):
             raise Usage(f"--lm-head-mode {self.lm_head_mode} is a lower precision than --mode {self.mode}")
 
+    def _check_quantizer(self, head: str) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise Usage(
+                f"--quantizer {self.quantizer} is unknown", hint="quantizers: " + ", ".join(QUANTIZERS)
+            )
+        if self.quantizer == QUANTIZERS[0]:
+            return
+        if not replace(self, lm_head_mode=head).integers:
+            raise Usage(f"--quantizer {self.quantizer} has no effect: no weight is kept as integers")
+        if self.num_device > 1:
+            raise Usage(
+                f"--quantizer {self.quantizer} is for one chip: for several, TPU-MLIR rounds every layer"
+            )
+
     # What follows from them, on resolved options:
+
+    def integer(self, kind: NetKind) -> bool:
+        """Whether nets of *kind* keep weights as integers."""
+        head = kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK)
+        mode = self.mode if kind.per_layer else (self.lm_head_mode or self.mode) if head else ""
+        return mode.startswith("int")
+
+    @property
+    def integers(self) -> bool:
+        """Whether any net keeps weights as integers."""
+        return self.integer(NetKind.BLOCK) or self.integer(NetKind.LM_HEAD)
 
     @property
     def float_mode(self) -> str:

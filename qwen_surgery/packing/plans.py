@@ -133,6 +133,14 @@ class PackPlan:
         """How many weights are packed."""
         return sum((p.stop - p.start) * p.shape[1] for p in self.placements)
 
+    def integers(self) -> str:
+        """Bits and groups of the weights kept as integers, in words; nothing where there are none."""
+        widest: dict[formats.Quantisation, int] = {}
+        for placement in self.placements:
+            if isinstance(placement, Quantised):
+                widest[placement.form] = max(placement.shape[1], widest.get(placement.form, 0))
+        return " and ".join(sorted({_words(form, columns) for form, columns in widest.items()}))
+
     def rest(self) -> list[tuple[int, int]]:
         """(offset, size) of the bytes that are the same for every layer: constants and padding."""
         runs, end = [], 0
@@ -160,6 +168,11 @@ class PackPlan:
             if offset < 0 or size <= 0 or offset + size > plan.size:
                 raise Refused("a pack plan is damaged (it writes outside its section)")
         return plan
+
+
+def _words(form: formats.Quantisation, columns: int) -> str:
+    groups = f"groups of {form.group}" if form.group < columns else "a scale for each row"
+    return f"{form.bits} bits, {groups}{', symmetric' if form.symmetric else ''}"
 
 
 def _placement(data: dict[str, Any]) -> Placement:

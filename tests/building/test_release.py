@@ -60,6 +60,8 @@ def _build(folder: Path, scheme: Scheme) -> Built:
     flags = ("--seq-length", 32, "--verify", "contract", "--no-twin", "--name", "tiny")
     out = json.loads(cli("build", folder / "release", "--out", folder / "out", *flags, *TRUST).stdout)
     assert out["unpacked"] == {}
+    assert f"{scheme.bits} bits" in out["integers"]
+    assert "as the checkpoint has them (GPTQ" in out["integers"]
     return Built(folder / "release", Path(out["bmodels"][0]), scheme, integers)
 
 
@@ -129,6 +131,8 @@ def test_a_rounded_model_does_not_hold_those_integers(int4: Built, tmp_path: Pat
     _checkout(tmp_path / "plain", None)
     out = tmp_path / "rounded.bmodel"
     cli("refit", int4.bmodel, tmp_path / "plain", "--out", out)
+    said = cli("inspect", out).stdout
+    assert "integers: lm_head 8 bits, a scale for each row; block 4 bits, groups of 128; chosen by rtn\n" in said
     missing, total = _missing(out, int4.integers, 4)
     assert missing > total / 2
     back = tmp_path / "back.bmodel"

@@ -191,6 +191,20 @@ def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> 
     refuse_unsupported(CompileOptions(addr_mode="basic").resolved(), old)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "bf16"}, "--quantizer search has no effect"),
+        ({"num_device": 2, "runtime": "sophon-demo"}, "--quantizer search is for one chip"),
+        ({"quantizer": "best"}, "--quantizer best is unknown"),
+    ],
+)
+def test_a_quantizer_without_use_is_a_usage_error(given: dict[str, object], said: str) -> None:
+    with pytest.raises(Usage, match=said):
+        CompileOptions(**{"quantizer": "search", **given}).resolved(QWEN_7B)  # type: ignore[arg-type]
+    CompileOptions(mode="int8", quantizer="search").resolved(QWEN_7B)
+
+
 GPTQ4, GPTQ8 = Release("gptq", 4, 128, less_one=True), Release("gptq", 8, 128, less_one=True)
 
 
