@@ -132,7 +132,7 @@ def test_a_rounded_model_does_not_hold_those_integers(int4: Built, tmp_path: Pat
     out = tmp_path / "rounded.bmodel"
     cli("refit", int4.bmodel, tmp_path / "plain", "--out", out)
     said = cli("inspect", out).stdout
-    assert "integers: lm_head 8 bits, a scale for each row; block 4 bits, groups of 128; chosen by rtn\n" in said
+    assert "integers: lm_head 8 bits, groups of 64; block 4 bits, groups of 128; chosen by rtn\n" in said
     missing, total = _missing(out, int4.integers, 4)
     assert missing > total / 2
     back = tmp_path / "back.bmodel"
