@@ -18,6 +18,7 @@ help:
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make wheel      the wheel, in dist/"
 	@echo "make wheel-test the test suite on the installed wheel, outside the source tree"
+	@echo "make docs       the documentation site, in build/site"
 	@echo "make test-slow  the real-geometry runs (minutes, gigabytes)"
 
 # torch goes first and alone: with it in place nothing that follows asks pip for another build of it.
@@ -69,8 +70,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The codemods' pages, then the site, in build/site: open build/site/index.html.
 docs: $(VENV)/.installed
 	$(BIN)/python -m codemods.docs
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

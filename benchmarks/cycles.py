@@ -22,7 +22,7 @@ import click
 
 from golden import cycles
 from qwen_surgery import console
-from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.nets import NetKind
 
 if TYPE_CHECKING:
     from qwen_surgery.measuring.prediction import NetPrediction
@@ -89,18 +89,8 @@ class Bench:
         from qwen_surgery.measuring.prediction import templates_of
 
         if (kind, length) not in self._templates:
-            sizes = self.sizes
-            g = Geometry(
-                1,
-                sizes.hidden,
-                sizes.heads,
-                sizes.hidden // sizes.heads,
-                sizes.vocab,
-                sizes.intermediate,
-                length,
-            )
             with tempfile.TemporaryDirectory() as folder:
-                made = templates_of(g, [NetKind(kind)], Path(folder) / "checkout")
+                made = templates_of(self.sizes, length, [NetKind(kind)], Path(folder) / "checkout")
             self._templates[kind, length] = made[NetKind(kind)]
         return self._templates[kind, length]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from golden import cycles
 from qwen_surgery import console
-from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.nets import NetKind
 
 MODES = ("bf16", "int8", "int4")
 KINDS = (NetKind.BLOCK, NetKind.BLOCK_CACHE, NetKind.LM_HEAD)
@@ -37,14 +37,12 @@ def main(geometry: str, length: int, prompt: int, count: int, version: str | Non
 
     toolchain = Toolchain.find(version)
     sizes = cycles.GEOMETRIES[geometry]
-    head_dim = sizes.hidden // sizes.heads
-    g = Geometry(1, sizes.hidden, sizes.heads, head_dim, sizes.vocab, sizes.intermediate, length)
     out = console.out()
     out.print(f"TPU-MLIR {toolchain.version}, hidden {sizes.hidden}, S={length}, {count} prompts of {prompt}")
     out.print("| net | mode | documented flow | qwen-surgery | worse by |")
     out.print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
-        for kind, template in templates_of(g, KINDS, Path(work) / "checkout").items():
+        for kind, template in templates_of(sizes, length, KINDS, Path(work) / "checkout").items():
             for mode in MODES:
                 raw, cleaned = (
                     measured(

@@ -112,9 +112,8 @@ class DisableTorch2(Rule):
         other = _other_numbers(source, flag)
         if other:
             return Site(Status.DECLINED, other, *span)
-        return Site(
-            Status.APPLIED, f"{flag} guards {SDPA} (line {used})", *span, edits=(Rewrite(stmt, _set_false),)
-        )
+        reason = f"{flag} guards {SDPA} (line {used}){_lost_fill(source, flag)}"
+        return Site(Status.APPLIED, reason, *span, edits=(Rewrite(stmt, _set_false),))
 
 
 def _set_false(node: Any) -> Any:
@@ -209,6 +208,18 @@ def _other_numbers(source: Source, flag: str) -> str:
                 if problem:
                     return f"{problem} (line {found.line if found is not None else choice.lineno})"
     return ""
+
+
+def _lost_fill(source: Source, flag: str) -> str:
+    """What to say of a fused branch that forgets the causal mask it makes; empty where none does."""
+    choices = [n for n in t.walk(source.tree) if isinstance(n, ast.If) and flag in t.reads(n.test)]
+    line = next((line for choice in choices if (line := fused.lost_fill(choice)) is not None), None)
+    if line is None:
+        return ""
+    return (
+        f"; unpatched, line {line} throws the mask it fills away, so that a prompt with padding also sees "
+        "what comes after: patched it does not"
+    )
 
 
 def _all_calls(node: ast.AST) -> list[ast.Call]:

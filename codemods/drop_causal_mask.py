@@ -112,14 +112,11 @@ class DropCausalMask(Rule):
             return Site(
                 Status.ALREADY, "only the caller's attention_mask masks the scores", line, line, path.where
             )
-        mask = path.masks[0]
-        span = (mask.stmt.lineno, mask.stmt.end_lineno, path.where)
-        problem = "more than one mask on these scores" if len(path.masks) > 1 else _problem(path, mask, added)
-        if problem:
-            return Site(Status.DECLINED, problem, *span)
-        dropped = removable(path, mask.stmt)
-        if isinstance(dropped, str):
-            return Site(Status.DECLINED, dropped, *span)
+        for mask in path.masks:
+            problem = _problem(path, mask, added)
+            if problem:
+                return Site(Status.DECLINED, problem, mask.stmt.lineno, mask.stmt.end_lineno, path.where)
+        dropped = removable(path, [mask.stmt for mask in path.masks])
         first, last = dropped[0].lineno, dropped[-1].end_lineno
         reason = "attention_mask is added to the same scores" + ("" if path.added else f" (by {ADD})")
         return Site(Status.APPLIED, reason, first, last, path.where, tuple(Drop(s) for s in dropped))
@@ -140,20 +137,20 @@ def _problem(path: ScorePath, mask: Mask, added: bool) -> str:
     )
 
 
-def removable(path: ScorePath, mask: ast.stmt) -> list[ast.stmt] | str:
-    """``mask`` and the statements that only prepared it, in order; or why it cannot go.
+def removable(path: ScorePath, masks: list[ast.stmt]) -> list[ast.stmt]:
+    """``masks`` and the statements that only prepared them, in order.
 
     A statement goes when everything it binds is read by nothing that stays. What is read elsewhere stays.
     """
     body = path.function.body
-    rest = [s for s in body if s is not mask]
-    needed, grew = t.reads(mask), True
+    rest = [s for s in body if s not in masks]
+    needed, grew = frozenset().union(*(t.reads(mask) for mask in masks)), True
     feeders: list[ast.stmt] = []
-    while grew:  # everything the mask is computed from
+    while grew:  # everything the masks are computed from
         grew = False
         for stmt in path.before:
             if (
-                stmt is not mask
+                stmt not in masks
                 and stmt not in feeders
                 and _only_binds(stmt, path)
                 and t.binds(stmt) & needed
@@ -171,7 +168,7 @@ def removable(path: ScorePath, mask: ast.stmt) -> list[ast.stmt] | str:
             if id(stmt) in going and t.binds(stmt) & used:
                 going.discard(id(stmt))
                 shrunk = True
-    return [s for s in body if s is mask or id(s) in going]
+    return [s for s in body if s in masks or id(s) in going]
 
 
 def _only_binds(stmt: ast.stmt, path: ScorePath) -> bool:

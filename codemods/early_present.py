@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from codemods.analysis import tree as t
 from codemods.analysis.attention import Attention, attentions
-from codemods.analysis.effects import effects
+from codemods.analysis.effects import effects, words
 from codemods.analysis.handed import cache_problem, tampered
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Move, Rule, Site, Status
@@ -27,6 +27,10 @@ class Attention(nn.Module):
             value = torch.cat((past_value, value), dim=1)
 {late}        return self.c_proj(self._attn(query, key, value)), present
 """
+#: Methods that raise for a tensor of no length and change none.
+_ANY_LENGTH = words(
+    "clone contiguous detach to type type_as float half bfloat16 squeeze unsqueeze transpose size dim"
+)
 _PRESENT = """\
         if use_cache:
             present = (key, value)
@@ -40,7 +44,7 @@ class _Parts:
     """The two statements: the one that joins the history, the one that makes ``present``."""
 
     join: ast.If
-    present: ast.stmt | None
+    presents: list[ast.stmt]  #: in a row, the one like the other; hardly ever more than one
     key: str
     value: str
 
@@ -100,20 +104,20 @@ class EarlyPresent(Rule):
                 )
                 yield Site(Status.DECLINED, reason, line, line, where)
             return
-        join, present = found.join, found.present
-        if present is None:
+        join = found.join
+        if not found.presents:
             reason = "no statement of forward makes a pair of key and value for the cache"
             yield Site(Status.DECLINED, reason, join.lineno, join.end_lineno, where)
             return
         body = forward.body
-        at, to = body.index(present), body.index(join)
+        first, last = found.presents[0], found.presents[-1]
+        at, to = body.index(first), body.index(join)
+        span = first.lineno, last.end_lineno, where
         if at < to:
-            problem = _unsound(forward, found, body[at + 1 : to]) or _elsewhere(attention, forward, found)
-            if problem:
-                yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
-            else:
-                reason = "present is made before the history is joined"
-                yield Site(Status.ALREADY, reason, present.lineno, present.end_lineno, where)
+            between = body[at + len(found.presents) : to]
+            problem = _unsound(forward, found, between) or _elsewhere(attention, forward, found)
+            reason = problem or "present is made before the history is joined"
+            yield Site(Status.DECLINED if problem else Status.ALREADY, reason, *span)
             return
         problem = (
             _join_problem(found)
@@ -121,10 +125,11 @@ class EarlyPresent(Rule):
             or _elsewhere(attention, forward, found)
         )
         if problem:
-            yield Site(Status.DECLINED, problem, present.lineno, present.end_lineno, where)
+            yield Site(Status.DECLINED, problem, *span)
             return
-        reason = f"nothing between lines {join.lineno} and {present.lineno} rewrites what present holds"
-        yield Site(Status.APPLIED, reason, join.lineno, present.end_lineno, where, (Move(present, join),))
+        reason = f"nothing between lines {join.lineno} and {first.lineno} rewrites what present holds"
+        moves = tuple(Move(present, join) for present in found.presents)
+        yield Site(Status.APPLIED, reason, join.lineno, last.end_lineno, where, moves)
 
 
 def _parts(forward: ast.FunctionDef) -> _Parts | None:
@@ -133,10 +138,16 @@ def _parts(forward: ast.FunctionDef) -> _Parts | None:
         return None
     names = _joined(joins[0])
     for key, value in (names, names[::-1]):  # whichever is joined first
-        presents = [s for s in forward.body if _makes_present(s, key, value)]
-        if len(presents) == 1:
-            return _Parts(joins[0], presents[0], key, value)
-    return _Parts(joins[0], None, *names)
+        presents = [s for s in forward.body if _makes_present(forward, s, key, value)]
+        if presents and _in_a_row(forward.body, presents):
+            return _Parts(joins[0], presents, key, value)
+    return _Parts(joins[0], [], *names)
+
+
+def _in_a_row(body: list[ast.stmt], stmts: list[ast.stmt]) -> bool:
+    """``stmts`` follow one another in ``body`` and say the same."""
+    at = body.index(stmts[0])
+    return body[at : at + len(stmts)] == stmts and all(t.same(s, stmts[0]) for s in stmts)
 
 
 def _joined(stmt: ast.If) -> list[str]:
@@ -190,7 +201,7 @@ def _appends(node: ast.expr | None, name: str) -> bool:
     return t.is_name(bare, name) and name not in t.reads(past)
 
 
-def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
+def _makes_present(forward: ast.FunctionDef, stmt: ast.stmt, key: str, value: str) -> bool:
     """``present = (key, value) if cached else None``, as a statement or an expression."""
     pairs = [
         n
@@ -201,7 +212,7 @@ def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
         and t.is_name(n.elts[0], key)
         and t.is_name(n.elts[1], value)
     ]
-    if len(pairs) != 1:
+    if not pairs:
         return False
     if isinstance(stmt, ast.Assign):
         value_ = stmt.value
@@ -209,19 +220,47 @@ def _makes_present(stmt: ast.stmt, key: str, value: str) -> bool:
         return len(stmt.targets) == 1 and t.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
     if not isinstance(stmt, ast.If):
         return False
-    arms = [s for s in (*stmt.body, *stmt.orelse) if not isinstance(s, ast.Pass)]
-    plain = all(isinstance(s, ast.Assign) and t.is_name(s.targets[0]) and len(s.targets) == 1 for s in arms)
-    values = [s.value for s in arms if isinstance(s, ast.Assign)]
-    known = all(v is pairs[0] or (isinstance(v, ast.Constant) and v.value is None) for v in values)
-    return plain and known and len(t.binds(stmt)) == 1
+    arms = [s for s in (*stmt.body, *stmt.orelse) if not _idle(forward, stmt, s)]
+    made = [s for s in arms if isinstance(s, ast.Assign) and len(s.targets) == 1 and t.is_name(s.targets[0])]
+    known = all(s.value in pairs or (t.is_none(s.value)) for s in made)
+    return known and len(made) == len(arms) and len(_names(made)) == 1
+
+
+def _idle(forward: ast.FunctionDef, around: ast.stmt, stmt: ast.stmt) -> bool:
+    """``stmt`` in ``around`` only gives something a name that nothing outside ``around`` knows."""
+    if isinstance(stmt, ast.Pass) or (isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name)):
+        return True
+    if not isinstance(stmt, ast.Assign) or not all(_of_any_length(n) for n in t.walk(stmt.value)):
+        return False
+    inside = {id(n) for n in t.walk(around)}
+    known = {n.id for n in t.walk(forward) if isinstance(n, ast.Name) and id(n) not in inside}
+    names = all(isinstance(target, ast.Name) for target in stmt.targets)
+    return names and not t.binds(stmt) & (known | set(t.parameters(forward)))
+
+
+def _of_any_length(node: ast.AST) -> bool:
+    """A part of an expression that works alike however long the history is."""
+    if isinstance(node, ast.Call):
+        return t.call_name(node) in _ANY_LENGTH
+    return isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.USub, ast.Load))
+
+
+def _names(made: list[ast.Assign]) -> frozenset[str]:
+    return frozenset().union(*(t.binds(s) for s in made))
+
+
+def _present_name(parts: _Parts) -> str:
+    """What present is called: what is bound to the pair of key and value."""
+    for stmt in t.statements(parts.presents):
+        if isinstance(stmt, ast.Assign) and any(isinstance(n, ast.Tuple) for n in t.walk(stmt.value)):
+            return min(t.binds(stmt))
+    raise AssertionError("a statement that makes present binds it")
 
 
 def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -> str:
     """What stands between the two places and would see or change the difference; empty when nothing does."""
-    present = parts.present
-    assert present is not None
-    (name,) = t.binds(present)
-    kept = t.reads(present)
+    name = _present_name(parts)
+    kept = t.reads(parts.presents[0])
     for stmt in between:
         changed = (kept & t.binds(stmt)) | {n for n in (parts.key, parts.value) if _mutates(stmt, n)}
         if changed:
@@ -232,24 +271,38 @@ def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -
         return "the join rebinds what present depends on"
     if name in t.reads(parts.join) | t.binds(parts.join):
         return f"`{name}` is used where the history is joined"
-    bound = [s for s, _ in t.assignments(forward.body, name) if s is not present and s not in t.walk(present)]
+    making = {id(s) for s in t.statements(parts.presents)}
+    bound = [s for s, _ in t.assignments(forward.body, name) if id(s) not in making]
     if bound:
         return f"`{name}` is bound again on line {bound[0].lineno}"
     for stmt in t.statements(forward.body):
-        if stmt is present or any(t.blocks(stmt)) or name not in t.reads(stmt):
+        if id(stmt) in making or any(t.blocks(stmt)) or name not in t.reads(stmt):
+            continue
+        if _only_kept(forward, stmt):
             continue
         if not _is_output(stmt, name):
             return f"`{name}` is read on line {stmt.lineno} for something else than the outputs"
     return ""
 
 
+def _only_kept(forward: ast.FunctionDef, stmt: ast.stmt) -> bool:
+    """``kept = x``, where whatever reads ``kept`` is an expression statement of that name alone."""
+    if not isinstance(stmt, ast.Assign) or not isinstance(stmt.value, ast.Name):
+        return False
+    looks = {id(s.value) for s in t.statements(forward.body) if isinstance(s, ast.Expr)}
+    kept = t.binds(stmt)
+    read = (n for n in t.walk(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return all(isinstance(x, ast.Name) for x in stmt.targets) and not any(
+        n.id in kept and id(n) not in looks for n in read
+    )
+
+
 def _elsewhere(attention: Attention, forward: ast.FunctionDef, parts: _Parts) -> str:
     """What reaches present's tensors or the history from elsewhere in the file; empty when nothing does."""
-    assert parts.present is not None
     if not attention.paths:  # its scores are made elsewhere; drop-causal-mask declines such a class
         return ""
-    (name,) = t.binds(parts.present)
-    start = min(parts.join.lineno, parts.present.lineno)
+    name = _present_name(parts)
+    start = min(parts.join.lineno, parts.presents[0].lineno)
     for write in effects(attention.source).written(forward, [parts.key, parts.value, name, "layer_past"]):
         if write.line >= start:
             return f"what present holds may be changed in place on line {write.line}"
@@ -264,7 +317,7 @@ def _past_problem(join: ast.If, past: ast.expr, place: int, *, several: bool) ->
         values = [value for _, value in t.assignments(join.body, bare.id)]
         if _unpacks(join, bare.id, place):
             return ""
-        bare = values[0] if len(values) == 1 and values[0] is not None else bare
+        bare = values[0] if values and values[0] and all(t.same(v, values[0]) for v in values) else bare
     if (
         isinstance(bare, ast.Subscript)
         and t.is_name(bare.value, "layer_past")

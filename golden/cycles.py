@@ -20,12 +20,18 @@ ALLOWANCE = 0.01
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A geometry by its name: hidden size, heads, config.json's intermediate size, vocabulary."""
+    """A geometry by its name: hidden size, heads, config.json's intermediate size, vocabulary.
+
+    ``model_type`` says whose layer it is; ``kv_heads`` and ``head_dim`` are 0 where they follow.
+    """
 
     hidden: int
     heads: int
     intermediate: int
     vocab: int
+    model_type: str = "qwen"
+    kv_heads: int = 0
+    head_dim: int = 0
 
 
 #: ``tiny`` is small enough for every test run and large enough that every pass applies.
@@ -35,10 +41,16 @@ GEOMETRIES = {
     "7B": LayerSizes(4096, 32, 22016, 151936),
     "14B": LayerSizes(5120, 40, 27392, 152064),
     "72B": LayerSizes(8192, 64, 49152, 152064),
+    "Qwen2.5-0.5B": LayerSizes(896, 14, 4864, 151936, "qwen2", 2),
+    "Qwen2.5-1.5B": LayerSizes(1536, 12, 8960, 151936, "qwen2", 2),
+    "Qwen2.5-7B": LayerSizes(3584, 28, 18944, 152064, "qwen2", 4),
+    "Qwen3-4B": LayerSizes(2560, 32, 9728, 151936, "qwen3", 8, 128),
+    "Qwen3-8B": LayerSizes(4096, 32, 12288, 151936, "qwen3", 8, 128),
 }
 
 #: (geometry, kind, seq_length) -> cycles that TPU-MLIR 1.30.2's own llm_convert predicts for one layer of a
-#: random Qwen2-shaped checkpoint of the same sizes, as measured, in thousands for prefill:
+#: random checkpoint of the same sizes (of Qwen2's shape for Qwen v1's), as measured, in thousands for v1's
+#: prefill:
 #: ``llm_convert.py -m DIR -s S -q w4bf16 -g 64 -c bm1684x -o OUT``.
 LLM_CONVERT = {
     ("1.8B", "block_cache", 512): 650_762,
@@ -59,6 +71,16 @@ LLM_CONVERT = {
     ("14B", "block", 512): 26_520_000,
     ("14B", "block", 2048): 113_380_000,
     ("14B", "block", 8192): 577_520_000,
+    ("Qwen2.5-0.5B", "block_cache", 512): 191_096,
+    ("Qwen2.5-0.5B", "block_cache", 2048): 224_880,
+    ("Qwen2.5-0.5B", "block", 512): 2_370_793,
+    ("Qwen2.5-0.5B", "block", 2048): 10_797_956,
+    ("Qwen2.5-1.5B", "block_cache", 512): 521_379,
+    ("Qwen2.5-1.5B", "block", 512): 5_179_291,
+    ("Qwen2.5-7B", "block_cache", 512): 2_485_923,
+    ("Qwen2.5-7B", "block", 512): 20_697_965,
+    ("Qwen3-4B", "block_cache", 512): 1_114_422,
+    ("Qwen3-4B", "block", 512): 10_204_399,
 }
 
 

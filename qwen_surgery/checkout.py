@@ -20,7 +20,10 @@ DEFAULT_SEQ_LENGTH = 512
 
 @dataclass(frozen=True)
 class Checkout:
-    """An opened checkout. ``config`` and ``era`` are of the files on disk now (patched or not)."""
+    """An opened checkout. ``config`` and ``era`` are of the files on disk now (patched or not).
+
+    ``modeling_file`` lies in the checkout, or elsewhere where the checkout comes without code (see ``lent``).
+    """
 
     path: Path
     config: dict[str, Any]
@@ -29,17 +32,44 @@ class Checkout:
     era: str
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkout:
+    def open(cls, path: Path | str, modeling: Path | None = None) -> Checkout:
         """Open and check the directory *path*; Refused (one line) when it is no model of a known family.
 
         The modeling file is the one that config.json's ``auto_map`` names, else the one of the family's
         name, else the only Python file whose content is the family's. Its content decides, never its name.
+        Where the checkout has none, it is *modeling*, else the installed package's of which it is a part.
         """
         root = Path(path)
         config = _read_config(root)
         family = families.of(config, root / CONFIG)
-        modeling = _find_modeling(root, config, family)
-        return cls(root, config, family, modeling, _era_of(modeling, family))
+        if modeling is not None and not family.home:
+            raise Usage(
+                f"--modeling is for models without code of their own; {family.title} comes with its own"
+            )
+        found = _find_modeling(root, config, family, modeling)
+        if modeling is not None and found != modeling:
+            raise Usage(
+                f"--modeling is for a checkout without code, {found} is there",
+                hint="`qwen-surgery restore` takes a patched copy away",
+            )
+        return cls(root, config, family, found, _era_of(found, family))
+
+    @property
+    def lent(self) -> bool:
+        """Whether the modeling file is not the checkout's own: it is read where it lies, never written to."""
+        return self.modeling_file.parent != self.path
+
+    @property
+    def modeling(self) -> str:
+        """The name of the modeling file in the checkout, or the one that it would have there."""
+        return self.family.modeling if self.lent else self.modeling_file.name
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many positions back attention sees, by config.json; None where it sees all."""
+        window = self.config.get("sliding_window")
+        used = self.config.get("use_sliding_window", window is not None)
+        return window if used and isinstance(window, int) else None
 
     @property
     def python_files(self) -> tuple[Path, ...]:
@@ -47,7 +77,9 @@ class Checkout:
         return tuple(sorted(p for p in self.path.glob("*.py") if p.is_file()))
 
     def read_files(self) -> dict[str, bytes]:
-        """config.json and every Python file as they are on disk now, by name."""
+        """config.json and every Python file as they are on disk now, by name: lent or its own."""
+        if self.lent:
+            return {CONFIG: (self.path / CONFIG).read_bytes(), self.modeling: self.modeling_file.read_bytes()}
         return {p.name: p.read_bytes() for p in (self.path / CONFIG, *self.python_files)}
 
     @property
@@ -94,7 +126,7 @@ def _mapped_name(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _find_modeling(root: Path, config: dict[str, Any], family: Family) -> Path:
+def _find_modeling(root: Path, config: dict[str, Any], family: Family, lent: Path | None) -> Path:
     mapped = _mapped_name(config)
     for name in (mapped, family.modeling):
         if is_plain_name(name) and (root / name).is_file():
@@ -105,10 +137,16 @@ def _find_modeling(root: Path, config: dict[str, Any], family: Family) -> Path:
     if fitting:
         names = ", ".join(p.name for p in fitting)
         raise Refused(f"{root} has several modeling files ({names}) and config.json's auto_map names none")
-    raise Refused(
-        f"{root} has no modeling file ({mapped or family.modeling} is missing)",
-        hint="download the model's Python files too; they are beside config.json upstream",
-    )
+    lent = lent or family.installed_code()
+    if lent is not None:
+        return lent
+    missing = f"{root} has no modeling file ({mapped or family.modeling} is missing)"
+    if family.home:
+        raise Refused(
+            f"{missing} and no {family.home} is installed",
+            hint="pip install 'qwen-surgery[verify]' brings transformers",
+        )
+    raise Refused(missing, hint="download the model's Python files too; they are beside config.json upstream")
 
 
 def _is_modeling(data: bytes, family: Family) -> bool:

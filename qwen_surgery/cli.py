@@ -22,6 +22,7 @@ from qwen_surgery.errors import SurgeryError, ToolFailed, Usage
 # name -> (module under qwen_surgery.commands, one-line help). The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("fetch", "Get a checkout from a hub: only what is needed, checked."),
+    "doctor": ("doctor", "Say whether a build will work here, and what mends it."),
     "build": ("build", "Do all steps: patch, export, clean, compile, verify."),
     "patch": ("patch", "Apply the source and config edits to a checkout (--diff previews)."),
     "restore": ("restore", "Bring back the original bytes of a patched checkout."),

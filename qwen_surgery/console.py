@@ -19,6 +19,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 
@@ -61,8 +62,19 @@ def _printing() -> type[Console]:
     """rich's console, which takes no markup from plain text and shows nothing that is not printable."""
     from rich import console
     from rich.segment import Segment
+    from rich.theme import Theme
+
+    # The terminal's own sixteen colours, which its user has made readable, dark or light; rich's bars and
+    # headings have fixed ones.
+    plain = Theme(
+        {"bar.back": "dim", "bar.complete": "cyan", "bar.finished": "green", "bar.pulse": "cyan"}
+        | {"markdown.h2": "bold", "markdown.h3": "bold", "markdown.code": "bold"}
+    )
 
     class Printing(console.Console):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, theme=plain)
+
         def render(
             self, renderable: console.RenderableType, options: console.ConsoleOptions | None = None
         ) -> Iterator[Segment]:
@@ -77,6 +89,12 @@ def on(stream: TextIO, *, width: int | None = None) -> Console:
     """A console on *stream*. Colours only on a terminal; NO_COLOR is honoured by rich."""
     tty = stream.isatty()
     return _printing()(file=stream, highlight=False, markup=False, soft_wrap=not tty, width=width)
+
+
+def fits(printer: Console, table: Table) -> bool:
+    """Whether *table* needs no folding on *printer*."""
+    unbounded = printer.options.update(max_width=10_000)
+    return printer.measure(table, options=unbounded).maximum <= printer.width
 
 
 @cache
@@ -109,10 +127,12 @@ def documents() -> int:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each phase on stderr; call what this gives with a phase, how much is done and of how much."""
+    """A bar for each phase on stderr, where that is a terminal; call what this gives with a phase, how much
+    is done and of how much.
+    """
     from rich.progress import Progress, TaskID
 
-    with Progress(console=err(), transient=True) as bars:
+    with Progress(console=err(), transient=True, disable=not err().is_terminal) as bars:
         phases: dict[str, TaskID] = {}
 
         def show(phase: str, done: int, total: int) -> None:

@@ -43,10 +43,19 @@ def require(command: str) -> None:
 
 def need(what: str, *extras: str) -> None:
     """Raises :class:`ToolFailed` when a package of *extras* is not installed. Imports nothing."""
+    if lacking := absent(*extras):
+        raise _told(what, lacking, extras)
+
+
+def absent(*extras: str) -> list[str]:
+    """The packages of *extras* that are not installed. Imports nothing."""
     wanted = dict.fromkeys(name for extra in extras for name in EXTRAS[extra])
-    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if absent:
-        raise _told(what, absent, extras)
+    return [name for name in wanted if importlib.util.find_spec(name) is None]
+
+
+def installing(*extras: str) -> str:
+    """The command that installs *extras*."""
+    return f"{_installer()} 'qwen-surgery[{','.join(extras)}]'"
 
 
 def missing(error: ModuleNotFoundError) -> ToolFailed | None:
@@ -56,11 +65,11 @@ def missing(error: ModuleNotFoundError) -> ToolFailed | None:
     return _told("this", [package], (extra,)) if extra else None
 
 
-def _told(what: str, absent: list[str], extras: tuple[str, ...]) -> ToolFailed:
-    names = ", ".join(absent)
-    verb = "is" if len(absent) == 1 else "are"
-    hint = f"{_installer()} 'qwen-surgery[{','.join(extras)}]'"
-    if "torch" in absent:
+def _told(what: str, lacking: list[str], extras: tuple[str, ...]) -> ToolFailed:
+    names = ", ".join(lacking)
+    verb = "is" if len(lacking) == 1 else "are"
+    hint = installing(*extras)
+    if "torch" in lacking:
         hint += "; a CPU build of torch, installed before, spares gigabytes of CUDA"
     return ToolFailed(f"{what} needs {names}, which {verb} not installed", hint=hint)
 

@@ -1,12 +1,13 @@
 """Qwen's tokenizer from its vocabulary file alone, its chat format, and the files that a demo needs.
 
-Nothing here runs a checkout's Python: a ``qwen.tiktoken`` file is data.
+Nothing here runs a checkout's Python: ``qwen.tiktoken``, and ``tokenizer.json`` of newer models, are data.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ VOCABULARY = "qwen.tiktoken"
 #: What the vendor's demos load, in the layout of a Hugging Face tokenizer. The last is wanted, not needed.
 DEMO_FILES = (VOCABULARY, "tokenization_qwen.py", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json",)
+#: The same where a model has its tokenizer in one file of the tokenizers library.
+WHOLE = "tokenizer.json"
+WHOLE_FILES = (WHOLE, "tokenizer_config.json")
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _EXTRAS = 205
 _MOST_EXTRAS = 1 << 16
@@ -51,40 +55,50 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+def files_of(folder: Path) -> tuple[str, ...]:
+    """The files of *folder* that a demo needs."""
+    return DEMO_FILES if (folder / VOCABULARY).exists() or not (folder / WHOLE).exists() else WHOLE_FILES
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Qwen tokenizer. ``ranks`` are the ordinary tokens; special ones follow them in id."""
+    """A Qwen tokenizer. ``ranks`` are the ordinary tokens; ``special`` ones (name -> id) follow them in id.
+
+    ``cuts`` is the expression that cuts text before merging; ``composed`` says that text is brought into
+    Unicode's composed form (NFC) first.
+    """
 
     ranks: dict[bytes, int]
-    extras: int = _EXTRAS
+    special: dict[str, int]
+    cuts: str = CUTS
+    composed: bool = False
 
     @classmethod
     def open(cls, folder: Path | str) -> Tokenizer:
-        """From a folder that holds ``qwen.tiktoken``. Raises Refused when that is missing or damaged."""
+        """From a folder that holds ``qwen.tiktoken`` or ``tokenizer.json``. Raises Refused when neither is
+        there, or the one that is there is damaged."""
         folder = Path(folder)
+        if files_of(folder) == WHOLE_FILES:
+            return _read_whole(folder / WHOLE)
         extras = read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
         with parsing.parsing(folder / "tokenizer_config.json", "extras is no number of tokens"):
             parsing.whole(extras, most=_MOST_EXTRAS)
-        return cls(read_ranks(folder / VOCABULARY), extras)
-
-    @cached_property
-    def special(self) -> dict[str, int]:
-        """Special token -> id."""
-        names = [END_OF_TEXT, START, END, *(f"<|extra_{i}|>" for i in range(self.extras))]
-        return {name: len(self.ranks) + i for i, name in enumerate(names)}
+        ranks = read_ranks(folder / VOCABULARY)
+        names = [END_OF_TEXT, START, END, *(f"<|extra_{i}|>" for i in range(extras))]
+        return cls(ranks, {name: len(ranks) + i for i, name in enumerate(names)})
 
     @cached_property
     def _encoding(self) -> Any:
         import tiktoken
 
         return tiktoken.Encoding(
-            "qwen", pat_str=CUTS, mergeable_ranks=self.ranks, special_tokens=self.special
+            "qwen", pat_str=self.cuts, mergeable_ranks=self.ranks, special_tokens=self.special
         )
 
     @property
     def size(self) -> int:
         """Number of ids, special ones included."""
-        return len(self.ranks) + len(self.special)
+        return max(len(self.ranks) - 1, *self.special.values()) + 1
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -93,13 +107,19 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of *text*. Names of special tokens in it are plain text unless *special*."""
+        text = unicodedata.normalize("NFC", text) if self.composed else text
         if special:
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode(text, disallowed_special=())
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of *ids*; ids beyond the vocabulary (padding rows of the model) become nothing."""
-        return self._encoding.decode_bytes([i for i in ids if i < self.size])
+        known = self._ids
+        return self._encoding.decode_bytes([i for i in ids if i in known])
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset((*self.ranks.values(), *self.special.values()))
 
     def chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation in Qwen's chat format, up to where the assistant speaks.
@@ -111,6 +131,53 @@ class Tokenizer:
         for role, text in turns:
             ids += [self.special[START], *self.encode(f"{role}\n{text}"), self.special[END], *line]
         return [*ids, self.special[START], *self.encode("assistant\n")]
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that tokenizer.json writes for each byte -> the byte.
+
+    Printable Latin-1 stands for itself; every other byte, in order, for the next letter from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _read_whole(path: Path) -> Tokenizer:
+    """The tokenizer in the tokenizers library's own file. Raises Refused for one that is damaged or that is
+    made in another way than Qwen's."""
+    with parsing.parsing(path, "not a tokenizer of the form known here"):
+        data = read_json(path)
+        letters = _byte_letters()
+        ranks = {bytes(letters[x] for x in token): int(i) for token, i in data["model"]["vocab"].items()}
+        special = {str(one["content"]): int(one["id"]) for one in data["added_tokens"]}
+        cut, last = data["pre_tokenizer"]["pretokenizers"]
+        if (data["model"]["type"], cut["type"], last["type"]) != ("BPE", "Split", "ByteLevel"):
+            raise ValueError("it is no BPE of bytes behind one cut")
+        if last.get("use_regex", True) or last.get("add_prefix_space", True):
+            raise ValueError("it cuts text a second time, or puts a blank before it")
+        cuts, normalizer = str(cut["pattern"]["Regex"]), data.get("normalizer")
+        if normalizer is not None and normalizer["type"] != "NFC":
+            raise ValueError(f"it normalizes by {normalizer['type']}")
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError(f"ids are not 0..{len(ranks) - 1}, each once")
+        _refuse_disorder(data["model"]["merges"], ranks, letters)
+        missing = [name for name in (END_OF_TEXT, START, END) if name not in special]
+        if missing or not set(special.values()).isdisjoint(ranks.values()):
+            raise ValueError(f"{', '.join(missing) or 'a special token'} has no id of its own")
+    return Tokenizer(ranks, special, cuts, normalizer is not None)
+
+
+def _refuse_disorder(merges: list[Any], ranks: dict[bytes, int], letters: dict[str, int]) -> None:
+    """Raise ValueError unless tokens are merged in the order of their ids, as they are from ``ranks``."""
+    before = -1
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        made = ranks[bytes(letters[x] for x in "".join(pair))]
+        if made <= before:
+            raise ValueError(f"merges are not in the order of ids at {''.join(pair)!r:.100}")
+        before = made
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,7 +192,7 @@ def check(folder: Path) -> dict[str, Any]:
     Raises Refused for a missing or damaged file, a vocabulary that does not fit the model's rows, or an end
     token in generation_config.json that is none of the tokenizer's.
     """
-    for name in DEMO_FILES:
+    for name in files_of(folder):
         if not (folder / name).is_file():
             raise Refused(f"{folder / name} is missing", hint="it is beside config.json upstream")
     tokenizer = Tokenizer.open(folder)
@@ -140,7 +207,7 @@ def check(folder: Path) -> dict[str, Any]:
         )
     sample = "Hello, world! 1234 \u4f60\u597d\n\ttab"
     if tokenizer.decode_bytes(tokenizer.encode(sample)).decode() != sample:
-        raise Refused(f"{folder / VOCABULARY}: text does not come back as it went in")
+        raise Refused(f"{folder / files_of(folder)[0]}: text does not come back as it went in")
     return {
         "tokens": len(tokenizer.ranks),
         "special": len(tokenizer.special),

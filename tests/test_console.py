@@ -25,11 +25,11 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\rok   all good\x08"
 OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AKG]|\r|\n|\t")
 
 
-def shown(*arguments: object, cwd: Path | None = None) -> str:
+def shown(*arguments: object, cwd: Path | None = None, **variables: str) -> str:
     """What a command writes on a terminal, both streams."""
     main, worker = pty.openpty()
     command = [sys.executable, "-m", "qwen_surgery", *(str(a) for a in arguments)]
-    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", **variables}
     with subprocess.Popen(command, stdin=worker, stdout=worker, stderr=worker, env=env, cwd=cwd) as running:
         os.close(worker)
         data = b"".join(_chunks(main))

@@ -1,4 +1,4 @@
-"""The README's recipes for a contributor, followed to the letter in a copy of the repository."""
+"""The page's recipes for a contributor, followed to the letter in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def copy(tmp_path: Path) -> Path:
 
 def follow(heading: str, root: Path) -> dict[str, str]:
     """Do in ``root`` what the section says: write its files, add its lines, run its commands (-> output)."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.split(r"^## ", readme.partition(f"\n## {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", page.partition(f"\n## {heading}\n")[2], maxsplit=1, flags=re.M)[0]
     printed = {}
     for before, language, block in re.findall(r"([^\n]*)\n\n```(\w*)\n(.*?)^```$", section, re.M | re.S):
         if language:
@@ -70,8 +70,8 @@ def run(line: str, root: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_readme_s_codemod_can_be_added(copy: Path) -> None:
-    """Whoever follows the README must end with a codemod that is tested, documented and applied."""
+def test_the_page_s_codemod_can_be_added(copy: Path) -> None:
+    """Whoever follows the page must end with a codemod that is tested, documented and applied."""
     printed = follow("Add a codemod", copy)
     run("python -m ruff check codemods", copy)
     run("python -m ruff format --check codemods", copy)
@@ -82,7 +82,7 @@ def test_the_readme_s_codemod_can_be_added(copy: Path) -> None:
     assert "(drop-embedding-dropout.md)" in (copy / "docs/codemods/README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_s_graph_pass_can_be_added(copy: Path) -> None:
+def test_the_page_s_graph_pass_can_be_added(copy: Path) -> None:
     printed = follow("Add a graph pass", copy)
     run("python -m ruff check graph_passes", copy)
     run("python -m ruff format --check graph_passes", copy)

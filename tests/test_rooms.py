@@ -58,6 +58,7 @@ ROOMS = (
     "qwen_surgery.twin",
     "qwen_surgery.chatting",
     "qwen_surgery.building",
+    "qwen_surgery.doctor",
     "qwen_surgery.commands",
     "qwen_surgery.cli",
     "qwen_surgery.__main__",
@@ -193,6 +194,7 @@ def _heavy_modules_after(*args: str) -> list[str]:
         ("patch", "CHECKOUT"),
         ("survey", "CHECKOUT"),
         ("restore", "CHECKOUT"),
+        ("doctor",),
     ],
 )
 def test_light_commands_import_nothing_heavy(args: tuple[str, ...], tmp_path: Path) -> None:

@@ -91,6 +91,9 @@ def test_light_commands_work(light: Run, checkout: Path) -> None:
     assert light("patch", checkout).returncode == 0
     assert light("restore", checkout).returncode == 0
     assert light("toolchain", "list").returncode == 0
+    doctor = light("doctor", checkout)
+    assert doctor.returncode == 3, doctor.stderr
+    assert "FAIL  packages" in doctor.stdout and "era sdpa: 1 layers" in doctor.stdout
 
 
 def _call(command: str, checkout: Path) -> list[object]:
@@ -127,7 +130,7 @@ def test_a_missing_extra_is_one_line_that_installs_it(light: Run, checkout: Path
 
 
 def test_every_command_is_light_or_in_the_table() -> None:
-    light = {"patch", "restore", "explain", "survey", "toolchain", "fetch"}
+    light = {"patch", "restore", "explain", "survey", "toolchain", "fetch", "doctor"}
     assert light | set(extras.OF_COMMAND) >= set(COMMANDS)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.analysis import tree as t
-from codemods.analysis.effects import effects
+from codemods.analysis.effects import effects, is_in_place
 from codemods.analysis.handed import MASK, carries, mask_problem, tampered, unwrapped
 from codemods.analysis.source import Source
 
@@ -108,26 +108,38 @@ class ScorePath:
             if (
                 kind == "unknown"
                 or (masked and kind == "make")
+                or ((masked or self._masked_in_place) and kind == "write")
                 or (kind == "keep" and self._upsets(stmt, masked))
+                or (kind == "add" and any(self._upsets(s, masked) for s in self._beside(stmt)))
             ):
                 found.append(stmt)
         return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
 
     def _upsets(self, stmt: ast.stmt, masked: bool) -> bool:
-        """A statement that binds no scores but may write them, or keeps masked ones for later."""
-        if self.scores in t.binds(stmt) or not (masked or self._masked_in_place):
+        """A statement that may write the scores besides binding them, or keeps masked ones for later."""
+        simple = not any(t.blocks(stmt)) and self.scores in t.binds(stmt)
+        if simple or not (masked or self._masked_in_place):
             return False  # what happens to them before a mask is the same with and without it
         flow = effects(self.attention.source)
         lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
         if any(w.line in lines for w in flow.written(self.function, [self.scores])):
             return True
         bound = t.binds(stmt) - {self.scores}
-        later = [s for s in self.function.body if s.lineno > stmt.lineno]
-        return self._looks_into(stmt) and bool(bound & frozenset().union(*(t.reads(s) for s in later)))
+        later = [s for s in self.function.body if s.lineno > stmt.lineno and not _looks(s)]
+        kept = bool(bound & frozenset().union(*(t.reads(s) for s in later)))
+        return self._looks_into(stmt) and (kept or any(_gives_away(s) for s in t.walk(stmt)))
 
     @cached_property
     def _masked_in_place(self) -> bool:
-        return any(t.calls(mask.stmt, "masked_fill_") for mask in self.masks)
+        """A mask is written into the scores, or something else is once they are masked: without the mask
+        that goes into the tensor that the scores were before it."""
+        if not self.masks:
+            return False
+        after = [s for s in self.before if s.lineno > self.masks[0].stmt.lineno]
+        written = (n for s in after for n in t.walk(s) if isinstance(n, ast.AugAssign))
+        return any(t.is_name(n.target, self.scores) for n in written) or any(
+            t.calls(mask.stmt, "masked_fill_") for mask in self.masks
+        )
 
     def _looks_into(self, stmt: ast.stmt) -> bool:
         """The values of the scores are read, not only their shape, dtype or device."""
@@ -235,21 +247,23 @@ class ScorePath:
         return ""
 
     def _mask_handed(self) -> str:
-        """Whether the layers are handed what the caller gave; no matter where upstream never adds it."""
+        """Whether the layers are handed what the caller gave. Where upstream never adds it, no matter what
+        the model hands them: only what they hand on to attention."""
         found = tampered(self.attention.source, self.attention.node)
-        if found is None and self.added and not self.dead:
-            found = mask_problem(self.attention.source, self.attention.node)
+        if found is None and not self.dead:
+            upto = None if self.added else 0
+            found = mask_problem(self.attention.source, self.attention.node, upto)
         return f"{found.reason} (line {found.line})" if found is not None else ""
 
     def _kind(self, stmt: ast.stmt) -> Mask | str:
-        """What one statement does to the scores: a Mask, ``add``, ``make``, ``keep`` or ``unknown``."""
+        """What one statement does to the scores: a Mask, or add, make, write, keep or unknown."""
         mask = self._mask(stmt)
         if mask is not None:
             return mask
         if self._adds(stmt):
             return "add"
         if self.scores not in t.binds(stmt):
-            return "unknown" if self._mutates(stmt) else "keep"
+            return "write" if self._mutates(stmt) else "keep"
         inner = [s for s in t.statements([stmt]) if self.scores in t.binds_itself(s)]
         if not all(self._harmless(s) for s in inner):
             return "unknown"
@@ -266,7 +280,7 @@ class ScorePath:
             if (
                 isinstance(node, ast.Call)
                 and t.is_method_of(node, self.scores)
-                and t.last_name(node.func).endswith("_")
+                and is_in_place(t.last_name(node.func))
             ):
                 return True
             stored = isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)
@@ -323,8 +337,9 @@ class ScorePath:
         if name is None:
             return False
         if isinstance(stmt, ast.If):
-            guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(stmt.body) == 1
-            return guarded and self._adds(stmt.body[0])
+            others = self._beside(stmt)
+            guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(stmt.body) == len(others) + 1
+            return guarded and not any(self.scores in t.binds(s) for s in others)
         if isinstance(stmt, ast.AugAssign):
             plus = isinstance(stmt.op, ast.Add) and t.is_name(stmt.target, self.scores)
             return plus and self._is_mask_value(stmt.value)
@@ -348,6 +363,10 @@ class ScorePath:
         return any(
             t.is_name(uncast(a), self.scores) and self._is_mask_value(b) for a, b in (pair, pair[::-1])
         )
+
+    def _beside(self, stmt: ast.stmt) -> list[ast.stmt]:
+        """The statements beside the sum in the ``if`` around it."""
+        return [s for s in stmt.body if not self._adds(s)] if isinstance(stmt, ast.If) else []
 
     def _is_mask_value(self, node: ast.expr) -> bool:
         return carries(self.function, node, self.mask_parameter or "")
@@ -437,6 +456,19 @@ def is_not_none(test: ast.expr, name: str) -> bool:
         and isinstance(test.comparators[0], ast.Constant)
         and test.comparators[0].value is None
     )
+
+
+def _gives_away(node: ast.AST) -> bool:
+    """A return, a store into something that has no name, a call for its effect."""
+    if isinstance(node, (ast.Attribute, ast.Subscript)):
+        return isinstance(node.ctx, ast.Store)
+    effect = isinstance(node, ast.Expr) and not t.is_pure(node)
+    return effect or isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom))
+
+
+def _looks(stmt: ast.stmt) -> bool:
+    """An expression statement that is a name: nothing comes of it."""
+    return isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name)
 
 
 def _inverse(node: ast.expr) -> ast.expr | None:

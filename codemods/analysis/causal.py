@@ -15,14 +15,19 @@ from codemods.analysis.attention import ScorePath, uncast
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import Found, changed_buffer, passed_on
 
+Seen = frozenset[tuple[str, str]]  #: functions with their names that are being looked into already
+
 
 def not_causal(path: ScorePath, node: ast.expr) -> str:
     """Why ``node`` (a condition inside ``path``) is not shown to be the causal mask; empty when it is."""
-    return _in_function(path, path.function, node, depth=0)
+    return _in_function(path, path.function, node, frozenset())
 
 
-def not_negative(path: ScorePath, node: ast.expr, depth: int = 0) -> str:
-    """Why ``node`` is not shown to be a fill value that softmax turns into zero; empty when it is."""
+def not_negative(path: ScorePath, node: ast.expr, depth: int = 0, above: frozenset[str] = frozenset()) -> str:
+    """Why ``node`` is not shown to be a fill value that softmax turns into zero; empty when it is.
+
+    The names in ``above`` are being looked into already: what they are bound to otherwise decides.
+    """
     node = uncast(node)
     if depth > 6:
         return "the fill value cannot be followed"
@@ -31,17 +36,20 @@ def not_negative(path: ScorePath, node: ast.expr, depth: int = 0) -> str:
     if isinstance(node, ast.Attribute) and node.attr == "masked_bias" and t.is_name(node.value, "self"):
         return ""
     if isinstance(node, ast.Call) and t.last_name(node.func) in {"full", "tensor"} and node.args:
-        return not_negative(path, node.args[-1], depth + 1)
+        return not_negative(path, node.args[-1], depth + 1, above)
+    if isinstance(node, ast.Name) and node.id in above:
+        return ""
     if isinstance(node, ast.Name):
+        for write in effects(path.attention.source).written(path.function, [node.id]):
+            return f"the fill value `{node.id}` may be changed in place on line {write.line}"
         found = list(t.assignments(path.function.body, node.id))
-        if not found:
+        if not found or node.id in t.parameters(path.function):
             return f"the fill value `{node.id}` is not made in this method"
         for _, value in found:
             if value is None:
                 return f"the fill value `{node.id}` cannot be followed"
             # `v = torch.full([], v)` refers to the value before it; the others are checked in their own turn
-            itself = node.id in t.reads(value) and t.call_name(uncast(value)) in {"full", "tensor"}
-            problem = "" if itself else not_negative(path, value, depth + 1)
+            problem = not_negative(path, value, depth + 1, above | {node.id})
             if problem:
                 return problem
         return ""
@@ -68,22 +76,25 @@ def _is_minus_infinity(node: ast.expr) -> bool:
     )
 
 
-def _in_function(path: ScorePath, function: ast.FunctionDef, node: ast.expr, depth: int) -> str:
+def _in_function(path: ScorePath, function: ast.FunctionDef, node: ast.expr, above: Seen) -> str:
     node = uncast(node)
-    if depth > 8:
-        return "the mask cannot be followed"
     if isinstance(node, ast.Subscript):
-        return _slice_problem(path, function, node) or _in_function(path, function, node.value, depth + 1)
+        if isinstance(node.value, ast.Name) and (function.name, node.value.id) in above:
+            return f"`{ast.unparse(node)}` cuts a mask that may be cut already"
+        return _slice_problem(path, function, node) or _in_function(path, function, node.value, above)
     if is_triangle(node):
         return ""
     if isinstance(node, ast.Attribute) and t.is_name(node.value, "self"):
         return _buffer_problem(path, node.attr)
     if isinstance(node, ast.Name):
-        return _name_problem(path, function, node.id, depth)
+        return _name_problem(path, function, node.id, above)
     return f"`{ast.unparse(node)}` is not a causal mask in a form known here"
 
 
-def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: int) -> str:
+def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, above: Seen) -> str:
+    if (function.name, name) in above:
+        return ""
+    above |= {(function.name, name)}
     found = [
         (s, v) for s, v in t.assignments(function.body, name) if v is None or not t.is_name(uncast(v), name)
     ]
@@ -95,10 +106,10 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: 
         if isinstance(value, ast.Constant) and value.value is None:
             problem = _none_problem(function, stmt, name)
         else:
-            problem = _in_function(path, function, value, depth + 1)
+            problem = _in_function(path, function, value, above)
         if problem:
             return problem
-    if found:
+    if found and name not in t.parameters(function):
         return ""
     if name not in t.parameters(function):
         return f"`{name}` is not made in {function.name} nor passed to it"
@@ -110,12 +121,12 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, depth: 
             return _model_buffer_problem(path, name)
         if path.stand_in is None or twin is None:
             return f"`{name}` cannot be followed: nothing calls {function.name}"
-        return _name_problem(path.stand_in, path.stand_in.function, twin, depth + 1)
+        return _name_problem(path.stand_in, path.stand_in.function, twin, above)
     for caller, _, call in path.calls:
         value = (t.arguments(call, function) or {}).get(name)
         if value is None:
             return f"the call on line {call.lineno} does not pass `{name}`"
-        problem = _in_function(path, caller, value, depth + 1)
+        problem = _in_function(path, caller, value, above)
         if problem:
             return problem
     return ""

@@ -28,8 +28,8 @@ _VIEWS = words(
     view reshape transpose permute expand expand_as squeeze unsqueeze contiguous to type type_as
     float half double bfloat16 bool int long detach cpu cuda split chunk unbind narrow select
     flatten unflatten swapaxes swapdims movedim diagonal unfold view_as reshape_as t ravel
-    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to
-    broadcast_tensors dropout rearrange items values keys get pop copy buffers parameters to_tuple
+    as_strided tensor_split hsplit vsplit atleast_4d as_tensor from_numpy numpy broadcast_to broadcast_tensors
+    dropout rearrange requires_grad_ items values keys get pop copy buffers parameters to_tuple
     """
 )
 _READS = words(
@@ -46,6 +46,10 @@ _READS = words(
     get_seq_length maximum minimum allclose equal
     """
 )
+#: Functions of torch whose second parameter is ``inplace``.
+_SECOND_INPLACE = words("relu relu6 silu mish hardswish hardsigmoid selu")
+#: Packages whose classes keep what they are given and write none of it.
+_KNOWN_PACKAGES = words("torch transformers typing einops dataclasses collections functools")
 _BUILTINS = words(
     """
     len int float str bool range isinstance issubclass hasattr print abs sum round repr id all any
@@ -144,8 +148,11 @@ class Effects:
                         self.owners[id(inner)] = node
         self.modules = _made_modules(source.tree)
         self.imported = _imported(source.tree)
+        self.strange = _strange(source.tree)
+        self.buffers = frozenset(f"@{name}" for name in _registered(source.tree))
         self.summaries = {id(f): Summary() for fs in self.functions.values() for f in fs}
         self.flows: dict[int, Flow] = {}
+        self._whole: dict[int, Flow] = {}
         changed = set(self.functions)
         while changed:  # summaries only grow, so this ends
             changed = self._round(changed)
@@ -176,6 +183,14 @@ class Effects:
         )
         self.summaries[id(function)] = summary
         return summary != before
+
+    def whole(self, function: Function) -> Flow:
+        """The names and writes of ``function``, its branch with torch's fused attention read too."""
+        if id(function) not in self._whole:
+            fused = t.calls(function, "scaled_dot_product_attention")
+            known = _Reader(self, function, whole=True).flow if fused else self.flows[id(function)]
+            self._whole[id(function)] = known
+        return self._whole[id(function)]
 
     def written(self, function: Function, names: Iterable[str]) -> list[Write]:
         """The places in ``function`` that may write what ``names`` refer to, in order of lines."""
@@ -254,6 +269,25 @@ def _imported(tree: ast.Module) -> set[str]:
     return names - _STANDARD - {"torch", "F", "nn"}
 
 
+def _strange(tree: ast.Module) -> set[str]:
+    """Names imported from files that nobody here has read; a class among them may do anything."""
+    found = set()
+    for node in t.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            package = (node.module or "").partition(".")[0]
+            if node.level or package not in _KNOWN_PACKAGES:
+                found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def _registered(tree: ast.Module) -> set[str]:
+    labels = (
+        t.constant(call.args[0] if call.args else t.keyword(call, "name"))
+        for call in t.calls(tree, "register_buffer")
+    )
+    return {label for label in labels if isinstance(label, str)}
+
+
 def _root(node: ast.AST) -> str:
     """``a`` of ``a.b.c``; empty where it starts with something else."""
     while isinstance(node, ast.Attribute):
@@ -268,7 +302,7 @@ def _in_place_constructor(node: ast.expr) -> bool:
 class _Reader:
     """Reads one function once, with what is known of the others so far."""
 
-    def __init__(self, file: Effects, function: Function) -> None:
+    def __init__(self, file: Effects, function: Function, *, whole: bool = False) -> None:
         self.file = file
         self.flow = Flow(function)
         nodes = [n for n in t.walk(function) if isinstance(n, _READ)]
@@ -277,7 +311,10 @@ class _Reader:
         self.bound = t.binds(function) | {name for n in below for name in _parameters(n)}
         self.containers = {name for n in nodes for name in _filled_later(n)}
         self.known: dict[int, Roots] = {}
-        passed = {id(n) for branch in nodes for part in _passed(branch, function) for n in t.walk(part)}
+        self.cut = {id(call) for call, value in _cut_up(function) if not self.roots(value)}
+        self.paired = {id(c.generators[0]) for c in _paired(nodes) if not self._writes_in(c.elt)}
+        left_out = [] if whole else [part for branch in nodes for part in _passed(branch, function)]
+        passed = {id(n) for part in left_out for n in t.walk(part)}
         for node in nodes:
             if id(node) not in passed:
                 self._node(node)
@@ -293,7 +330,8 @@ class _Reader:
         elif isinstance(node, ast.AugAssign):
             self._augment(node)
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
-            self._bind(node.target, node.iter)
+            if id(node) not in self.paired:
+                self._bind(node.target, node.iter)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             self._bind(node.optional_vars, node.context_expr)
         elif isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)) and node.value is not None:
@@ -302,6 +340,8 @@ class _Reader:
             self.roots(node)
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)) and self._one_by_one(target, value):
+            return
         if isinstance(target, (ast.Tuple, ast.List)):
             pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
             for i, part in enumerate(target.elts):
@@ -313,8 +353,39 @@ class _Reader:
         else:
             self._store(target, self.roots(value))
 
+    def _one_by_one(self, target: ast.Tuple | ast.List, value: ast.expr) -> bool:
+        """``a, b = (f(t) for t in (x, y))``: a shares with what f gives of x, b of y, not the one with the
+        other. And ``a, b = x.split(...)``, where nothing else reads x: no part shares with another."""
+        names = [part.id for part in target.elts if isinstance(part, ast.Name)]
+        if len(names) != len(target.elts):
+            return False
+        if id(value) in self.cut:
+            for name in names:
+                self.flow.join((name,))
+            return True
+        each = value.generators[0] if isinstance(value, (ast.GeneratorExp, ast.ListComp)) else None
+        if each is None or id(each) not in self.paired:
+            return False
+        assert isinstance(value, (ast.GeneratorExp, ast.ListComp)) and isinstance(each.target, ast.Name)
+        assert isinstance(each.iter, (ast.Tuple, ast.List))
+        given = self.roots(value.elt)
+        for name, one in zip(names, each.iter.elts, strict=True):
+            own = self.roots(one) if each.target.id in given else NOTHING
+            self.flow.join((name, *sorted((given - {each.target.id}) | own)))
+        return True
+
+    def _writes_in(self, node: ast.expr) -> bool:
+        before = len(self.flow.writes)
+        self.roots(node)
+        for call in (n for n in t.walk(node) if isinstance(n, ast.Call)):
+            self.roots(call)
+        return len(self.flow.writes) > before
+
     def _store(self, target: ast.expr, given: Roots) -> None:
         if isinstance(target, ast.Subscript):
+            if _of_buffers(target):  # the attribute has another tensor from here on
+                self.flow.join((f"@{t.constant(target.slice)}", *sorted(given)))
+                return
             held = self.roots(target.value)
             self._write(target, held)
             if held & self.containers:  # a list keeps what it is given; a tensor copies it
@@ -359,8 +430,12 @@ class _Reader:
                 return NOTHING
             if node.attr in {"data", "T", "mT"}:
                 return self.roots(node.value)
+            if node.attr == "_buffers":
+                return self.file.buffers
             own = self.roots(node.value) if isinstance(node.value, ast.Name) else NOTHING
             return own | {f"@{node.attr}"}
+        if _of_buffers(node):
+            return frozenset((f"@{t.constant(node.slice)}",))  # type: ignore[attr-defined]
         if isinstance(node, (ast.Subscript, ast.Starred, ast.NamedExpr, ast.Await)):
             return self.roots(node.value)
         if isinstance(node, ast.IfExp):
@@ -393,6 +468,8 @@ class _Reader:
                 self._write(call, self.roots(item.value))
             if item.arg == "inplace" and t.constant(item.value) is not False:
                 self._write(call, given)
+        if t.last_name(call.func) in _SECOND_INPLACE and t.on_torch(call) and call.args[1:]:
+            self._write(call, given)
         name, function = t.last_name(call.func), call.func
         if isinstance(function, ast.Name):
             return self._called_by_name(call, name, given)
@@ -422,6 +499,9 @@ class _Reader:
             return self.roots(call.args[0]) | {f"@{t.constant(a)}" for a in call.args[1:2]}
         if name in _BUILTINS or name in _KERNELS:
             return NOTHING
+        if name in self.file.strange:
+            self._write(call, given)
+            return given
         if name in _CONTAINERS or name == "rearrange" or name[:1].isupper():
             return given
         if name in self.bound:
@@ -436,7 +516,7 @@ class _Reader:
         while isinstance(root, ast.Attribute):
             between.add(root.attr)
             root = root.value
-        if _is_in_place(name) or between & {"ops", "_C", "library", "jit", "_foreach"}:
+        if is_in_place(name) or between & {"ops", "_C", "library", "jit", "_foreach"}:
             self._write(call, given)
             return given
         if name == "checkpoint":  # a layer run for training: it gives what the layer gives
@@ -444,12 +524,14 @@ class _Reader:
         return given if name in _VIEWS or between & {"autograd"} else NOTHING
 
     def _method(self, call: ast.Call, name: str, own: Roots, given: Roots) -> Roots:
-        if _is_in_place(name):
+        if is_in_place(name):
             self._write(call, own)
             return own | given
         if name == "register_buffer":
             self.flow.join((f"@{t.constant(call.args[0] if call.args else None)}", *sorted(given)))
             return NOTHING
+        if name in {"buffers", "named_buffers"}:
+            return self.file.buffers
         if name in {"get_buffer", "get_parameter"} and call.args:
             return frozenset((f"@{t.constant(call.args[0])}",))
         root = _root(call.func)
@@ -486,7 +568,7 @@ class _Reader:
                 returned |= self._summed(call, _methods(self.file.classes[name], "forward"), NOTHING)
             elif name in {"Dropout", "Identity"}:
                 returned |= given
-            elif not name[:1].isupper():
+            elif not name[:1].isupper() or name in self.file.strange:
                 self._write(call, given)
                 returned |= given
         return returned
@@ -548,6 +630,33 @@ def _methods(node: ast.ClassDef, name: str) -> list[Function]:
     return [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == name]
 
 
+def _cut_up(function: Function) -> Iterator[tuple[ast.Call, ast.expr]]:
+    """Calls that cut a local up into parts, ``x.split(...)``, where nothing else of the function reads x,
+    each with the one value that x is given."""
+    for call in (n for name in ("split", "chunk", "unbind") for n in t.calls(function, name)):
+        owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+        if isinstance(owner, ast.Name) and owner.id not in _parameters(function):
+            uses = [n for n in t.walk(function) if isinstance(n, ast.Name) and n.id == owner.id]
+            values = [value for _, value in t.assignments(function.body, owner.id)]
+            if len(uses) == 2 and len(values) == 1 and values[0] is not None:
+                yield call, values[0]
+
+
+def _paired(nodes: Iterable[ast.AST]) -> Iterator[ast.GeneratorExp | ast.ListComp]:
+    """The comprehensions of ``a, b = (f(t) for t in (x, y))``."""
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.GeneratorExp, ast.ListComp)):
+            target, each = node.targets[0], node.value.generators[0]
+            sides = isinstance(target, (ast.Tuple, ast.List)) and isinstance(each.iter, (ast.Tuple, ast.List))
+            plain = len(node.targets) == len(node.value.generators) == 1 and not each.ifs
+            if not (sides and plain and isinstance(each.target, ast.Name)):
+                continue
+            parts, given = target.elts, each.iter.elts  # type: ignore[attr-defined]
+            names = all(isinstance(part, ast.Name) for part in parts)
+            if names and len(parts) == len(given) and not any(isinstance(g, ast.Starred) for g in given):
+                yield node.value
+
+
 def _filled_later(node: ast.AST) -> Iterator[str]:
     """The names that are bound to a list or a dictionary."""
     if isinstance(node, ast.Assign) and (
@@ -557,7 +666,17 @@ def _filled_later(node: ast.AST) -> Iterator[str]:
         yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
-def _is_in_place(name: str) -> bool:
+def _of_buffers(node: ast.AST) -> bool:
+    """``x._buffers["name"]``."""
+    return (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr == "_buffers"
+        and isinstance(t.constant(node.slice), str)
+    )
+
+
+def is_in_place(name: str) -> bool:
     dunder = name.startswith("__i") and name not in {"__init__", "__invert__", "__iter__", "__int__"}
     return (
         (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")

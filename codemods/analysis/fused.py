@@ -4,22 +4,29 @@ Both branches are evaluated into expressions: names are followed, calls of the c
 place, casts and copies are left out. The two must be the same expression, but for one place: where one has
 ``scaled_dot_product_attention(q, k, v, mask)`` the other has the softmax of ``q k / sqrt(d)``, masked, times
 ``v``.
+
+The other branch has perhaps never run: torch 2 takes the fused one. So it must also be shown to run at all:
+every name and attribute that it reads is set, and what it does besides is known to raise nothing.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 from typing import Any
 
 from codemods.analysis import tree as t
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import unwrapped
+from codemods.analysis.raising import NONE as _NONE
+from codemods.analysis.raising import Raising, Term
 from codemods.analysis.source import Source
 
 SDPA = "scaled_dot_product_attention"
-Term = tuple[Any, ...]
-_NONE: Term = ("constant", None)
+#: What a name stands for where some way to it does not set it.
+_UNSET: Term = ("unset",)
 _LIMIT = 400  #: statements followed, calls included
+_LARGEST, _DEEPEST = 20_000, 300  #: expressions in one, and levels; upstream's have 2,123 and 23
 
 
 class _Unknown(Exception):
@@ -30,11 +37,21 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
     """Why the branches of ``choice``, which tests ``flag``, are not shown to compute the same; or nothing."""
     methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)}
     given = [part for part in t.conjuncts(choice.test) if not t.is_name(part, flag)]
+    around = next(m for m in methods.values() if choice in t.walk(m))
     try:
-        fused = _Branch(source, methods, given, ours=True).names(choice.body)
-        plain = _Branch(source, methods, given, ours=False).names(choice.orelse)
+        fused = _Branch(source, methods, given, around, choice).names(choice.body)
+        other = _Branch(source, methods, given, around, choice)
+        plain = other.names(choice.orelse)
     except _Unknown as error:
         return str(error)
+    missing = sorted(name for name in other.own if not _always_set(owner, name))
+    if missing:
+        return f"the branch without {SDPA} reads self.{missing[0]}, which __init__ does not set on every way"
+    compared = [name for name, ours in fused.items() if ours != _NONE and name in plain]
+    raising = Raising(plain[name] for name in compared)
+    for line, term in other.met:
+        if raising.may(term):
+            return f"line {line} of the branch without {SDPA} may raise an error there"
     for name, ours in fused.items():
         theirs = plain.get(name, ("name", name))
         kept = name not in plain and not _read_later(source, choice, name)
@@ -44,6 +61,14 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
         if _read_later(source, choice, name):
             return f"only the branch without {SDPA} binds `{name}`"
     return ""
+
+
+def lost_fill(choice: ast.If) -> int | None:
+    """The line of the fused branch that fills a mask and throws the result away."""
+    for stmt in t.statements(choice.body):
+        if isinstance(stmt, ast.Expr) and t.call_name(stmt.value) == "masked_fill":
+            return stmt.lineno
+    return None
 
 
 def _read_later(source: Source, choice: ast.If, name: str) -> bool:
@@ -61,9 +86,14 @@ class _Branch:
     """Evaluates statements under what a guard says is true."""
 
     def __init__(
-        self, source: Source, methods: dict[str, ast.FunctionDef], given: list[ast.expr], *, ours: bool
+        self,
+        source: Source,
+        methods: dict[str, ast.FunctionDef],
+        given: list[ast.expr],
+        around: ast.FunctionDef,
+        choice: ast.If,
     ) -> None:
-        self.source, self.methods, self.ours = source, methods, ours
+        self.source, self.methods = source, methods
         self.true = {ast.dump(part) for part in given}
         self.false = {
             ast.dump(part.operand)
@@ -71,7 +101,11 @@ class _Branch:
             if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not)
         }
         self.steps = 0
-        self.function: ast.FunctionDef | None = None
+        self.function = around  #: whose statements are being followed
+        self.set = t.surely_bound(around.body, choice) | set(t.parameters(around))
+        self.own: set[str] = set()  #: attributes of self that were read
+        self.met: list[tuple[int, Term]] = []  #: what was evaluated, each with its line
+        self.extents: dict[int, tuple[int, int]] = {}  #: by the identity of terms
 
     def names(self, block: list[ast.stmt]) -> dict[str, Term]:
         env: dict[str, Term] = {}
@@ -100,17 +134,22 @@ class _Branch:
             if isinstance(stmt, ast.Assign) and _fills_itself(stmt):
                 self._effect(stmt, stmt.value, env)  # type: ignore[arg-type]
                 return
-            self._untouched(stmt)
             value = self._term(stmt.value, env)
             for target in stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]:
                 self._bind(target, value, env)
+            self._writes(stmt, env)
         elif isinstance(stmt, ast.AugAssign) and isinstance(stmt.target, ast.Name):
-            self._alone(stmt, stmt.target.id)
-            before = env.get(stmt.target.id, ("name", stmt.target.id))
-            env[stmt.target.id] = (type(stmt.op).__name__, before, self._term(stmt.value, env))
+            name = stmt.target.id
+            before, value = self._value(name, stmt.lineno, env), self._term(stmt.value, env)
+            self._rewritten(stmt.lineno, frozenset((name,)), env)
+            env[name] = self._noted(stmt.lineno, (type(stmt.op).__name__, before, value))
         elif isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call):
             self._effect(stmt, stmt.value, env)
-        elif not isinstance(stmt, (ast.Pass, ast.Assert)) and not (
+        elif isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name):
+            self._term(stmt.value, env)
+        elif isinstance(stmt, ast.Assert):
+            self._noted(stmt.lineno, ("assert", self._term(stmt.test, env)))
+        elif not isinstance(stmt, ast.Pass) and not (
             isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Constant)
         ):
             raise _Unknown(f"line {stmt.lineno} is not followed")
@@ -119,7 +158,8 @@ class _Branch:
         """``x.masked_fill_(...)``: the same as ``x = x.masked_fill(...)`` where nothing else is called x.
 
         One upstream revision drops the underscore and loses the result: with padding its fused branch hides
-        nothing to come. The other branch does what was meant, as the revisions before and after do.
+        nothing to come. The other branch does what was meant, as the revisions before and after do;
+        :func:`lost_fill` finds the line, and the rule says so.
         """
         function = call.func
         if (
@@ -128,37 +168,28 @@ class _Branch:
             and isinstance(function.value, ast.Name)
         ):
             name = function.value.id
-            self._alone(stmt, name)
-            env[name] = (
-                "call",
-                "masked_fill",
-                (env.get(name, ("name", name)), *(self._term(a, env) for a in call.args)),
-                (),
-            )
+            before = self._value(name, stmt.lineno, env)
+            if before[:2] != ("call", "expand"):  # what is expanded over rows of its own is nobody else's
+                self._rewritten(stmt.lineno, frozenset((name,)), env)
+            env[name] = ("call", "masked_fill", (before, *(self._term(a, env) for a in call.args)), ())
         else:
-            self._untouched(stmt)
+            self._term(call, env)
+            self._writes(stmt, env)
 
-    def _untouched(self, stmt: ast.stmt) -> None:
-        """Nothing is written by this statement."""
-        if self.ours or self.function is None:  # effects leave the fused branch out
-            plain = [c for c in t.walk(stmt) if isinstance(c, ast.Call)]
-            if any(t.last_name(c.func).endswith("_") or t.keyword(c, "out") is not None for c in plain) or (
-                isinstance(stmt, ast.Expr) and not all(t.last_name(c.func) in t.PURE_CALLS for c in plain)
-            ):
-                raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
-            return
-        flow = effects(self.source).flows.get(id(self.function))
+    def _writes(self, stmt: ast.stmt, env: dict[str, Term]) -> None:
+        """What ``stmt`` may write in place has values that are not followed from here on."""
         lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
-        if flow is None or any(w.line in lines for w in flow.writes):
-            raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
+        for write in effects(self.source).whole(self.function).writes:
+            if write.line in lines:
+                self._rewritten(stmt.lineno, write.roots, env)
 
-    def _alone(self, stmt: ast.stmt, name: str) -> None:
-        """A write to a name that nothing else may share storage with."""
-        if self.function is None:
-            return
-        flow = effects(self.source).flows.get(id(self.function))
-        if flow is None or flow.same({name}) != {name} or name in t.parameters(self.function):
-            raise _Unknown(f"line {stmt.lineno} may change a tensor in place")
+    def _rewritten(self, line: int, names: frozenset[str], env: dict[str, Term]) -> None:
+        """As :meth:`_writes`, for a write to ``names``; raises where it reaches beyond this branch."""
+        for name in effects(self.source).whole(self.function).same(names):
+            if name[0] == "@" or name in t.parameters(self.function) or name in self.set:
+                raise _Unknown(f"line {line} may change a tensor in place")
+            if name in env:
+                env[name] = ("written", line, env[name])
 
     def _bind(self, target: ast.expr, value: Term, env: dict[str, Term]) -> None:
         if isinstance(target, ast.Name):
@@ -167,8 +198,16 @@ class _Branch:
             for i, part in enumerate(target.elts):
                 whole = value[0] == "tuple" and len(value[1]) == len(target.elts)
                 self._bind(part, value[1][i] if whole else ("item", value, i), env)
-        else:
+        elif not (isinstance(target, ast.Attribute) and self._unread(target)):
             raise _Unknown(f"line {target.lineno} stores into what is not a local name")
+
+    def _unread(self, target: ast.Attribute) -> bool:
+        """``self.NAME``, where the file has that name nowhere else."""
+        named = [
+            n for n in t.walk(self.source.tree) if isinstance(n, ast.Attribute) and n.attr == target.attr
+        ]
+        others = {n.name for n in t.walk(self.source.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        return t.is_name(target.value, "self") and named == [target] and target.attr not in others
 
     def _if(self, stmt: ast.If, env: dict[str, Term]) -> None:
         known = self._known(stmt.test)
@@ -177,15 +216,14 @@ class _Branch:
                 raise _Unknown(f"line {stmt.lineno} returns early")
             return
         test = self._term(stmt.test, env)
+        self._noted(stmt.lineno, ("test", test))
         arms = [dict(env), dict(env)]
         for arm, block in zip(arms, (stmt.body, stmt.orelse), strict=True):
-            if block and isinstance(block[-1], ast.Raise):
-                continue  # an error is an error in both
             if self._run(block, arm) is not None:
                 raise _Unknown(f"line {stmt.lineno} returns early")
         for name in set(arms[0]) | set(arms[1]):
-            a, b = (arm.get(name, ("name", name)) for arm in arms)
-            env[name] = a if a == b else ("if", test, a, b)
+            a, b = (arm.get(name, self._before(name)) for arm in arms)
+            env[name] = a if a == b else _UNSET if _UNSET in (a, b) else ("if", test, a, b)
 
     def _known(self, test: ast.expr) -> bool | None:
         if isinstance(test, ast.Constant):
@@ -205,14 +243,54 @@ class _Branch:
     # -- expressions -----------------------------------------------------------------------------------------
 
     def _term(self, node: ast.expr, env: dict[str, Term]) -> Term:
-        node = unwrapped(node)
+        bare = unwrapped(node)
+        term = self._noted(node.lineno, self._evaluated(bare, env))
+        while node is not bare:  # the same values, but None or a number has no such method
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                given = (*node.args, *(k.value for k in node.keywords))
+                self._noted(node.lineno, ("same", term, tuple(self._term(a, env) for a in given)))
+                node = node.func.value
+            elif isinstance(node, ast.BinOp):
+                self._noted(node.lineno, ("same", term, ()))
+                node = node.left
+        return term
+
+    def _noted(self, line: int, term: Term) -> Term:
+        size, depth = self._extent(term)
+        if size > _LARGEST or depth > _DEEPEST:  # x = x + x, forty times over
+            raise _Unknown(f"line {line} makes an expression too large to follow")
+        self.met.append((line, term))
+        return term
+
+    def _extent(self, term: Term) -> tuple[int, int]:
+        """How many expressions ``term`` is written with, and how many levels; each term is asked once."""
+        known = self.extents.get(id(term))
+        if known is None:
+            parts = [self._extent(part) for part in term if isinstance(part, tuple)]
+            known = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+            self.extents[id(term)] = known
+        return known
+
+    def _value(self, name: str, line: int, env: dict[str, Term]) -> Term:
+        found = env.get(name, self._before(name))
+        if found == _UNSET:
+            raise _Unknown(f"line {line} reads `{name}`, which is not set on every way there")
+        return found
+
+    def _before(self, name: str) -> Term:
+        """What a name stands for that the statements followed so far have not set."""
+        local = name in t.binds(self.function) or name in t.parameters(self.function)
+        known = name in self.set if local else name in _globals(self.source)
+        return ("name", name) if known else _UNSET
+
+    def _evaluated(self, node: ast.expr, env: dict[str, Term]) -> Term:
         if isinstance(node, ast.Name):
-            if node.id not in env and self.function is not None and node.id in t.binds(self.function):
-                raise _Unknown(f"line {node.lineno} reads `{node.id}`, which is not set on every way there")
-            return env.get(node.id, ("name", node.id))
+            return self._value(node.id, node.lineno, env)
         if isinstance(node, ast.Constant):
             return ("constant", node.value)
         if isinstance(node, ast.Attribute):
+            if t.is_name(node.value, "self"):
+                self.own.add(node.attr)
             return ("attribute", self._term(node.value, env), node.attr)
         if isinstance(node, ast.BinOp):
             if isinstance(node.op, ast.MatMult):
@@ -226,7 +304,9 @@ class _Branch:
             known = self._known(node.test)
             if known is not None:
                 return self._term(node.body if known else node.orelse, env)
-            return ("if", *(self._term(part, env) for part in (node.test, node.body, node.orelse)))
+            test = self._term(node.test, env)
+            self._noted(node.lineno, ("test", test))
+            return ("if", test, *(self._term(part, env) for part in (node.body, node.orelse)))
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             return (
                 type(node.ops[0]).__name__,
@@ -234,7 +314,12 @@ class _Branch:
                 self._term(node.comparators[0], env),
             )
         if isinstance(node, ast.Subscript):
-            return ("part", self._term(node.value, env), self._index(node.slice, env))
+            whole, index = self._term(node.value, env), self._index(node.slice, env)
+            at = t.constant(node.slice)
+            starred = whole[0] != "tuple" or any(part[0] == "starred" for part in whole[1])
+            if not starred and isinstance(at, int) and 0 <= at < len(whole[1]):
+                return whole[1][at]
+            return ("part", whole, index)
         if isinstance(node, ast.Starred):
             return ("starred", self._term(node.value, env))
         if isinstance(node, ast.Call):
@@ -256,10 +341,11 @@ class _Branch:
         args = tuple(self._term(a, env) for a in call.args)
         keywords = tuple(sorted((k.arg or "**", self._term(k.value, env)) for k in call.keywords))
         if not isinstance(call.func, ast.Attribute):
-            return ("call", name, args, keywords)
+            return ("builtin" if name in dir(builtins) else "call", name, args, keywords)
         if t.on_torch(call):
             return ("call", name, args, keywords)
         if t.is_name(call.func.value, "self"):
+            self.own.add(name)
             method = self.methods.get(name)
             if method is not None and name not in {"_merge_heads", "_split_heads"}:
                 return self._inline(call, method, env)
@@ -274,9 +360,11 @@ class _Branch:
         defaults = method.args.defaults
         for arg, value in zip(method.args.args[-len(defaults) :] if defaults else [], defaults, strict=True):
             inner.setdefault(arg.arg, self._term(value, {}))
-        outer, self.function = self.function, method
+        inner.setdefault("self", ("name", "self"))
+        outer = self.function, self.set
+        self.function, self.set = method, set()
         found = self._run(method.body, inner)
-        self.function = outer
+        self.function, self.set = outer
         if found is None:
             raise _Unknown(f"{method.name} returns nothing that is followed")
         return found
@@ -313,13 +401,15 @@ class _Match:
     def _scores(self, scores: Term | None, query: Term, key: Term, value: Term, mask: Term) -> bool:
         if scores is None:
             return False
+        causal, scores = _filled(scores)  # hidden before or after the sum, before or after the scale
         added, scores = _summed(scores)
         if added is None and mask[0] == "if" and mask[1][0] == "IsNot":
             added = mask[1][1]  # not added here: add-attention-mask adds it, or drop-causal-mask declines
-        causal, scores = _filled(scores)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
+        scores = self._unscaled(scores, value) or ("unscaled",)
+        causal, scores = (causal, scores) if causal is not None else _filled(scores)
         if added is None or not _is_mask(mask, added, causal):
             return False
-        scores = self._unscaled(scores, value) or ()
         product = (
             "call",
             "matmul",
@@ -436,6 +526,50 @@ def _is_lowest(term: Term) -> bool:
     if term[:2] in {("call", "full"), ("call", "tensor")} and term[2]:
         term = term[2][-1]
     return term[0] == "attribute" and term[2] == "min" and term[1][:2] == ("call", "finfo")
+
+
+def _globals(source: Source) -> frozenset[str]:
+    """Names that are set at the top of the file, and those of the language."""
+    known = source.memo.get("globals")
+    if known is None:
+        names = t.binds_at_top(source.tree) | set(dir(builtins))
+        for node in t.statements(source.tree.body):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+        known = source.memo["globals"] = frozenset(names)
+    return known  # type: ignore[return-value]
+
+
+def _always_set(owner: ast.ClassDef, name: str) -> bool:
+    """Whether every instance has ``name``: a method, an attribute of the class, or set by __init__ always."""
+    of_class = {n.name for n in owner.body if isinstance(n, ast.FunctionDef)} | {"training"}
+    if name in of_class.union(*(t.binds(n) for n in owner.body if isinstance(n, ast.Assign))):
+        return True
+    made = [n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    return any(_sets(function.body, name) for function in made)
+
+
+def _sets(block: list[ast.stmt], name: str) -> bool:
+    """Whether ``block`` sets ``self.NAME`` whichever way it runs."""
+    for stmt in block:
+        if isinstance(stmt, ast.If):
+            if stmt.orelse and _sets(stmt.body, name) and _sets(stmt.orelse, name):
+                return True
+        elif isinstance(stmt, (ast.Assign, ast.AnnAssign)):
+            targets = stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]
+            if any(
+                isinstance(n, ast.Attribute) and n.attr == name and t.is_name(n.value, "self")
+                for target in targets
+                for n in t.walk(target)
+            ):
+                return True
+        elif isinstance(stmt, ast.Expr):
+            calls = t.calls(stmt, "register_buffer")
+            if any(call.args and t.constant(call.args[0]) == name for call in calls):
+                return True
+    return False
 
 
 def _always_true(owner: ast.ClassDef, name: str) -> bool:

@@ -21,7 +21,7 @@ _SAME = frozenset(("float", "to", "type", "type_as", "half", "bfloat16", "contig
 #: Ways to reach a method, a buffer or a name that reading the file does not show.
 _HIDDEN = words(
     """
-    _buffers _modules _parameters __dict__ named_buffers buffers named_modules __setattr__
+    _modules _parameters __dict__ named_modules __setattr__
     register_forward_hook register_forward_pre_hook register_module_forward_hook __getattribute__
     exec eval globals locals vars _forward_hooks _forward_pre_hooks
     """
@@ -59,7 +59,7 @@ def _changes_nothing(node: ast.BinOp) -> bool:
 def carries(function: ast.FunctionDef, node: ast.AST | None, name: str, at: ast.stmt | None = None) -> bool:
     """Whether ``node`` is what the parameter ``name`` of ``function`` was when it was called.
 
-    Statements that cannot run together with ``at`` do not count.
+    Statements that cannot run together with ``at``, or run after it, do not count.
     """
     return _carries(function, node, name, at, frozenset())
 
@@ -73,7 +73,7 @@ def _carries(
     node = unwrapped(node)
     if isinstance(node, ast.IfExp):
         return all(
-            (_is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
+            (t.is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
             for arm in (node.body, node.orelse)
         )
     if not isinstance(node, ast.Name):
@@ -84,19 +84,15 @@ def _carries(
     bound = [
         value
         for stmt, value in t.assignments(function.body, node.id)
-        if at is None or not t.exclusive(function.body, stmt, at)
+        if at is None or not (t.exclusive(function.body, stmt, at) or t.after(function.body, stmt, at))
     ]
     if own != (node.id == name) or not (own or bound):
         return False
     return all(_carries(function, value, name, at, above | {node.id}) for value in bound)
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
 def _tests_none(test: ast.expr, name: str) -> bool:
-    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and _is_none(test.comparators[0])
+    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and t.is_none(test.comparators[0])
 
 
 # -- the classes of the way ----------------------------------------------------------------------------------
@@ -222,9 +218,12 @@ def given(call: ast.Call, inner: ast.FunctionDef, name: str) -> ast.expr | None:
 # -- what could be in the way --------------------------------------------------------------------------------
 
 
-def mask_problem(source: Source, attention: ast.ClassDef) -> Found | None:
-    """Why the layers are not shown to be handed the caller's mask, as upstream expands it."""
-    holders = way(source, attention)
+def mask_problem(source: Source, attention: ast.ClassDef, upto: int | None = None) -> Found | None:
+    """Why attention is not shown to be handed the caller's mask, as upstream expands it.
+
+    With ``upto`` only the classes of that level and below are looked at: 0 is the block alone.
+    """
+    holders = [h for h in way(source, attention) if upto is None or h.level <= upto]
     for holder in holders:
         written = effects(source).written(holder.forward, [MASK])
         if written:
@@ -339,7 +338,7 @@ def changed_buffer(source: Source, name: str) -> Found | None:
         for node in t.walk(source.tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if _is_none(node.value) or t.same(unwrapped(node.value), target)
+        if t.is_none(node.value) or t.same(unwrapped(node.value), target)
     }
     stored = {
         id(n)
@@ -349,6 +348,10 @@ def changed_buffer(source: Source, name: str) -> Found | None:
     for node in t.walk(source.tree):
         if isinstance(node, ast.Attribute) and node.attr == name and id(node) in stored:
             return Found(f"the buffer {name} is replaced", node.lineno)
+        if _spoken(source).get(id(node)) == name:
+            return Found(f"the buffer {name} may be replaced", node.lineno)  # type: ignore[attr-defined]
+        if isinstance(node, ast.Attribute) and node.attr == "_buffers" and id(node) not in _spoken(source):
+            return Found(f"_buffers may replace the buffer {name}", node.lineno)
         if isinstance(node, ast.Call) and t.call_name(node) in {"setattr", "delattr"}:
             label = t.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(label, str) or label == name:
@@ -432,9 +435,31 @@ def _noted(source: Source) -> set[int]:
     return notes  # type: ignore[return-value]
 
 
+def _spoken(source: Source) -> dict[int, str]:
+    """``vars(x)["name"]``, ``x.__dict__["name"]`` and the like: what reaches an attribute by its name, as
+    the nodes that do, each with the name."""
+    known = source.memo.get("spoken")
+    if known is None:
+        known = source.memo["spoken"] = {
+            id(inner): label
+            for node in t.walk(source.tree)
+            if isinstance(node, ast.Subscript) and isinstance(label := t.constant(node.slice), str)
+            if label not in _HIDDEN | {"_buffers"}
+            for inner in (node.value, getattr(node.value, "func", None))
+            if t.call_name(node.value) == "vars" or t.last_name(node.value) in {"__dict__", "_buffers"}
+            if inner is not None
+        }
+    return known  # type: ignore[return-value]
+
+
 def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
     """What the rest of the file does to the classes called ``names`` and their ``methods``."""
     for node in t.walk(source.tree):
+        label = _spoken(source).get(id(node))
+        if label is not None and label in methods:
+            yield Found(f"the method {label} is replaced", node.lineno)  # type: ignore[attr-defined]
+        elif label is not None:
+            continue  # an attribute that has a name: a buffer among them is looked after by its own rule
         if isinstance(node, (ast.Name, ast.Attribute)) and t.last_name(node) in _HIDDEN:
             yield Found(f"{t.last_name(node)} reaches what cannot be followed", node.lineno)
         if isinstance(node, ast.FunctionDef) and node.name in {
@@ -449,8 +474,8 @@ def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Fou
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and node.attr in methods:
             yield Found(f"the method {node.attr} is replaced", node.lineno)
         if isinstance(node, ast.Call) and t.call_name(node) == "setattr":
-            label = t.constant(node.args[1]) if len(node.args) > 1 else None
-            if not isinstance(label, str) or label in methods:
+            name = t.constant(node.args[1]) if len(node.args) > 1 else None
+            if not isinstance(name, str) or name in methods:
                 yield Found("setattr may replace a method", node.lineno)
 
 
@@ -501,7 +526,7 @@ def _present(test: ast.expr) -> bool:
         isinstance(test, ast.Compare)
         and t.is_name(test.left, MASK)
         and isinstance(test.ops[0], ast.IsNot)
-        and _is_none(test.comparators[0])
+        and t.is_none(test.comparators[0])
     )
 
 

@@ -15,6 +15,8 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+from codemods.analysis.idle import settle
+
 #: Bytes; upstream's files have about 60,000. Parsing takes a hundred times as much memory.
 LARGEST = 4 << 20
 #: Levels of nesting; upstream's trees are 25 deep. Beyond a few thousand, parsers run out of stack.
@@ -100,6 +102,7 @@ def parse(text: str) -> Source:
         except ValueError as error:
             raise SourceError(f"does not parse: {error}") from error
     _refuse_depth(tree)
+    settle(text, tree)
     return Source(text, tree)
 
 

@@ -207,10 +207,47 @@ def path_to(block: list[ast.stmt], stmt: ast.stmt) -> list[tuple[ast.stmt, str]]
     return []
 
 
+def surely_bound(block: list[ast.stmt], at: ast.stmt) -> set[str]:
+    """The locals that every way to ``at``, somewhere in ``block``, has bound (or run into an error)."""
+    found: set[str] = set()
+    for stmt in block:
+        if stmt is at:
+            break
+        if any(s is at for s in statements([stmt])):
+            inner = next(b for b in blocks(stmt) if any(s is at for s in statements(b)))
+            return found | binds_itself(stmt) | surely_bound(inner, at)
+        found |= _always_bound(stmt)
+    return found
+
+
+def _always_bound(stmt: ast.stmt) -> set[str]:
+    if isinstance(stmt, (ast.FunctionDef, ast.ClassDef)):
+        return {stmt.name}
+    if isinstance(stmt, ast.If):
+        arms = [
+            arm
+            for arm in (stmt.body, stmt.orelse)
+            if not (arm and isinstance(arm[-1], (ast.Raise, ast.Return)))
+        ]
+        return (
+            set.intersection(*({n for s in arm for n in _always_bound(s)} for arm in arms)) if arms else set()
+        )
+    if isinstance(stmt, ast.With):
+        return binds_itself(stmt) | {n for s in stmt.body for n in _always_bound(s)}
+    return set() if any(blocks(stmt)) or isinstance(stmt, ast.Delete) else set(binds(stmt))
+
+
 def exclusive(block: list[ast.stmt], a: ast.stmt, b: ast.stmt) -> bool:
     """True when ``a`` and ``b`` are in opposite arms of one ``if``: at most one of them runs."""
     arms = {id(node): arm for node, arm in path_to(block, a) if isinstance(node, ast.If)}
     return any(id(node) in arms and arms[id(node)] != arm for node, arm in path_to(block, b))
+
+
+def after(block: list[ast.stmt], a: ast.stmt, b: ast.stmt) -> bool:
+    """True when ``a`` runs only after ``b`` has run: it stands below, and no loop comes back to ``b``."""
+    around = [node for node, _ in path_to(block, b)]
+    again = any(isinstance(node, (ast.For, ast.AsyncFor, ast.While)) for node in around)
+    return not again and a.lineno > (b.end_lineno or b.lineno)
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:
@@ -237,6 +274,10 @@ def arguments(call: ast.Call, function: ast.FunctionDef) -> dict[str, ast.expr] 
 def binds_at_top(module: ast.Module) -> set[str]:
     """Names bound at module level, in ``if`` and ``try`` blocks too, but by no import, def or class."""
     return {name for stmt in statements(module.body) if not any(blocks(stmt)) for name in binds(stmt)}
+
+
+def is_none(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def conjuncts(test: ast.expr) -> Iterator[ast.expr]:

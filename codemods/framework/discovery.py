@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable
 from typing import TypeVar
@@ -17,10 +18,11 @@ def modules(package: str, path: Iterable[str]) -> dict[str, str]:
 
 
 def defined(module: str, base: type[T]) -> T | None:
-    """An instance of the subclass of ``base`` that ``module`` itself defines; None when it defines none."""
+    """An instance of the subclass of ``base`` that ``module`` itself defines; None when it defines none that
+    is whole."""
     loaded = importlib.import_module(module)
     for value in vars(loaded).values():
         own = isinstance(value, type) and value.__module__ == loaded.__name__
-        if own and issubclass(value, base) and value is not base:
+        if own and issubclass(value, base) and value is not base and not inspect.isabstract(value):
             return value()
     return None

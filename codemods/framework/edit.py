@@ -31,7 +31,7 @@ def apply(source: Source, edits: Sequence[Edit]) -> str:
 
 
 def _nested(group: Sequence[ast.stmt]) -> set[int]:
-    return {id(n) for stmt in group for n in ast.walk(stmt) if isinstance(n, ast.stmt)}
+    return {id(n) for stmt in group for n in t.walk(stmt) if isinstance(n, ast.stmt)}
 
 
 def _target(edit: Edit) -> ast.stmt:
@@ -141,7 +141,7 @@ class _Worker:
         stmt = stmts[0]
         if id(stmt) in self.rewritten:
             return self.rewritten[id(stmt)].make(node)
-        inside = (s for s in ast.walk(stmt) if s is not stmt)
+        inside = (s for s in t.walk(stmt) if s is not stmt)
         if isinstance(node, cst.SimpleStatementLine) or not any(id(s) in self.touched for s in inside):
             return node
         for name, (inner, block) in zip(_block_names(node), _paired_blocks(node, stmt), strict=True):

@@ -57,7 +57,14 @@ STATIC = Recipe(
     "documented, and what exactness at every position below the export length needs",
 )
 
-BUILTIN = {recipe.name: recipe for recipe in (STATIC, DOCUMENTED)}
+HEADS_LAST = Recipe(
+    "heads-last",
+    ("rotary-heads-last", "repeat-kv-heads-last"),
+    (),
+    "the layers of transformers' own decoders, laid out as the chip keeps keys and values",
+)
+
+BUILTIN = {recipe.name: recipe for recipe in (STATIC, DOCUMENTED, HEADS_LAST)}
 DEFAULT = STATIC.name
 
 

@@ -23,7 +23,7 @@ from qwen_surgery.compiling.options import (
     refuse_uncleaned,
     unsuited,
 )
-from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import Toolchain
 
@@ -100,35 +100,62 @@ def build(request: BuildRequest | CompileRequest) -> BuildResult:
 
 def plan(request: BuildRequest | CompileRequest) -> dict[str, Any]:
     """What :func:`build` would do, as :func:`.session.plan_of` gives it. Before the first export the compile
-    steps are planned from the checkout alone."""
-    opened = _open(request, Running(request.run))
+    steps are planned from the checkout alone. ``notes`` say what is not there yet and planned without."""
+    lacking: list[str] = []
+    opened = _open(request, Running(request.run), lacking)
     graph = opened.planned()
     graph.add(opened.verifying)
-    return session.plan_of(graph, opened.builder.outputs.store, opened.builder.running.jobs)
+    done = session.plan_of(graph, opened.builder.outputs.store, opened.builder.running.jobs)
+    return done | {"notes": lacking}
 
 
-def _open(request: BuildRequest | CompileRequest, running: Running) -> Opened:
-    """Open and check everything; raises for whatever cannot work before anything runs."""
+def _open(
+    request: BuildRequest | CompileRequest, running: Running, lacking: list[str] | None = None
+) -> Opened:
+    """Open and check everything; raises for whatever cannot work before anything runs. A checkout's plan can
+    do without weights and without TPU-MLIR: what is not there goes into *lacking*, if that is given."""
     if isinstance(request, BuildRequest):
-        return _open_checkout(request, running)
+        return _open_checkout(request, running, lacking)
     return _open_exported(request, running)
 
 
-def _open_checkout(request: BuildRequest, running: Running) -> Opened:
+def _find_toolchain(version: str | None, lacking: list[str] | None) -> Toolchain:
+    try:
+        return Toolchain.find(version)
+    except ToolFailed as error:
+        if lacking is None:
+            raise
+        expected = Toolchain.expected()
+        lacking.append(f"{error}; planned as for {expected.version}  ({error.hint})")
+        return expected
+
+
+def _find_weights(checkout: Path, lacking: list[str] | None) -> Mapping[str, TensorRef]:
+    from qwen_surgery.weights.index import NoWeights, WeightIndex
+
+    try:
+        return WeightIndex.open(checkout)
+    except NoWeights as error:
+        if lacking is None:
+            raise
+        lacking.append(f"{error}; planned as a first build, and whether they fit cannot be told")
+        return {}
+
+
+def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] | None) -> Opened:
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.cleaning import chosen_passes
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.verification.cases import longest_prompt
-    from qwen_surgery.weights import WeightIndex
-    from qwen_surgery.weights.quantised import release_of
+    from qwen_surgery.weights import Release
 
     checkout = Checkout.open(request.checkout)
     geometry = checkout.geometry(request.seq_length)
-    index = WeightIndex.open(request.checkout)
-    release = release_of(index.values())
+    release = Release.of(request.checkout)
     options = request.options.resolved(geometry, release)
-    toolchain = Toolchain.find(request.toolchain)
+    toolchain = _find_toolchain(request.toolchain, lacking)
     sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
+    index = _find_weights(request.checkout, lacking)
     builder = Builder(request.out, geometry, options, toolchain, running, release)
     version = toolchain.version if toolchain.version != "unknown" else None
     needed = needed_passes(options)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,7 @@ from qwen_surgery.weights.quantised import Release, release_of
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.patching.sources import Sources
-    from qwen_surgery.weights import TensorRef, WeightIndex
+    from qwen_surgery.weights import TensorRef
 
 Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "sample", "verify"]
 
@@ -116,7 +117,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
+def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str, str]:
     """Of all files that decide the export, of where the weights are (their content is read later) and how
     they are to be read."""
     digests = {
@@ -133,6 +134,8 @@ def source_digests(sources: Sources, index: WeightIndex) -> dict[str, str]:
     if release := release_of(index.values()):
         places.append([str(release), release.less_one])
     digests["weights"] = _digest(json.dumps(places))
+    if home := sources.family.home:
+        digests["home"] = f"{home} {version(home.partition('.')[0])}"
     return digests
 
 

@@ -103,6 +103,8 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         console.print_json(plan)
         return
+    for note in plan.get("notes", ()):
+        console.line(f"note: {note}", err=True)
     out = console.out()
     width = max((len(row["task"]) for row in plan["tasks"]), default=0)
     for row in plan["tasks"]:

@@ -81,7 +81,7 @@ def export_tasks(
 ) -> list[Task]:
     """The export, and cleaning it unless there are no *passes*. *digests* are the sources'."""
     length, checkout = geometry.seq_length, request.checkout
-    code = code_digest("qwen_surgery.exporting", *pass_modules(passes))
+    code = code_digest("qwen_surgery.exporting", "qwen_surgery.families", *pass_modules(passes))
     proof = code_digest("qwen_surgery.exporting", "qwen_surgery.twin", "qwen_surgery.runtime")
     tables = 8 * length * geometry.head_dim * (2 * geometry.layers + 4)
     graphs = (2 * geometry.layers + 10) * 100_000 + tables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from qwen_surgery.building.graph import Cost, Task
@@ -55,7 +56,7 @@ class Sample(Step):
             sample=True,
             trust_remote_code=self.trust_remote_code,
         )
-        report = verify(request, progress=lambda what: print(what, flush=True)).to_json()
+        report = verify(request, progress=partial(print, flush=True)).to_json()
         (work / _REPORT).write_text(json.dumps(report))
         return {"passed": report["passed"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class Verify(Step):
             text=self.text,
             text_tokens=self.text_tokens,
         )
-        return verify(request, progress=lambda what: print(what, flush=True)).to_json()
+        log = partial(print, flush=True)
+        return verify(request, progress=log, say=log).to_json()
 
     def _contract(self, bmodel: Path) -> dict[str, Any]:
         """Names, order, shapes and types of every net, against the contract and this model's sizes."""

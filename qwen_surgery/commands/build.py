@@ -61,10 +61,12 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
     extras.require("build")
     from qwen_surgery.building import build, session
     from qwen_surgery.building.request import BuildRequest, RunRequest
+    from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.remote_code import require_trust
     from qwen_surgery.weights import Release
 
-    require_trust(given["trust_remote_code"], "build")
+    if not given["dry_run"]:  # which runs nothing
+        require_trust(given["trust_remote_code"], "build", lent=Checkout.open(checkout).lent)
     request = BuildRequest(
         checkout=checkout,
         out=out,

@@ -51,4 +51,4 @@ def _show(page: Page) -> None:
         return
     from rich.markdown import Markdown
 
-    console.out().print(Markdown(page.to_markdown()))
+    console.out().print(Markdown(page.to_markdown(), code_theme="ansi_light"))

@@ -70,8 +70,8 @@ def command(
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
-    require_trust(trust_remote_code, "export")
     opened = Checkout.open(checkout)
+    require_trust(trust_remote_code, "export", lent=opened.lent)
     receipt = Receipt.load(checkout)
     patching = meanwhile(
         partial(

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     help="Which edits: 'static' reproduces the unpatched model at every position, 'documented' makes the"
     " vendor guide's five edits and no more; or one that an installed package provides.",
 )
+@click.option(
+    "--modeling",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The modeling file to patch a copy of, where CHECKOUT has none of its own (default: the one of the"
+    " installed transformers).",
+)
 @click.option("--skip", multiple=True, metavar="NAME", help="Leave out the edit NAME; may be repeated.")
 @click.option("--diff", "show_diff", is_flag=True, help="Write nothing; print a diff that git apply takes.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when something would change.")
@@ -47,6 +54,7 @@ def command(
     checkout: Path,
     seq_length: int,
     recipe: str,
+    modeling: Path | None,
     skip: tuple[str, ...],
     show_diff: bool,
     check: bool,
@@ -62,11 +70,11 @@ def command(
     from qwen_surgery.patching import plan as planning
     from qwen_surgery.patching import write
 
-    edits.check_names(recipe, skip)
+    edits.check_names(recipe, skip, Checkout.open(checkout, modeling).family)
     dry = show_diff or check
     notes: tuple[str, ...] = ()
     if dry:
-        plan = planning.make(Checkout.open(checkout), recipe, seq_length, skip)
+        plan = planning.make(Checkout.open(checkout, modeling), recipe, seq_length, skip)
         if write.pending(checkout):
             notes = (
                 "an earlier run was interrupted; patch (without --diff) or restore will finish or undo it",
@@ -75,7 +83,7 @@ def command(
         planning.refuse_declined(plan)
         return 1 if check and plan.changed else 0
     try:
-        done = write.patch(checkout, recipe, seq_length, skip)
+        done = write.patch(checkout, recipe, seq_length, skip, modeling=modeling)
     except planning.Declined as declined:
         _report(declined.plan, (), show_diff, as_json, sarif, quiet, written=False)
         raise
@@ -112,8 +120,18 @@ def _report(
     stream = sys.stderr if show_diff else sys.stdout
     report.show(plan.shown, stream)
     stream.flush()
-    for note in (plan.revision_line(), *plan.notes, *notes, _last_line(plan, written)):
+    for note in (plan.revision_line(), *plan.notes, *notes, *_build_notes(plan), _last_line(plan, written)):
         console.line(note, err=True)
+
+
+def _build_notes(plan: Patch) -> tuple[str, ...]:
+    """Where a build of the checkout will be refused, that and why."""
+    from qwen_surgery.doctor.model import why_not_build
+
+    error = None if plan.blocking else why_not_build(plan)
+    if error is None:
+        return ()
+    return (f"build will refuse this checkout: {error}" + (f"  ({error.hint})" if error.hint else ""),)
 
 
 def _last_line(plan: Patch, written: bool) -> str:
@@ -134,7 +152,7 @@ def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: boo
     known = plan.known()
     data: dict[str, Any] = {
         "checkout": str(plan.checkout.path),
-        "modeling_file": plan.checkout.modeling_file.name,
+        "modeling_file": plan.checkout.modeling,
         "recipe": plan.recipe,
         "seq_length": plan.seq_length,
         "skip": list(plan.skip),
@@ -145,7 +163,7 @@ def _to_json(plan: Patch, notes: tuple[str, ...], diff: str | None, written: boo
         "declined": bool(plan.blocking),
         "counts": report.counts(plan.shown),
         "outcomes": report.to_json(plan.shown),
-        "notes": [*plan.notes, *notes],
+        "notes": [*plan.notes, *notes, *_build_notes(plan)],
     }
     if diff is not None:
         data["diff"] = diff

@@ -45,7 +45,9 @@ def command(
         raise Usage(f"--quantizer has no effect: {model} keeps no weight as integers", hint="leave it out")
     chosen = quantizer or side.notes.get("quantizer", QUANTIZERS[0])
     columns = (TextColumn("packing {task.fields[net]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console.err(), transient=True) as bar:
+    with Progress(
+        *columns, console=console.err(), transient=True, disable=not console.err().is_terminal
+    ) as bar:
         task = bar.add_task("pack", total=None, net="")
 
         def show(net: str, done: int, total: int) -> None:

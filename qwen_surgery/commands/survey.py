@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, alone on stdout.")
 @click.option("--markdown", is_flag=True, help="Print the matrix as Markdown.")
+@click.option(
+    "--summary",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="GITHUB_STEP_SUMMARY",
+    show_envvar=True,
+    help="Append the matrix as Markdown to FILE as well: the page of a CI job.",
+)
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes to use (default: one per core).")
 @click.option(
     "--record",
@@ -52,6 +60,7 @@ def command(
     fail_on: tuple[str, ...],
     as_json: bool,
     markdown: bool,
+    summary: Path | None,
     jobs: int | None,
     record: str | None,
 ) -> int:
@@ -67,16 +76,19 @@ def command(
     edits.check_names(recipe, ())
     recipes = [recipe, *(r for r in edits.RECIPES if record is not None and r != recipe)]
     source = history.open_source(path, since)
-    with _progress() as progress:
-        rows = survey.run(source, recipes, seq_length, progress, jobs)
+    with console.progress_bars() as bars:
+        rows = survey.run(source, recipes, seq_length, partial(bars, "trying the codemods"), jobs)
     if not rows and since is None:
-        raise Refused(f"{path} holds no Qwen v1 modeling code (judged by content)")
+        raise Refused(f"{path} holds no modeling code of a known family (judged by content)")
     if as_json:
         console.print_json(matrix.to_json(rows, recipe, seq_length))
     elif markdown:
         console.text(matrix.to_markdown(rows, recipe))
     else:
         matrix.show(rows, recipe)
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as page:
+            page.write(matrix.to_page(rows, recipe, path, since))
     if record is not None:
         console.line(matrix.record(rows, record), err=True)
     return _verdict(rows, recipe, fail_on)
@@ -92,25 +104,3 @@ def _verdict(rows: list[SurveyRow], recipe: str, fail_on: tuple[str, ...]) -> in
         where = matrix.label(row) + (f":{outcome.line}" if outcome.line else "")
         raise Missed(f"{where}: {outcome.codemod} {outcome.status.value}: {outcome.reason}{more}")
     return 0
-
-
-class _progress:
-    """Calls back with (done, total); draws a bar on stderr where that is a terminal."""
-
-    def __enter__(self) -> _progress:
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich.progress import Progress
-
-            self._bar = Progress(console=console.err(), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("trying the codemods", total=None)
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -21,7 +21,7 @@ def command(checkout: Path, out: Path | None, as_json: bool) -> None:
     copied: list[str] = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (*tokenizer.DEMO_FILES, *tokenizer.OPTIONAL_FILES):
+        for name in (*tokenizer.files_of(checkout), *tokenizer.OPTIONAL_FILES):
             if (checkout / name).is_file():
                 files.write_whole(out / name, (checkout / name).read_bytes())
                 copied.append(name)

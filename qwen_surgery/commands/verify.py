@@ -140,7 +140,11 @@ def command(
         **words_from(words),
     )
     with console.err().status("verify") as status:
-        report = verify(request, progress=lambda what: status.update(f"verify {what}"))
+        report = verify(
+            request,
+            progress=lambda what: status.update(f"verify {what}"),
+            say=lambda text: console.err().print(text),
+        )
     _show(report, as_json=as_json, every_net=every_net)
     if html is not None:
         from qwen_surgery.verification.page import write_page

@@ -51,7 +51,7 @@ def export(
     nets first and gives what the manifest tells of it. Raises Usage without trust, Refused for input that
     does not fit, ToolFailed when the disk or torch fails.
     """
-    require_trust(trust_remote_code, "export")
+    require_trust(trust_remote_code, "export", lent=sources.lent)
     onnx_path = Path(onnx_path)
     todo = plan(
         sources,
@@ -89,6 +89,8 @@ def trace_templates(
     gets the installed one; what fails then is the real reason.
     """
     kinds = tuple(kinds)
+    if sources.family.home:
+        return _trace(sources, geometry, kinds, installed=True)
     try:
         return _trace(sources, geometry, kinds, installed=False)
     except Exception as error:

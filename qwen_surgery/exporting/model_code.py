@@ -41,9 +41,10 @@ class ModelCode:
         *installed* says whether the code gets the installed transformers: its whole model needs them, its
         layers do not.
         """
-        module = remote_code.load(files, modeling.removesuffix(".py"), installed=installed)
         values = read_config(files)
         family = families.of(values)
+        name = modeling.removesuffix(".py")
+        module = remote_code.load(files, name, installed=installed, home=family.home)
         plain = {key: value for key, value in values.items() if key not in _OF_STORAGE}
         return cls(module, family, family.config(module, plain))
 

@@ -69,6 +69,26 @@ def select(all_nets: Iterable[Net], wanted: Iterable[str]) -> tuple[Net, ...]:
     return tuple(net for net in all_nets if net.name in wanted or net.kind.value in wanted)
 
 
+def bind(
+    sources: Sources, index: WeightIndex, geometry: Geometry, every_net: Iterable[Net]
+) -> tuple[list[Binding], dict[str, dict[str, TensorRef]]]:
+    """Bind *every_net* to its tensors, by net and slot. Raises Refused for weights that do not fit the config
+    and for a length that cannot be exact."""
+    facts, family = sources.facts, sources.family
+    family.refuse(facts, geometry)
+    tied = facts.tied and family.anatomy.head_tensor not in index
+    bindings, refs = [], {}
+    for net in every_net:
+        shapes = family.weight_shapes(net.kind, geometry, facts)
+        binding = make_binding(net, shapes, family.anatomy, tied=tied)
+        refs[net.name] = resolve(binding, shapes, index)
+        bindings.append(binding)
+    refuse_extra(bindings, index, family)
+    every_ref = (ref for named in refs.values() for ref in named.values())
+    refuse_half_quantised(every_ref, family.anatomy.every_layer)
+    return bindings, refs
+
+
 def plan(
     sources: Sources,
     index: WeightIndex,
@@ -85,19 +105,8 @@ def plan(
     that do not fit the config, for a length that cannot be exact and for links that are asked for and
     impossible; Usage for an unknown net.
     """
-    facts, family = sources.facts, sources.family
-    family.refuse(facts, geometry)
     every_net = nets.nets(geometry.layers, multi_device=multi_device)
-    tied = facts.tied and family.anatomy.head_tensor not in index
-    bindings, refs = [], {}
-    for net in every_net:
-        shapes = family.weight_shapes(net.kind, geometry, facts)
-        binding = make_binding(net, shapes, family.anatomy, tied=tied)
-        refs[net.name] = resolve(binding, shapes, index)
-        bindings.append(binding)
-    refuse_extra(bindings, index, family)
-    every_ref = (ref for named in refs.values() for ref in named.values())
-    refuse_half_quantised(every_ref, family.anatomy.every_layer)
+    bindings, refs = bind(sources, index, geometry, every_net)
     chosen = {net.name for net in select(every_net, wanted)}
     kept = tuple(binding for binding in bindings if binding.net in chosen)
     refuse_foreign(onnx_path)

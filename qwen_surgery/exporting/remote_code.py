@@ -8,6 +8,9 @@ the installed transformers is not touched. Nothing is fetched and nothing is wri
 A layer needs no transformers at all, only torch. With ``installed=False`` every transformers name is a
 stand-in, so that an export neither waits for that import nor depends on its version.
 
+Code that is part of transformers reaches the rest of it by relative imports. It has a *home*, the package it
+is a module of: what is not among the files is imported from there.
+
 Importing runs the code: callers ask for ``--trust-remote-code`` first (:func:`require_trust`).
 """
 
@@ -22,6 +25,7 @@ import logging
 import sys
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import Refused, Usage
@@ -44,9 +48,10 @@ _DOC_DECORATORS = (
 _OUTPUTS = ("BaseModelOutput", "CausalLMOutput")
 
 
-def require_trust(trust_remote_code: bool, what: str) -> None:
-    """Raise Usage unless the user allowed running the checkout's Python."""
-    if not trust_remote_code:
+def require_trust(trust_remote_code: bool, what: str, *, lent: bool = False) -> None:
+    """Raise Usage unless the user allowed running the checkout's Python, or the code is *lent* to it by an
+    installed package."""
+    if not (trust_remote_code or lent):
         raise Usage(
             f"{what} runs the Python files of the checkout",
             hint="read them, then allow it with --trust-remote-code",
@@ -54,13 +59,13 @@ def require_trust(trust_remote_code: bool, what: str) -> None:
 
 
 def load(
-    sources: Mapping[str, bytes], name: str = "modeling_qwen", *, installed: bool = True
+    sources: Mapping[str, bytes], name: str = "modeling_qwen", *, installed: bool = True, home: str = ""
 ) -> types.ModuleType:
     """Import module *name* out of *sources* (file name -> content) as a fresh private package.
 
     Every call gives a package of its own, so patched and unpatched code can live side by side. Relative
-    imports between the files work. *installed* says whether the code gets the installed transformers.
-    Raises Refused, with the file, when the code cannot be imported.
+    imports between the files work, and others where there is a *home*. *installed* says whether the code gets
+    the installed transformers. Raises Refused, with the file, when the code cannot be imported.
     """
     package = f"_qwen_surgery_checkout_{next(_serial)}"
     files = {
@@ -68,10 +73,16 @@ def load(
     }
     if name not in files:
         raise Refused(f"the checkout has no {name}.py")
-    finder = _Finder(package, files, _import if installed else _import_without_transformers)
+    importer: Any = _import if installed else _import_without_transformers
+    # transformers reads from a file's path which of its models it is
+    folder = "/".join((f"<{package}>", *home.split("."))) if home else f"<{package}>"
+    finder = _Finder(package, folder, files, _at_home(home, files, importer) if home else importer)
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module(f"{package}.{name}")
+        loaded = importlib.import_module(f"{package}.{name}")
+        if home:
+            loaded.__file__ = _file_at(home, name)
+        return loaded
     except Refused:
         raise
     except Exception as error:
@@ -90,8 +101,9 @@ def load(
 class _Finder:
     """Finds the modules of one private package in memory."""
 
-    def __init__(self, package: str, files: Mapping[str, bytes], importer: Any) -> None:
+    def __init__(self, package: str, folder: str, files: Mapping[str, bytes], importer: Any) -> None:
         self._package = package
+        self._folder = folder
         self._files = files
         self._importer = importer
 
@@ -105,7 +117,7 @@ class _Finder:
         parent, _, stem = fullname.rpartition(".")
         if parent != self._package or stem not in self._files:
             return None
-        origin = f"<{self._package}>/{stem}.py"
+        origin = f"{self._folder}/{stem}.py"
         spec = importlib.machinery.ModuleSpec(
             fullname, _Loader(self._files[stem], origin, self._importer), origin=origin
         )
@@ -133,6 +145,26 @@ class _Loader(importlib.abc.Loader):
     def get_source(self, fullname: str) -> str:
         """Lets tracebacks and ``inspect`` show the lines."""
         return importlib.util.decode_source(self._content)
+
+
+def _at_home(home: str, files: Mapping[str, bytes], importer: Any) -> Any:
+    """*importer* for a module of the package *home*, of which only *files* are private."""
+
+    def at_home(
+        name: str, globals_: Any = None, locals_: Any = None, fromlist: Any = (), level: int = 0
+    ) -> types.ModuleType:
+        if not level or (level == 1 and name in files):
+            return importer(name, globals_, locals_, fromlist, level)
+        return importlib.import_module(importlib.util.resolve_name("." * level + name, home))
+
+    return at_home
+
+
+def _file_at(home: str, name: str) -> str:
+    """The file of module *name* of the package *home*: some releases open it to see how it attends."""
+    spec = importlib.util.find_spec(home)
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).with_name(f"{name}.py"))
 
 
 def _import(

@@ -47,8 +47,14 @@ def of_compiled_facts(config: Mapping[str, Any]) -> Family:
 
 
 #: Why a related model is not for this program: said beside a bare refusal.
+_MOE = "MoE layers choose among experts, token by token, which a static net cannot do"
 _OTHERS = {
-    "qwen2": "Qwen2 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
-    "qwen2_moe": "Qwen MoE code is part of transformers and has another layer structure",
-    "qwen3": "Qwen3 code is part of transformers; TPU-MLIR's llm_convert.py takes such a model as it is",
+    "qwen2_moe": _MOE,
+    "qwen3_moe": _MOE,
+    "qwen3_next": _MOE,
+    "qwen2_vl": "models that see have another part in front, which this program does not build",
+    "qwen2_5_vl": "models that see have another part in front, which this program does not build",
+    "qwen3_vl": "models that see have another part in front, which this program does not build",
+    "qwen2_audio": "models that hear have another part in front, which this program does not build",
+    "qwen2_5_omni": "models that see and hear have other parts in front, which this program does not build",
 }

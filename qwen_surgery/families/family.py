@@ -7,14 +7,17 @@ a gated MLP, an embedding, a final norm and an output layer.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codemods.config.facts import CONFIG, SIZES, ModelFacts, configuration_file
 from codemods.config.text import ConfigError, read
+from codemods.framework.recipes import BUILTIN, Recipe, UnknownRecipe, load
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, Net, NetKind
 
@@ -123,6 +126,12 @@ class Family(ABC):
     model_class: str
     layer_class: str
     norm_class: str
+    #: What config.json calls the sizes that :data:`SIZES` has no names for.
+    widths: Mapping[str, tuple[str, ...]] = {}
+    #: The package whose relative imports the modeling code has; '' where the code comes with each checkout.
+    home: str = ""
+    #: The built-in recipes that are for its code: the name that is asked for -> the recipe's own.
+    recipes: Mapping[str, str]
 
     # What config.json and the files say.
 
@@ -146,6 +155,17 @@ class Family(ABC):
         """The sizes of the model for an export length; raises ConfigError when config.json lacks one."""
         sizes = {size: whole(facts.size(size), " / ".join(names)) for size, names in SIZES.items()}
         return Geometry(seq_length=seq_length, **sizes, **self.further_sizes(facts, sizes))
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe *name*, as it is for this family.
+
+        Raises UnknownRecipe for one that nobody provides and for one that edits other families' code.
+        """
+        if name in BUILTIN and name not in self.recipes:
+            raise UnknownRecipe(
+                f"recipe {name} is not for {self.title}; it takes {' and '.join(self.recipes)}"
+            )
+        return load(self.recipes.get(name, name))
 
     @abstractmethod
     def further_sizes(self, facts: ModelFacts, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -178,6 +198,17 @@ class Family(ABC):
     def owns_code(self, code: bytes) -> bool:
         """Whether *code* is this family's modeling code, judged by its content. Raises SourceError."""
         return self.may_be_modeling(code) and bool(self.era(code))
+
+    def installed_code(self) -> Path | None:
+        """The family's modeling file where an installed package has it. Nothing is imported."""
+        if not self.home:
+            return None
+        top, *inside = self.home.split(".")
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None:
+            return None
+        file = Path(spec.origin).parent.joinpath(*inside, self.modeling)
+        return file if file.is_file() else None
 
     @abstractmethod
     def era(self, code: bytes) -> str:
@@ -216,8 +247,24 @@ class Family(ABC):
         """Run a whole model, or its body, on new ids [1, L]: its result, and the cache to go on with."""
 
     @abstractmethod
+    def units(
+        self, output: Any, given: Mapping[str, Any], i: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All units of K and V, [1, P + L, n, d] each, that layer *i* of a whole model left behind, in its
+        *output* or in the keywords it was *given*; None where it left none."""
+
     def layer_step(self, output: Any, given: Mapping[str, Any], i: int) -> LayerStep:
-        """What layer *i* of a whole model gave, out of its *output* and the keywords it was *given*."""
+        """What layer *i* of a whole model gave; raises Refused when it gave no keys and values."""
+        units = self.units(output, given, i)
+        if units is None:
+            raise Refused(f"layer {i} of the model gives no keys and values")
+        return LayerStep(states_of(output), *units)
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer of a whole model gave."""
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states
 
 
 def whole(value: Any, key: str) -> int:

@@ -18,7 +18,7 @@ from codemods.analysis.identity import identify, may_be_modeling
 from codemods.config.facts import UPSTREAM, ModelFacts
 from codemods.config.text import ConfigError
 from qwen_surgery.errors import Refused
-from qwen_surgery.families.family import Anatomy, Family, LayerDriver, LayerStep, Shapes, class_of, whole
+from qwen_surgery.families.family import Anatomy, Family, LayerDriver, Shapes, class_of, whole
 from qwen_surgery.nets import Geometry
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: (block's argument name) of the contracts that pass angles in; a third kind computes them inside attention.
 LIST_ARGUMENT, PAIR_ARGUMENT = "rotary_pos_emb_list", "rotary_pos_emb"
+_WIDTHS = {"head_dim": ("kv_channels",)}
+_RECIPES = {"static": "static", "documented": "documented"}
 
 
 class Qwen1(Family):
@@ -46,6 +48,8 @@ class Qwen1(Family):
     upstream = UPSTREAM
     trained = "seq_length"
     anatomy = Anatomy(body="transformer", table="wte", layers="h", norm="ln_f")
+    widths = _WIDTHS
+    recipes = _RECIPES
     compiled_in = (
         "layer_norm_epsilon",
         "rotary_emb_base",
@@ -155,8 +159,13 @@ class Qwen1(Family):
         result = run(input_ids=ids, past_key_values=past, use_cache=True, return_dict=True)
         return result, result.past_key_values
 
-    def layer_step(self, output: Any, given: Mapping[str, Any], i: int) -> LayerStep:
-        return LayerStep(output[0], *output[1])
+    def units(
+        self, output: Any, given: Mapping[str, Any], i: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        present = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+        if not (isinstance(present, (tuple, list)) and len(present) == 2 and present[0].dim() == 4):
+            return None
+        return present[0], present[1]
 
 
 class Qwen1Driver(LayerDriver):

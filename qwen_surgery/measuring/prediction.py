@@ -6,20 +6,23 @@ must look like weights (an all-equal gamma, say, would be folded away and flatte
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codemods.config.facts import CONFIG, SIZES
 from qwen_surgery.nets import Net, NetKind
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from golden.cycles import LayerSizes
     from qwen_surgery.compiling.options import CompileOptions
     from qwen_surgery.exporting.template import Template
-    from qwen_surgery.nets import Geometry
+    from qwen_surgery.families.family import Family
     from qwen_surgery.toolchain import Toolchain
 
 
@@ -48,7 +51,7 @@ def random_weights(template: Template, seed: int = 0) -> dict[str, np.ndarray]:
         values = rng.standard_normal(shape, dtype=np.float32)
         if len(shape) > 1:
             values *= np.float32(0.02)
-        elif "ln_" in slot:
+        elif "ln_" in slot or "norm" in slot:
             values = 1 + np.float32(0.2) * values
         else:
             values *= np.float32(0.1)
@@ -73,25 +76,54 @@ def with_weights(template: Template, weights: dict[str, np.ndarray]) -> onnx.Mod
     return model
 
 
-def templates_of(geometry: Geometry, kinds: Iterable[NetKind], folder: Path) -> dict[NetKind, Template]:
-    """Templates of the newest era's own-written code at *geometry*; the checkout goes to *folder*."""
-    from golden.eras import make_checkout
+def templates_of(
+    sizes: LayerSizes, seq_length: int, kinds: Iterable[NetKind], folder: Path
+) -> dict[NetKind, Template]:
+    """Templates of one layer of *sizes* at an export length; the checkout goes to *folder*.
+
+    The layer's code is the installed one of its family, or the newest era's own-written code.
+    """
+    from qwen_surgery import families
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.export import trace_templates
     from qwen_surgery.patching.sources import Sources
 
+    family = families.of({"model_type": sizes.model_type})
+    if family.home:
+        folder.mkdir(parents=True)
+        (folder / CONFIG).write_text(json.dumps(_config(sizes, seq_length, family)))
+    else:
+        _make_era(sizes, seq_length, folder)
+    checkout = Checkout.open(folder)
+    geometry = checkout.geometry(seq_length)
+    sources = Sources.of(checkout, recipe="static", seq_length=seq_length)
+    return trace_templates(sources, geometry, kinds)
+
+
+def _config(sizes: LayerSizes, seq_length: int, family: Family) -> dict[str, Any]:
+    """config.json of one layer of *sizes* of a family whose code is installed."""
+    names = {**SIZES, **family.widths}
+    known = {name: getattr(sizes, name) for name in names if getattr(sizes, name, 0)}
+    return {
+        "model_type": sizes.model_type,
+        **{names[name][0]: value for name, value in {"layers": 1, **known}.items()},
+        family.trained: seq_length,
+    }
+
+
+def _make_era(sizes: LayerSizes, seq_length: int, folder: Path) -> None:
+    from golden.eras import make_checkout
+
     make_checkout(
         folder,
         layers=1,
-        hidden=geometry.hidden,
-        heads=geometry.heads,
-        intermediate=geometry.intermediate,
-        vocab=geometry.vocab,
-        trained_length=max(geometry.seq_length, 2048),
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        intermediate=sizes.intermediate,
+        vocab=sizes.vocab,
+        trained_length=max(seq_length, 2048),
         sparse=True,
     )
-    sources = Sources.of(Checkout.open(folder), recipe="static", seq_length=geometry.seq_length)
-    return trace_templates(sources, geometry, kinds)
 
 
 def compile_template(

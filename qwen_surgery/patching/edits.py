@@ -11,6 +11,7 @@ from codemods.config.text import read
 from codemods.framework.base import Outcome, Status
 from qwen_surgery import families
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.families.family import Family
 
 #: The recipes that ship with the program.
 RECIPES = ("static", "documented")
@@ -48,18 +49,20 @@ def apply(
 ) -> Edited:
     """Run *recipe* on the file named *modeling* and on config.json, both in *files*; writes nothing.
 
+    A family may have a recipe of its own for a name.
+
     *unpatched_config* is upstream's config.json when the one in *files* may be patched already: it says what
     the model is. Raises Refused when config.json cannot be edited.
     """
     import codemods
     import codemods.config
-    from codemods.framework import recipes, registry
+    from codemods.framework import registry
 
-    chosen = recipes.load(recipe)
     source_skip = [name for name in skip if name in registry.names()]
     try:
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
-        facts = families.of(read(known[CONFIG]).values()).facts(known)
+        family = families.of(read(known[CONFIG]).values())
+        facts, chosen = family.facts(known), family.recipe(recipe)
         sizes = facts.for_reading(seq_length)
         source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
@@ -77,19 +80,30 @@ def apply(
 
 
 def outcomes(data: bytes, config: bytes | None, recipe: str, seq_length: int) -> tuple[Outcome, ...]:
-    """The outcomes of *recipe* on one modeling file, and on the config.json beside it where there is one."""
+    """The outcomes of *recipe* on one modeling file, and on the config.json beside it where there is one.
+
+    A recipe that is not for the file's family has one outcome, declined.
+    """
     import codemods
     import codemods.config
+    from codemods.framework.recipes import UnknownRecipe
 
-    if config is None:
-        return tuple(codemods.run(data, recipe).outcomes)
+    family = families.of_code(data)
+    assert family is not None
     try:
-        edited = codemods.config.run(config, recipe, seq_length).outcomes
-        sizes = ModelFacts.from_config(read(config).values()).for_reading(seq_length)
+        chosen = family.recipe(recipe)
+    except UnknownRecipe as error:
+        return (Outcome("recipe", Status.DECLINED, str(error.args[0])),)
+    if config is None:
+        return tuple(codemods.run(data, chosen).outcomes)
+    try:
+        facts = family.facts_of(read(config).values())
+        edited = codemods.config.run(config, chosen, seq_length, facts=facts).outcomes
+        sizes = facts.for_reading(seq_length)
     except codemods.config.ConfigError as error:
         broken = Outcome("config:parse", Status.FAILED, str(error), where=CONFIG)
-        return (*codemods.run(data, recipe).outcomes, broken)
-    return (*codemods.run(data, recipe, sizes=sizes).outcomes, *edited)
+        return (*codemods.run(data, chosen).outcomes, broken)
+    return (*codemods.run(data, chosen, sizes=sizes).outcomes, *edited)
 
 
 def era(data: bytes) -> str:
@@ -109,12 +123,12 @@ def warm() -> None:
         registry.get(name)
 
 
-def check_names(recipe: str, skip: Sequence[str]) -> None:
-    """Raise Usage for a recipe nobody provides, or for a skip that names none of its edits."""
+def check_names(recipe: str, skip: Sequence[str], family: Family | None = None) -> None:
+    """Raise Usage for a recipe that nobody provides or that is not *family*'s, and for a skip not in it."""
     from codemods.framework import recipes
 
     try:
-        chosen = recipes.load(recipe)
+        chosen = family.recipe(recipe) if family else recipes.load(recipe)
     except LookupError as error:
         raise Usage(str(error.args[0])) from None
     for name in skip:

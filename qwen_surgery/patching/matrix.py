@@ -6,7 +6,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from codemods.framework.base import Outcome, Status
 from golden import revisions
@@ -18,6 +19,17 @@ from qwen_surgery.patching.receipt import outcome_json
 from qwen_surgery.patching.report import STYLES
 from qwen_surgery.patching.survey import SurveyRow
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: What stands for a status in a matrix that would not fit otherwise.
+_MARKS = {
+    Status.APPLIED: "+",
+    Status.ALREADY: "=",
+    Status.ABSENT: ".",
+    Status.DECLINED: "!",
+    Status.FAILED: "X",
+}
 # The worst first: what a cell shows, and what colours it, when a codemod has several sites.
 _WORST = (Status.FAILED, Status.DECLINED, Status.APPLIED, Status.ALREADY, Status.ABSENT)
 
@@ -63,22 +75,48 @@ def _head(row: SurveyRow) -> tuple[str, str, str]:
 
 def show(rows: Sequence[SurveyRow], recipe: str) -> None:
     """Print the matrix and, below it, why anything was declined or failed."""
+    tty = sys.stdout.isatty()
+    names = columns(rows, recipe)
+    printer = console.on(sys.stdout, width=None if tty else 10_000)  # a pipe has no width: never fold there
+    headings = [name.replace("-", "-\n") if tty else name for name in names]
+    table, legend = _table(rows, recipe, names, headings, {}), []
+    if not console.fits(printer, table):
+        numbers = [str(number) for number in range(1, len(names) + 1)]
+        table = _table(rows, recipe, names, numbers, _MARKS)
+        legend = [", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True))]
+        marks = ", ".join(f"{mark} {status.value}" for status, mark in _MARKS.items())
+        legend += [f"{marks}; a number behind a mark: at so many sites"]
+    printer.print(table)
+    for line in (*legend, *_reasons(rows, recipe), summary(rows, recipe)):
+        printer.print(line, soft_wrap=not legend)
+
+
+def _table(
+    rows: Iterable[SurveyRow],
+    recipe: str,
+    names: Sequence[str],
+    headings: Sequence[str],
+    marks: dict[Status, str],
+) -> Table:
+    """The matrix for a console; *marks* stand for statuses where words would not fit."""
     from rich.table import Table
     from rich.text import Text
 
-    names = columns(rows, recipe)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    narrow = sys.stdout.isatty()  # headings break at their hyphens there, nowhere else
-    for heading in ("revision", "date", "era", *names):
-        table.add_column(heading.replace("-", "-\n") if narrow else heading, overflow="fold")
+    for heading in ("revision", "date", "era", *headings):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         cells = [cell(row, recipe, name) for name in names]
-        table.add_row(*_head(row), *(Text(text, STYLES[s] if s else "dim") for text, s in cells))
-    wide = None if narrow else 10_000  # a pipe has no width: never fold there
-    printer = console.on(sys.stdout, width=wide)
-    printer.print(table)
-    for line in (*_reasons(rows, recipe), summary(rows, recipe)):
-        printer.print(line, soft_wrap=True)
+        texts = [_shortened(text, marks) for text, _ in cells]
+        styles = [STYLES[status] if status else "dim" for _, status in cells]
+        table.add_row(*_head(row), *map(Text, texts, styles))
+    return table
+
+
+def _shortened(text: str, marks: dict[Status, str]) -> str:
+    for status, mark in marks.items():
+        text = text.replace(status.value, mark)
+    return text.replace(" x", "").replace(", ", "") if marks else text
 
 
 def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:
@@ -90,6 +128,13 @@ def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
     reasons = [f"- {line}" for line in _reasons(rows, recipe)]
     return "\n".join([*lines, "", *reasons, *([""] if reasons else []), summary(rows, recipe)])
+
+
+def to_page(rows: Sequence[SurveyRow], recipe: str, path: Path, since: str | None) -> str:
+    """The matrix as a part of a page, under a heading that says what was looked at."""
+    looked_at = console.printable(str(path)) + (f" since {console.printable(since)}" if since else "")
+    found = to_markdown(rows, recipe) if rows else "No revision of Qwen v1 modeling code."
+    return f"## Survey of {looked_at}, recipe {recipe}\n\n{found}\n\n"
 
 
 def _reasons(rows: Sequence[SurveyRow], recipe: str) -> list[str]:

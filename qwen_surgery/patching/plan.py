@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from qwen_surgery.checkout import Checkout
 
 
+#: The permission bits of a file that a patch creates.
+_MODE = 0o644
+
+
 class Origin(str, Enum):
     """Where a file on disk stands towards the receipt."""
 
@@ -78,6 +82,11 @@ class Patch:
         return tuple(name for name in self.outcomes if self.result[name] != self.current[name])
 
     @property
+    def lent(self) -> frozenset[str]:
+        """Names of the files that the checkout does not hold yet."""
+        return frozenset((self.checkout.modeling,) if self.checkout.lent else ())
+
+    @property
     def edited_files(self) -> tuple[str, ...]:
         """Names of the files that differ from the unpatched text after the patch."""
         return tuple(name for name in self.outcomes if self.result[name] != self.reference[name])
@@ -97,13 +106,13 @@ class Patch:
     def known(self) -> Revision | None:
         """The catalogued revision with the bytes of the unpatched modeling file."""
         try:
-            return revisions.find(digest(self.reference[self.checkout.modeling_file.name]))
+            return revisions.find(digest(self.reference[self.checkout.modeling]))
         except ValueError as error:
             raise ToolFailed(str(error)) from None
 
     def era(self) -> str:
         """The era of the unpatched modeling file, by its structure."""
-        name = self.checkout.modeling_file.name
+        name = self.checkout.modeling
         if self.reference[name] == self.current[name]:
             return self.checkout.era
         return edits.era(self.reference[name])
@@ -114,7 +123,7 @@ class Patch:
         if known is None:
             return f"new revision (era {self.era()}): outcomes proven by checks only"
         expected = known.expected.get(self.recipe)
-        found = by_codemod(self.outcomes[self.checkout.modeling_file.name])
+        found = by_codemod(self.outcomes[self.checkout.modeling])
         if expected is not None and not self.skip and self.from_reference and found != expected:
             return f"known revision {known}, but its outcomes differ from the catalogue's"
         return f"known revision {known}"
@@ -135,17 +144,26 @@ def _done(found: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
 
 
 def by_codemod(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
-    """The statuses of each codemod's sites, in order: what the catalogue records."""
+    """The statuses of each codemod's sites, in order: what the catalogue records.
+
+    Of a codemod that only reads, each status once: how many sites it has depends on the sizes in config.json,
+    and the catalogue knows a revision by its code.
+    """
+    from codemods.framework import registry
+
+    reading = {name for name in registry.BUILTIN if not registry.get(name).edits}
     result: dict[str, list[str]] = {}
     for outcome in outcomes:
-        result.setdefault(outcome.codemod, []).append(outcome.status.value)
+        statuses = result.setdefault(outcome.codemod, [])
+        if outcome.codemod not in reading or outcome.status.value not in statuses:
+            statuses.append(outcome.status.value)
     return result
 
 
 def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] = ()) -> Patch:
     """Plan the patch of *checkout*; writes nothing. Refused when an edit by hand would be lost."""
     receipt = Receipt.load(checkout.path)
-    modeling = checkout.modeling_file.name
+    modeling = checkout.modeling
     current = checkout.read_files()
     origins = _origins(checkout.path, current, receipt, modeling)
     reference = dict(current)
@@ -261,9 +279,12 @@ def next_receipt(plan: Patch, versions: dict[str, str], time: str, revision: str
         known = old is not None and plan.origins[name] is Origin.PATCHED
         before, after = digest(plan.reference[name]), digest(plan.result[name])
         if old is not None and known:
-            files[name] = FileRecord(before, after, old.mode, old.symlink)
+            files[name] = FileRecord(before, after, old.mode, old.symlink, old.created)
             continue
         path = plan.checkout.path / name
+        if name in plan.lent:
+            files[name] = FileRecord(before, after, _MODE, created=True)
+            continue
         symlink = str(path.readlink()) if path.is_symlink() else ""
         files[name] = FileRecord(before, after, path.stat().st_mode & 0o777, symlink)
     return Receipt(plan.recipe, plan.seq_length, plan.skip, files, plan.outcomes, versions, time, revision)

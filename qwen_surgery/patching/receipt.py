@@ -28,21 +28,24 @@ FORMAT = 1
 class FileRecord:
     """One patched file: sha256 of its bytes before and after, and the permission bits before.
 
-    ``symlink`` is the text of the symbolic link that stood there, empty where there was a file.
+    ``symlink`` is the text of the symbolic link that stood there, empty where there was a file. ``created``
+    says that nothing stood there: the bytes before are those of the file that was lent.
     """
 
     before: str
     after: str
     mode: int
     symlink: str = ""
+    created: bool = False
 
-    def to_json(self, name: str) -> dict[str, str]:
-        data = {
+    def to_json(self, name: str) -> dict[str, Any]:
+        data: dict[str, Any] = {
             "before": self.before,
             "after": self.after,
             "mode": f"{self.mode:04o}",
             "original": self.stored(name),
         }
+        data |= {"created": True} if self.created else {}
         return data | ({"symlink": self.symlink} if self.symlink else {})
 
     @classmethod
@@ -57,7 +60,9 @@ class FileRecord:
             raise ValueError(f"{name} has mode {mode:o}")
         if not isinstance(symlink, str) or "\0" in symlink:
             raise ValueError(f"{name} has a link that is none")
-        return cls(data["before"], data["after"], mode, symlink)
+        if not isinstance(data.get("created", False), bool):
+            raise ValueError(f"whether {name} was created is neither true nor false")
+        return cls(data["before"], data["after"], mode, symlink, data.get("created", False))
 
     def stored(self, name: str) -> str:
         """Where the original bytes lie, relative to the state directory."""

@@ -57,17 +57,27 @@ def show(outcomes: Outcomes, stream: TextIO | None = None) -> None:
 
 
 def _table(outcomes: Outcomes, stream: TextIO) -> None:
+    """In four columns where they fit, else with the place under the codemod."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("outcome", "codemod", "place", "reason"):
-        table.add_column(heading, overflow="fold")
+    wide = Table("outcome", "codemod", "place", "reason", box=None, pad_edge=False, header_style="bold")
+    narrow = Table("outcome", "codemod, place", "reason", box=None, pad_edge=False, header_style="bold")
+    longest = 0
     for name, sites in outcomes.items():
         for o in sites:
-            where = place(name, o) + (f"\n{o.where}" if o.where not in ("", name) else "")
-            table.add_row(Text(o.status.value, STYLES[o.status]), o.codemod, Text(where), Text(o.reason))
-    console.on(stream).print(table)
+            where = [place(name, o), *([o.where] if o.where not in ("", name) else [])]
+            status, reason = Text(o.status.value, STYLES[o.status]), Text(o.reason)
+            wide.add_row(status, o.codemod, Text("\n".join(where)), reason)
+            lines = [o.codemod, *(f"  {line}" for line in where)]
+            narrow.add_row(status, Text("\n".join(lines)), reason)
+            longest = max(longest, *map(len, lines))
+    printer = console.on(stream)
+    narrow.columns[1].width = min(longest, printer.width // 2 + 2)  # names folded cannot be searched for
+    table = wide if console.fits(printer, wide) else narrow
+    for column in table.columns:
+        column.overflow = "fold"
+    printer.print(table)
 
 
 def show_diff(diff: bytes, stream: TextIO | None = None) -> None:

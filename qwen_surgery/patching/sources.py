@@ -23,7 +23,7 @@ class Sources:
 
     ``reference`` is the unpatched upstream text (from the receipt's originals when the checkout is patched in
     place), ``patched`` the same files with *recipe* applied for *seq_length*. ``outcomes`` are all sites of
-    all files. ``modeling`` is the name of the modeling file.
+    all files. ``modeling`` is the name of the modeling file, ``lent`` says that it is an installed package's.
     """
 
     modeling: str
@@ -33,6 +33,7 @@ class Sources:
     seq_length: int
     outcomes: tuple[Outcome, ...]
     receipt: Receipt | None
+    lent: bool = False
 
     @classmethod
     def of(
@@ -49,14 +50,20 @@ class Sources:
         except UnknownRecipe as error:
             raise Usage(str(error)) from error
         plan.refuse_declined(made)
+        return cls.made(made)
+
+    @classmethod
+    def made(cls, made: plan.Patch) -> Sources:
+        """The files of a patch that is not written."""
         return cls(
-            modeling=checkout.modeling_file.name,
+            modeling=made.checkout.modeling,
             reference=made.reference,
             patched=made.result,
-            recipe=recipe,
-            seq_length=seq_length,
+            recipe=made.recipe,
+            seq_length=made.seq_length,
             outcomes=tuple(o for found in made.outcomes.values() for o in found),
             receipt=made.receipt,
+            lent=made.checkout.lent,
         )
 
     @cached_property

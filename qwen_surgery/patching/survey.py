@@ -9,8 +9,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from codemods.analysis.identity import may_be_modeling
 from codemods.framework.base import Outcome, Status
+from qwen_surgery import families
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.history import Item, RevisionSource
 
@@ -97,14 +97,14 @@ def _rows(
 
 
 def _candidate(data: bytes | None) -> bool:
-    """Whether a content may be Qwen v1 modeling code: spares parsing thousands of other files."""
-    return data is None or may_be_modeling(data)
+    """Whether a content may be a family's modeling code: spares parsing thousands of other files."""
+    return data is None or any(family.may_be_modeling(data) for family in families.all_families())
 
 
 def judge(
     data: bytes, config: bytes | None, name: str, recipes: tuple[str, ...], seq_length: int
 ) -> FileVerdict | None:
-    """Try *recipes* on one content; None when it is not Qwen v1 modeling code.
+    """Try *recipes* on one content; None when it is no known family's modeling code.
 
     A file called like modeling code that does not parse gets a ``failed`` outcome that says where.
     """

@@ -40,14 +40,22 @@ class Restored:
     notes: tuple[str, ...]
 
 
-def patch(path: Path, recipe: str, seq_length: int, skip: Sequence[str] = (), revision: str = "") -> Written:
+def patch(
+    path: Path,
+    recipe: str,
+    seq_length: int,
+    skip: Sequence[str] = (),
+    revision: str = "",
+    modeling: Path | None = None,
+) -> Written:
     """Plan and write the patch of the checkout at *path*.
 
     Refused, with nothing written, when a required edit is declined; ToolFailed when the disk does not take
-    the files, which then hold their old bytes. *revision* is noted in the receipt.
+    the files, which then hold their old bytes. *revision* is noted in the receipt. *modeling* is the file to
+    patch a copy of where the checkout has no code.
     """
     with _session(path) as notes:
-        plan = planning.make(Checkout.open(path), recipe, seq_length, skip)
+        plan = planning.make(Checkout.open(path, modeling), recipe, seq_length, skip)
         planning.refuse_declined(plan)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         receipt = planning.next_receipt(plan, _versions(), now, revision)
@@ -59,6 +67,8 @@ def patch(path: Path, recipe: str, seq_length: int, skip: Sequence[str] = (), re
 
 def restore(path: Path) -> Restored | None:
     """Bring back the original bytes and permission bits of the checkout at *path*; None when not patched.
+
+    A file that the patch created is removed.
 
     Refused, with nothing written, when a file is neither the patched text nor the original.
     """
@@ -104,6 +114,9 @@ def _notes(plan: planning.Patch) -> list[str]:
     notes = []
     for name, origin in plan.origins.items():
         path = plan.checkout.path / name
+        if name in plan.lent and name in plan.changed:
+            notes.append(f"{name} is a patched copy of {plan.checkout.modeling_file}, which is left as it is")
+            continue
         if origin is planning.Origin.PULLED:
             notes.append(
                 f"{name} is neither the patched text nor the known original: taken as a new upstream text"
@@ -129,7 +142,8 @@ def _commit(plan: planning.Patch, receipt: Receipt) -> None:
         stored = state / record.stored(name)
         if digest(read_regular(stored, journal.LARGEST) or b"") != record.before:
             actions.append(WriteFile(stored, plan.reference[name], 0o600))
-            _keep_links(root / name, stored)
+            if not record.created:
+                _keep_links(root / name, stored)
     for name in plan.changed:
         actions.append(_changed(plan, receipt, name))
     if receipt.files:
@@ -139,12 +153,16 @@ def _commit(plan: planning.Patch, receipt: Receipt) -> None:
     journal.commit(root, actions)
 
 
-def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> WriteFile:
+def _changed(plan: planning.Patch, receipt: Receipt, name: str) -> WriteFile | RemoveFile:
     """The new content of *name*; other options that leave it unpatched bring its mode and links back too."""
+    if name in plan.lent:
+        return WriteFile(plan.checkout.path / name, plan.result[name], receipt.files[name].mode)
     path, result, expect = plan.checkout.path / name, plan.result[name], digest(plan.current[name])
     old = plan.receipt.files.get(name) if plan.receipt else None
     if old is None or name in receipt.files or digest(result) != old.before:
         return WriteFile(path, result, expect=expect)
+    if old.created:
+        return RemoveFile(path)
     return _back(plan.checkout.path, name, old, result, expect)
 
 
@@ -166,8 +184,8 @@ def _keep_links(path: Path, stored: Path) -> None:
             os.link(path, _linked(stored), follow_symlinks=False)
 
 
-def _to_restore(path: Path, receipt: Receipt) -> tuple[list[WriteFile], tuple[str, ...]]:
-    back: list[WriteFile] = []
+def _to_restore(path: Path, receipt: Receipt) -> tuple[list[WriteFile | RemoveFile], tuple[str, ...]]:
+    back: list[WriteFile | RemoveFile] = []
     untouched: list[str] = []
     for name, record in receipt.files.items():
         target = path / name
@@ -178,6 +196,9 @@ def _to_restore(path: Path, receipt: Receipt) -> tuple[list[WriteFile], tuple[st
                 f"{target} was changed since: it is neither what patch wrote nor the original; not restored",
                 hint=f"patch again to take it as a new upstream text; the originals lie in {path / STATE}",
             )
+        if record.created:
+            back.append(RemoveFile(target))
+            continue
         if now == record.before and _stands_as_before(target, record):
             untouched.append(name)
             continue
@@ -192,10 +213,10 @@ def _stands_as_before(target: Path, record: FileRecord) -> bool:
     return not target.is_symlink() and stat.S_IMODE(target.stat().st_mode) == record.mode
 
 
-def _lost_links(path: Path, back: Sequence[WriteFile]) -> list[str]:
+def _lost_links(path: Path, back: Sequence[WriteFile | RemoveFile]) -> list[str]:
     return [
         f"{action.path.name} was a link to {action.symlink}, which does not hold the original any more: "
         "it was restored as a file"
         for action in back
-        if action.symlink and not (path / action.path.name).is_symlink()
+        if isinstance(action, WriteFile) and action.symlink and not (path / action.path.name).is_symlink()
     ]

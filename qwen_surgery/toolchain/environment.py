@@ -18,6 +18,8 @@ from qwen_surgery.toolchain.pins import DEFAULT_VERSION
 
 RECORD = "toolchain.json"
 LOG_TAIL_LINES = 15
+#: Origin of a toolchain that is not there yet.
+EXPECTED = "expected"
 
 #: Variables of the caller that a tool may see. Everything else (PYTHONPATH, LD_LIBRARY_PATH, conda's,
 #: pip's) stays out.
@@ -67,8 +69,9 @@ class Toolchain:
     """A TPU-MLIR environment that can be run.
 
     ``python`` is its interpreter, ``root`` the ``tpu_mlir`` package (what envsetup.sh calls TPUC_ROOT),
-    ``version`` the version string, ``origin`` where it came from: ``installed``, ``QWEN_SURGERY_TOOLCHAIN``
-    or ``envsetup.sh``. ``extra`` holds variables that only a sourced envsetup.sh knows.
+    ``version`` the version string, ``origin`` where it came from: ``installed``, ``QWEN_SURGERY_TOOLCHAIN``,
+    ``envsetup.sh``, or ``expected`` for one that is not there yet. ``extra`` holds variables that only a
+    sourced envsetup.sh knows.
     """
 
     python: Path
@@ -113,6 +116,11 @@ class Toolchain:
             f"{which} is not installed",
             hint=f"run `qwen-surgery toolchain install{flag}`, or point QWEN_SURGERY_TOOLCHAIN at one",
         )
+
+    @staticmethod
+    def expected() -> Toolchain:
+        """The default version as it would be installed: enough to plan with, not to run."""
+        return Toolchain(Path("python3.10"), Path("tpu_mlir"), DEFAULT_VERSION, EXPECTED)
 
     @staticmethod
     def installed(environ: Mapping[str, str] | None = None) -> list[Toolchain]:

@@ -26,7 +26,7 @@ from qwen_surgery.toolchain.pins import BUNDLED_GLIBC, BUNDLED_GLIBC_VERSION, DE
 
 Say = Callable[[str], None]
 #: Bytes an environment takes, with room for pip's temporary copies.
-_NEEDS = {"lean": 2_600_000_000, "full": 6_000_000_000}
+NEEDS = {"lean": 2_600_000_000, "full": 6_000_000_000}
 
 _SMOKE = """
 import numpy, pymlir, pyruntime_bm
@@ -82,7 +82,7 @@ def install(
         kind = "full" if full else "lean"
         require_disk(
             folder.parent,
-            _NEEDS[kind],
+            NEEDS[kind],
             f"TPU-MLIR {version}",
             "free some space or set QWEN_SURGERY_HOME to a larger disk",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ class Watch:
     """Lines of one module that ran inside :meth:`watching`."""
 
     def __init__(self, module: ModuleType) -> None:
-        self._file = str(module.__file__)
-        self._source = inspect.getsource(module)
+        spec: Any = module.__spec__
+        self._file = str(spec.origin)
+        self._source = str(spec.loader.get_source(module.__name__))
         self.lines: set[int] = set()
 
     @contextmanager

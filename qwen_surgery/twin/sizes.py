@@ -24,8 +24,7 @@ _MAX_POSITIONS = 2048
 
 # The sizes in config.json that a twin changes, each under all names that it went by.
 _WIDTHS = {size: SIZES[size] for size in ("hidden", "heads", "intermediate", "vocab")}
-_WIDTHS |= {"head_dim": ("kv_channels",)}
-_LENGTHS = ("seq_length", "max_position_embeddings", "n_positions", "n_ctx")
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -48,33 +47,47 @@ def twins(real: Geometry, facts: ModelFacts) -> tuple[TwinSizes, ...]:
     act. The long one keeps config.json's lengths.
     """
     head_dim = 4 if real.heads > 16 else 8
-    if facts["rotary_pct"] != 1.0:
+    if facts.get("rotary_pct") not in (None, 1.0):
         head_dim = 32
     if real.seq_length <= SHORT_LENGTH:
-        return (TwinSizes("short", _narrow(real, real.heads, head_dim, real.seq_length)),)
+        return (TwinSizes("short", _narrow(real, real.heads, real.kv_heads, head_dim, real.seq_length)),)
+    shared = 1 if real.kv_heads < real.heads else 2
     scaled = max(1, min(SHORT_LENGTH, SHORT_LENGTH * facts.trained_length // real.seq_length))
     return (
-        TwinSizes("short", _narrow(real, real.heads, head_dim, SHORT_LENGTH), scaled),
-        TwinSizes("long", _narrow(real, 2, max(8, head_dim), min(real.seq_length, LONGEST))),
+        TwinSizes("short", _narrow(real, real.heads, real.kv_heads, head_dim, SHORT_LENGTH), scaled),
+        TwinSizes("long", _narrow(real, 2, shared, max(8, head_dim), min(real.seq_length, LONGEST))),
     )
 
 
-def _narrow(real: Geometry, heads: int, head_dim: int, seq_length: int) -> Geometry:
+def _narrow(real: Geometry, heads: int, kv_heads: int, head_dim: int, seq_length: int) -> Geometry:
     hidden = heads * head_dim
-    return Geometry(real.layers, hidden, heads, head_dim, min(real.vocab, VOCAB), 2 * hidden, seq_length)
+    return Geometry(
+        layers=real.layers,
+        hidden=hidden,
+        heads=heads,
+        head_dim=head_dim,
+        vocab=min(real.vocab, VOCAB),
+        intermediate=2 * hidden,
+        seq_length=seq_length,
+        kv_heads=kv_heads,
+        mlp_width=2 * hidden * real.mlp_width // real.intermediate,
+    )
 
 
 def resize(sources: Sources, real: Geometry, twin: TwinSizes) -> Sources:
     """*sources* with the twin's sizes in both config.json; all else in them stays."""
 
+    trained, widths = sources.family.trained, {**_WIDTHS, **sources.family.widths}
+
     def config(files: Mapping[str, bytes], *, patched: bool) -> dict[str, bytes]:
         found = json.loads(files["config.json"].decode("utf-8-sig"))
-        for field, names in _WIDTHS.items():
+        for field, names in widths.items():
             given = [name for name in names if name in found] or names[:1]
             found |= dict.fromkeys(given, getattr(twin.geometry, field))
-        found.setdefault("seq_length", sources.facts.trained_length)
-        for name in [name for name in _LENGTHS if isinstance(found.get(name), int)]:
-            found[name] = _length(name, found[name], real, twin, patched=patched)
+        found.setdefault(trained, sources.facts.trained_length)
+        lengths = dict.fromkeys((trained, *_LENGTHS))
+        for name in [name for name in lengths if isinstance(found.get(name), int)]:
+            found[name] = _length(found[name], real, twin, trained=name == trained, patched=patched)
         return {**files, "config.json": json.dumps(found).encode()}
 
     return replace(
@@ -85,9 +98,9 @@ def resize(sources: Sources, real: Geometry, twin: TwinSizes) -> Sources:
     )
 
 
-def _length(name: str, value: int, real: Geometry, twin: TwinSizes, *, patched: bool) -> int:
+def _length(value: int, real: Geometry, twin: TwinSizes, *, trained: bool, patched: bool) -> int:
     if patched and value == real.seq_length:
         return twin.geometry.seq_length
     if twin.trained is not None:
-        return twin.trained if name == "seq_length" else max(twin.trained, twin.geometry.seq_length)
-    return value if name == "seq_length" else min(value, _MAX_POSITIONS)
+        return twin.trained if trained else max(twin.trained, twin.geometry.seq_length)
+    return value if trained else min(value, _MAX_POSITIONS)

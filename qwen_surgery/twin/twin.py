@@ -64,17 +64,23 @@ def check_twin(sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geom
     nothing; what fails then is tried with the installed one, and that is the real reason.
     """
     started = time.monotonic()
+    report = _check_somehow(sources, checkpoint, real)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _check_somehow(sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geometry) -> TwinReport:
+    if sources.family.home:
+        return _check(sources, checkpoint, real, installed=True)
     try:
-        report = _check(sources, checkpoint, real, installed=False)
+        return _check(sources, checkpoint, real, installed=False)
     except Exception as error:
         if importlib.util.find_spec("transformers") is None:
             raise
         try:
-            report = _check(sources, checkpoint, real, installed=True)
+            return _check(sources, checkpoint, real, installed=True)
         except SurgeryError as reason:
             raise reason from error
-    report.seconds = time.monotonic() - started
-    return report
 
 
 def prove(sources: Sources, checkpoint: Mapping[str, TensorRef], real: Geometry) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.model_code import ModelCode
 from qwen_surgery.exporting.modules import weightless
+from qwen_surgery.families.family import states_of
 from qwen_surgery.weights import TensorRef
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
     from qwen_surgery.families.family import Anatomy
     from qwen_surgery.patching.sources import Sources
+
+#: Matrices that make queries and keys.
+_SHARP = re.compile(r"c_attn|[qk]_proj")
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class WholeTwin:
         table.register_forward_hook(self._after_table)
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(self._before_block(i), with_kwargs=True)
-            block.register_forward_hook(self._after_block(i))
+            block.register_forward_hook(self._after_block(i), with_kwargs=True)
         norm.register_forward_pre_hook(self._before_norm)
         head.register_forward_hook(self._after_head)
 
@@ -145,12 +150,13 @@ class WholeTwin:
         return hook
 
     def _after_block(self, i: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, (tuple, list)) else output
-            self._trail.outputs[i] = rows = _rows(states)
-            present = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
-            if isinstance(present, (tuple, list)) and len(present) == 2 and present[0].dim() == 4:
-                self._trail.keys[i], self._trail.values[i] = (_rows(part)[-len(rows) :] for part in present)
+        family = self.code.family
+
+        def hook(_module: nn.Module, _args: Any, given: dict[str, Any], output: Any) -> None:
+            self._trail.outputs[i] = rows = _rows(states_of(output))
+            units = family.units(output, given, i)
+            if units is not None:
+                self._trail.keys[i], self._trail.values[i] = (_rows(part)[-len(rows) :] for part in units)
 
         return hook
 
@@ -209,5 +215,5 @@ def _values(name: str, shape: tuple[int, ...], anatomy: Anatomy) -> np.ndarray:
         return np.asarray(1 + 0.25 * np.clip(values, -3, 3) if gain else 0.5 * values, dtype=np.float32)
     if name == anatomy.table_tensor:
         return values
-    scale = 20.0 if name == anatomy.head_tensor else 1.5 if "c_attn" in name else 0.8
+    scale = 20.0 if name == anatomy.head_tensor else 1.5 if _SHARP.search(name) else 0.8
     return np.asarray(values * np.float32(scale / shape[-1] ** 0.5), dtype=np.float32)

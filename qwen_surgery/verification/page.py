@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_surgery import __version__, extras, files
 from qwen_surgery.errors import Refused
+from qwen_surgery.verification.first_screen import first_screen
 from qwen_surgery.verification.results import Check, LevelResult, Report
 from qwen_surgery.verification.table import COLUMNS, HEADINGS, number, rows_of, worst_of
 
@@ -133,6 +134,7 @@ def render(report: Report, diff: str, passes: list[PassCounts], predicted: list[
     return template.render(
         version=__version__,
         report=report,
+        first=first_screen(report),
         together=plot("together", by_layer, "1 - cosine", pairs=True) if by_layer else "",
         plots=plots,
         overview=plot("overview", by_net, "1 - cosine", kinds) if kinds else "",

@@ -52,7 +52,7 @@ class Pass:
 
 
 class ReferenceModel:
-    """The unpatched model of a checkout.
+    """The unpatched model of a checkout. ``weights`` is how many a pass reads when it is ``streamed``.
 
     *files* are the unpatched Python files and config.json, *index* the checkpoint's tensors. *layers* are the
     layers to record (all by default). *kept* (rising) leaves only these layers, each fed by the one before it
@@ -96,7 +96,8 @@ class ReferenceModel:
         self.layers = self._kept if layers is None else tuple(layers)
         self._places = self._match_parameters()
         held = [name for name in self._places if not (self._cut and name in self._tables)]
-        self.streamed = sum(4 * self._index[self._tensor(name)].numel for name in held) > whole_model_bytes
+        self.weights = sum(self._index[self._tensor(name)].numel for name in held)
+        self.streamed = 4 * self.weights > whole_model_bytes
         self._pass: Pass | None = None
         self._past: Any = None
         self.length = 0

@@ -15,7 +15,7 @@ from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
 from qwen_surgery.runtime.host import Sampling
-from qwen_surgery.verification import language
+from qwen_surgery.verification import duration, language
 from qwen_surgery.verification.cases import (
     CaseMaker,
     NetCase,
@@ -30,6 +30,7 @@ from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
 
 if TYPE_CHECKING:
+    from qwen_surgery.checkout import Checkout
     from qwen_surgery.nets import Geometry
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.tokenizer import Tokenizer
@@ -156,15 +157,24 @@ class _Opened:
             raise Usage(f"no tolerances are known for level {level} in mode {mode}") from None
 
 
-def verify(request: Request, progress: Callable[[str], None] = lambda what: None) -> Report:
-    """Run the levels of *request*.
+def verify(
+    request: Request,
+    progress: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Run the levels of *request*. *progress* gets what runs now, *say* what a person should know before.
 
     Raises Usage or Refused for parts that cannot be compared at all (no trust, another model's export, an
     impossible selection); everything else ends up as a check in the report.
     """
-    require_trust(request.trust_remote_code, "verify")
+    from qwen_surgery.checkout import Checkout
+
+    checkout = Checkout.open(request.checkout)
+    require_trust(request.trust_remote_code, "verify", lent=checkout.lent)
     levels = request.chosen()
-    parts, folders = _open(request, levels, progress)
+    parts, folders = _open(checkout, request, levels, progress)
+    if parts.reference.streamed and not request.sample:
+        say(_announced(parts, levels, len(folders)))
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     if "source" in levels:
         engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=request.hold)
@@ -185,13 +195,11 @@ def verify(request: Request, progress: Callable[[str], None] = lambda what: None
 
 
 def _open(
-    request: Request, levels: Sequence[str], progress: Callable[[str], None]
+    checkout: Checkout, request: Request, levels: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[_Opened, list[OrtEngine]]:
-    from qwen_surgery.checkout import Checkout
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import WeightIndex
 
-    checkout = Checkout.open(request.checkout)
     folders = [OrtEngine(folder, keep_bytes=request.hold) for folder in request.onnx]
     bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
@@ -216,6 +224,26 @@ def _open(
     )
     limits = tolerances.load()
     return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
+
+
+def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
+    """What a model that does not fit in memory costs, as a sentence: questions, texts and emulator not
+    counted."""
+    request, length = parts.request, parts.geometry.seq_length
+    engines = ("source" in levels) + ("onnx" in levels) * folders
+    told = engines + ("chip" in levels) * len(request.bmodels)
+    made = told if CaseMaker(parts.reference, parts.geometry, parts.selection).bytes > KEEP_CASES else 1
+    nets = list(duration.net_passes(parts.selection.lengths, length))
+    talk: list[int] = []
+    if parts.whole and request.steps:
+        talk = duration.end_to_end_passes(len(_end_to_end_prompt(parts)), request.steps)
+    reference = [*nets * made, *talk * told]
+    own = [length if tokens > 1 else 1 for tokens in [*nets, *talk] * engines]
+    found = duration.seconds(parts.reference.weights, [*reference, *own])
+    return (
+        f"the unpatched model runs with one layer in memory at a time: {len(reference)} passes over "
+        f"{parts.reference.weights / 1e9:.1f} billion weights; with the nets about {duration.in_words(found)}"
+    )
 
 
 def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:

@@ -19,6 +19,11 @@ LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", read_torch_zip),
 )
 _NO_INDEX = "not a weight index"
+_FETCH = "`qwen-surgery fetch` brings what is missing and leaves what is there"
+
+
+class NoWeights(Refused):
+    """A checkout without its weights, or without some of them."""
 
 
 class WeightIndex(Mapping[str, TensorRef]):
@@ -49,9 +54,9 @@ class WeightIndex(Mapping[str, TensorRef]):
             else:
                 continue
             return cls(path, gathered(refs, release, path), files)
-        raise Refused(
+        raise NoWeights(
             f"{path}: no weights found",
-            hint="expected model.safetensors or pytorch_model.bin, whole or with an index.json",
+            hint=f"expected model.safetensors or pytorch_model.bin, whole or with an index.json; {_FETCH}",
         )
 
     def __getitem__(self, name: str) -> TensorRef:
@@ -85,9 +90,9 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
         file = index_file.parent / shard
         if not file.is_file():
             first = next(tensor for tensor, where in names.items() if where == shard)
-            raise Refused(
+            raise NoWeights(
                 f"{file}: shard is missing ({index_file.name} expects {first} in it)",
-                hint="download the missing shard",
+                hint=f"download the missing shard: {_FETCH}",
             )
         files.append(file)
         for name, ref in reader(file).items():
@@ -102,3 +107,11 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
                 f"tensor {tensor}: {index_file.name} expects it in {shard}, it is in {refs[tensor].file.name}"
             )
     return refs, tuple(files)
+
+
+def quantisation(config: Mapping[str, Any]) -> str:
+    """How *config* says the checkpoint is quantised, such as GPTQ; empty when it does not."""
+    said = config.get("quantization_config")
+    if not said:
+        return ""
+    return str(said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised").upper()

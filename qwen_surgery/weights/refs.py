@@ -44,7 +44,9 @@ class TensorRef:
 
         raw = self.read_raw()
         if self.dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
+            bits = raw.astype(np.uint32)
+            bits <<= 16  # in place: a second array of a whole matrix costs more than the shift
+            return bits.view(np.float32)
         return raw.astype(np.float32, copy=False)
 
     @property

@@ -80,3 +80,22 @@ def test_an_edit_that_the_encoding_cannot_hold_is_an_error() -> None:
     source = read(b"# -*- coding: latin-1 -*-\nx = 1\n")
     with pytest.raises(SourceError, match="iso-8859-1"):
         source.encode("x = '\u4e2d'\n")
+
+
+GROWN = {
+    "doubled": "attn_weights = attn_weights + attn_weights",
+    "wrapped": "attn_weights = " + "(" * 60 + "attn_weights" + " + 1)" * 60,
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_an_expression_that_grows_with_each_line_is_declined_in_time(name: str) -> None:
+    """Each line doubles what attn_weights stands for, or puts it sixty levels deeper."""
+    line = "        mask_value = "
+    before, _, after = TEXT.partition(line)
+    assert after, "the era's text has moved on"
+    start = time.monotonic()
+    result = codemods.run(before + f"        {GROWN[name]}\n" * 60 + line + after, "static")
+    assert time.monotonic() - start < 20
+    reasons = [o.reason for o in result.declined if o.codemod == "disable-torch2"]
+    assert any("too large to follow" in reason for reason in reasons), reasons

@@ -28,6 +28,8 @@ def test_every_net_that_the_readme_compares_is_on_record() -> None:
     """int4, both kinds of layer net, in the sizes that llm_convert was measured in."""
     known = cycles.load()
     lengths = {"1.8B": (512, 2048, 4096, 8192), "7B": (512, 2048, 8192), "14B": (512, 2048, 8192)}
+    lengths |= dict.fromkeys(("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-4B"), (512, 2048))
+    lengths |= dict.fromkeys(("Qwen2.5-7B", "Qwen3-8B"), (512,))
     for geometry, some in lengths.items():
         for length in some:
             for kind in ("block", "block_cache"):

@@ -20,7 +20,7 @@ from qwen_surgery.measuring.prediction import (
     random_weights,
     templates_of,
 )
-from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from tests.graph_passes.conftest import SEQ_LENGTH
@@ -136,11 +136,8 @@ SLOW = [r for r in cycles.load().values() if r.geometry != "tiny"]
 def test_real_geometry_needs_no_more_cycles_than_recorded(
     record: cycles.Record, toolchain: Toolchain, tmp_path: Path
 ) -> None:
-    sizes = cycles.GEOMETRIES[record.geometry]
-    head_dim = sizes.hidden // sizes.heads
-    g = Geometry(1, sizes.hidden, sizes.heads, head_dim, sizes.vocab, sizes.intermediate, record.seq_length)
-    kind = NetKind(record.kind)
-    template = templates_of(g, [kind], tmp_path / "checkout")[kind]
+    sizes, kind = cycles.GEOMETRIES[record.geometry], NetKind(record.kind)
+    template = templates_of(sizes, record.seq_length, [kind], tmp_path / "checkout")[kind]
     options = CompileOptions(mode=record.mode).resolved()
     _, found = compile_template(template, recipe.without(()), options, toolchain, tmp_path / "work")
     assert not cycles.worse(record, found.cycles)

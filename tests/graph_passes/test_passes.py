@@ -184,6 +184,26 @@ def test_zero_bias_leaves_narrowing_products_and_biased_ones_alone() -> None:
     assert clean(product(16, True), ["zero-bias"]).applied == ()
 
 
+def test_free_length_lets_keys_and_values_be_shared_at_any_length() -> None:
+    """A dynamic net that repeats keys for groups of heads otherwise ended the vendor's runtime."""
+    nodes = [
+        node("Reshape", ["x", "apart"], "heads"),
+        node("Expand", ["heads", "times"], "copies"),
+        node("Reshape", ["copies", "joined"], "y"),
+    ]
+    shapes = {"apart": [1, 8, -1, 1, 4], "times": [1, 8, 2, 3, 4], "joined": [1, 8, 24]}
+    constants = {name: np.array(shape, np.int64) for name, shape in shapes.items()}
+    before = model(nodes, {"x": [1, 8, 8]}, {"y": [1, 8, 24]}, constants)
+    after = clean(before, ["free-length"], check="each").model
+    assert equality.compare_whole(before, after) is None
+    known = {one.name: onnx.numpy_helper.to_array(one).tolist() for one in after.graph.initializer}
+    assert [known[one.input[1]] for one in after.graph.node] == [
+        [1, -1, 2, 1, 4],
+        [1, 1, 2, 3, 4],
+        [1, -1, 24],
+    ]
+
+
 def test_every_pass_describes_itself_and_has_its_own_file() -> None:
     passes = registry.all_passes()
     homes = [type(one).__module__ for one in passes]

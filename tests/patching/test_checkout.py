@@ -34,7 +34,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
     "config is not JSON": (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
     "config is a list": (lambda p: (p / "config.json").write_text("[]"), "no JSON object"),
-    "qwen2": (lambda p: _config(p, model_type="qwen2"), "model_type qwen2, not qwen"),
+    "experts": (lambda p: _config(p, model_type="qwen2_moe"), "model_type qwen2_moe, not qwen"),
     "llama": (lambda p: _config(p, model_type="llama"), "model_type llama, not qwen"),
     "no model type": (lambda p: _config(p, model_type=None, architectures=None), "has no model_type"),
     "no modeling file": (lambda p: (p / "modeling_qwen.py").unlink(), "modeling_qwen.py is missing"),

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from codemods.framework.recipes import STATIC
 from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.files import digest, locked
-from qwen_surgery.patching import edits, explaining, journal, write
+from qwen_surgery.patching import edits, journal, write
 from tests.patching.conftest import Result, snapshot
 
 #: Names that a journal may hold.
@@ -408,7 +409,7 @@ def test_options_that_leave_a_file_unpatched_bring_its_links_back(
     blobs = _hub(checkout)
     kept, links, before = snapshot(blobs), _links(checkout), snapshot(checkout)
     assert cli("patch", checkout).code == 0 and not _links(checkout)
-    every = [word for name in explaining.descriptions() for word in ("--skip", name)]
+    every = [word for name in (*STATIC.codemods, *STATIC.config) for word in ("--skip", name)]
     assert cli("patch", checkout, *every).code == 0
     assert (snapshot(checkout), _links(checkout), snapshot(blobs)) == (before, links, kept)
 
@@ -419,7 +420,7 @@ def test_options_that_leave_a_file_unpatched_join_its_hard_links(
     other = checkout.parent / "other.py"
     other.hardlink_to(checkout / "modeling_qwen.py")
     assert cli("patch", checkout).code == 0
-    every = [word for name in explaining.descriptions() for word in ("--skip", name)]
+    every = [word for name in (*STATIC.codemods, *STATIC.config) for word in ("--skip", name)]
     assert cli("patch", checkout, *every).code == 0
     assert other.samefile(checkout / "modeling_qwen.py")
 

@@ -346,3 +346,29 @@ def test_a_second_run_on_real_history_changes_no_byte(upstream: Path) -> None:
         assert data is not None
         once = codemods.run(data, "static")
         assert codemods.run(once.code, "static").code == once.code, key
+
+
+def test_a_summary_is_added_to_the_job_s_page(
+    repository: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another step's part of the page stays, and what goes to stdout is as it was."""
+    page = tmp_path / "page.md"
+    page.write_text("# Tests\n\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    assert len(_rows(cli("survey", repository, "--json"))) == len(ERAS)
+    matrix_only = cli("survey", repository, "--markdown").out
+    text = page.read_text()
+    assert text.startswith("# Tests\n\n## Survey of ")
+    assert matrix_only.strip() in text
+
+
+def test_a_summary_tells_a_failure_and_a_quiet_day(repository: Path, cli: Cli, tmp_path: Path) -> None:
+    """Whoever opens the page of a red job, or of a green one without news, reads which it is."""
+    page = tmp_path / "page.md"
+    failed = cli("survey", repository, "--fail-on", "absent", "--summary", page)
+    assert failed.code == 1 and "| absent |" in page.read_text()
+    quiet = cli("survey", repository, "--since", "HEAD", "--fail-on", "declined", "--summary", page)
+    assert quiet.code == 0
+    assert page.read_text().endswith("since HEAD, recipe static\n\nNo revision of Qwen v1 modeling code.\n\n")
+    nowhere = cli("survey", repository, "--summary", tmp_path / "none" / "page.md")
+    assert nowhere.code == 4 and "page.md" in nowhere.err

@@ -137,11 +137,10 @@ def _made(change: Change, tree: ast.Module, rng: random.Random) -> str:
 def mutants(text: str, seed: int) -> Iterator[Mutant]:
     """Distinct mutants of *text* without end (but for what it can give), the same for the same seed."""
     rng = random.Random(seed)
-    pristine = ast.parse(text)
-    known = {ast.unparse(pristine)}
+    known = {ast.unparse(ast.parse(text))}
     kinds = list(CHANGES.values())
     while True:
-        tree = copy.deepcopy(pristine)
+        tree = ast.parse(text)
         tried = [rng.choice(rng.choice(kinds)) for _ in range(rng.choice((1, 1, 1, 2)))]
         made = {change.__name__: word for change in tried if (word := _made(change, tree, rng))}
         if not made:
@@ -186,7 +185,9 @@ def _place(function: ast.FunctionDef, rng: random.Random) -> tuple[list[ast.stmt
 
 
 def _known(function: ast.FunctionDef, names: tuple[str, ...]) -> list[str]:
-    here = t.reads(ast.parse(ast.unparse(function))) | set(t.parameters(function))
+    read = (n for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
+    added_to = (n.target for n in ast.walk(function) if isinstance(n, ast.AugAssign))
+    here = {n.id for n in (*read, *added_to) if isinstance(n, ast.Name)} | set(t.parameters(function))
     return [name for name in names if name in here]
 
 
@@ -236,7 +237,8 @@ def moved(tree: ast.Module, rng: random.Random) -> str:
 
 def renamed(tree: ast.Module, rng: random.Random) -> str:
     function = _functions(tree, rng)[0]
-    locals_ = sorted(t.binds(ast.parse(ast.unparse(function))) - set(t.parameters(function)))
+    stored = (n for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+    locals_ = sorted({n.id for n in stored} - set(t.parameters(function)))
     if not locals_:
         return ""
     old = rng.choice(locals_)
@@ -379,8 +381,8 @@ def unkeyed(tree: ast.Module, rng: random.Random) -> str:
 
 def buffered(tree: ast.Module, rng: random.Random) -> str:
     """Something happens to a registered buffer, in its class or from the class that holds it."""
-    text = ast.unparse(tree)
-    owned = [(c, b) for c in _classes(tree) for b in BUFFERS if f"register_buffer('{b}'" in ast.unparse(c)]
+    texts = [(c, ast.unparse(c)) for c in _classes(tree)]
+    owned = [(c, b) for c, text in texts for b in BUFFERS if f"register_buffer('{b}'" in text]
     if not owned:
         return ""
     owner, name = rng.choice(owned)
@@ -403,7 +405,6 @@ def buffered(tree: ast.Module, rng: random.Random) -> str:
         where.body.extend(new)
     else:
         _insert(where, new, rng)
-    assert text
     return f"`{form.replace('{}', target)}` in {where.name}"
 
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from functools import cache
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class NotViable(Exception):
-    """The file does not import, does not run, or gives no finite number."""
+    """The file does not import, does not run, or gives no finite number that means something."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,35 @@ class Talk:
     pads: tuple[int, ...]
     steps: int
     masked: bool  #: whether the caller gives a mask at all
+    float_softmax: bool = False  #: whether the layers that can take their softmax in float32 do
 
 
 TALKS = (
     Talk(length=9, pads=(0, 3), steps=3, masked=True),
     Talk(length=5, pads=(0,), steps=2, masked=False),
-    Talk(length=8, pads=(0,), steps=1, masked=True),
+    Talk(length=8, pads=(0,), steps=1, masked=True, float_softmax=True),
 )
 
 
 def compute(
-    text: str, *, layered: bool, padded: bool = True, others: Mapping[str, str] | None = None
+    text: str,
+    *,
+    layered: bool,
+    padded: bool = True,
+    others: Mapping[str, str] | None = None,
+    nudged: int = 0,
 ) -> list[torch.Tensor]:
     """Logits and new keys and values at every real position, talk after talk, from one model.
 
     *layered* hands each layer the nets' mask; otherwise the file's own code makes it. *padded* hides the
     padding in that mask (files that never add the caller's mask do not hide it). *others* are the checkout's
-    other Python files, an era's own by default. Raises NotViable.
+    other Python files, an era's own by default. With *nudged*, each weight is off by about one rounding step
+    of its dtype, up or down as that number says. Raises NotViable.
     """
-    with _package(others or python_files("sdpa")) as package, torch.no_grad():
+    with _package(others or _own_files()), torch.no_grad():
         try:
-            model = _model(_execute(text, package), package)
+            _module("modeling_qwen", text)
+            model = _model(nudged)
             found = [tensor for talk in TALKS for tensor in _held(model, talk, layered, padded)]
         except Exception as error:
             raise NotViable(f"{type(error).__name__}: {error}") from error
@@ -85,6 +94,21 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def movement(text: str, reference: list[torch.Tensor], others: Mapping[str, str] | None) -> float:
+    """How far *reference*, computed from *text* unpatched, moves where weights are off by a rounding step;
+    infinite where it moves to what is no number any more."""
+    try:
+        moved = [compute(text, layered=False, others=others, nudged=n) for n in (1, 2)]
+    except NotViable:
+        return float("inf")
+    return max(difference(reference, found) for found in moved)
+
+
+@cache
+def _own_files() -> Mapping[str, str]:
+    return python_files("sdpa")
 
 
 @contextmanager
@@ -107,22 +131,34 @@ def _module(name: str, text: str) -> ModuleType:
     module.__package__ = PACKAGE
     module.__file__ = f"{name}.py"
     sys.modules[full] = module
-    exec(compile(text, f"{name}.py", "exec", dont_inherit=True), module.__dict__)
+    code = compile(text, f"{name}.py", "exec", dont_inherit=True) if full in _MUTATED else _code(name, text)
+    exec(code, module.__dict__)
     return module
 
 
-def _execute(text: str, package: ModuleType) -> ModuleType:
-    return _module("modeling_qwen", text)
+_MUTATED = {f"{PACKAGE}.modeling_qwen"}
 
 
-def _model(module: ModuleType, package: ModuleType) -> Any:
+@cache
+def _code(name: str, text: str) -> CodeType:
+    """The files beside the mutated one are the same every time."""
+    return compile(text, f"{name}.py", "exec", dont_inherit=True)
+
+
+def _model(nudged: int) -> Any:
     config_class = sys.modules[f"{PACKAGE}.configuration_qwen"].QWenConfig
+    module = sys.modules[f"{PACKAGE}.modeling_qwen"]
     model = module.QWenLMHeadModel(config_class(**SETTINGS)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         values = torch.randn(parameter.shape, generator=generator)
         gain = 1.0 if "ln_" in name else 0.0
         parameter.copy_(gain + values * (0.2 if gain or "bias" in name else 1.8 / parameter.shape[-1] ** 0.5))
+    if nudged:
+        generator.manual_seed(nudged)
+        for _, parameter in sorted(model.named_parameters()):
+            signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + signs * torch.finfo(parameter.dtype).eps)
     return model
 
 
@@ -135,6 +171,9 @@ def _held(model: Any, talk: Talk, layered: bool, padded: bool) -> list[torch.Ten
         seen[row, :pads] = 0
     found: list[torch.Tensor] = []
     past: Any = None
+    for layer in model.transformer.h:
+        if getattr(layer.attn, "softmax_in_fp32", None) is not None:
+            layer.attn.softmax_in_fp32 = talk.float_softmax
     for start, stop in [(0, talk.length), *((n, n + 1) for n in range(talk.length, tokens.shape[1]))]:
         shown = seen if padded else torch.ones_like(seen)
         with _handed(model, _additive(shown, start, stop) if layered else None):

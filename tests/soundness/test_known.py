@@ -65,7 +65,119 @@ def before_class(text: str) -> Known:
 _SOFTMAX = "        attn_weights = nn.functional.softmax(attn_weights.float(), dim=-1)\n"
 _FLOAT_SOFTMAX = "            attn_weights = F.softmax(attn_weights.float(), dim=-1)\n"
 
+_LATE_SUM = (
+    "        if attention_mask is not None:\n            attn_weights = attn_weights + attention_mask\n"
+)
+_LATE_FILLS = (
+    "        if causal_mask is not None:\n"
+    "            attn_weights = torch.where(causal_mask, attn_weights.to(attn_weights.dtype), mask_value)\n"
+)
+_LATE_SCALE = "        attn_weights = attn_weights / (value.size(-1) ** 0.5)\n"
+_LATE_FILL = "        if causal_mask is not None:\n            attn_weights = torch.where("
+
+
+def in_plain_branch(line: str, era: str = "late") -> Known:
+    """*line* before the mask of the branch that torch 2 never runs unpatched: there causal_mask may be None,
+    mask_value a number, and what raises an error raises it only in the patched file."""
+    at = _LATE_FILL if era == "late" else _LATE_SUM
+    return Known(era, at, f"        {line}\n{at}", "disable-torch2")
+
+
+def in_block_of(era: str, old: str, new: str, codemod: str = "add-attention-mask") -> Known:
+    """Another argument where attention or a layer is called."""
+    return Known(era, old, new, codemod)
+
+
 KNOWN = {
+    "the same mask twice, the other way round": Known(
+        "registered-mask-list", _WHERE, _WHERE + _WHERE.replace("(causal_mask", "(~causal_mask")
+    ),
+    "another mask given in a loop, after it is handed on": Known(
+        "registered-mask-list",
+        "            if use_cache:\n                presents",
+        "            attention_mask = None\n            if use_cache:\n                presents",
+    ),
+    "the plain branch looks at a mask that may be None": in_plain_branch("seen = causal_mask.shape"),
+    "the plain branch copies a mask that may be None": in_plain_branch(
+        "causal_mask = causal_mask.contiguous()"
+    ),
+    "the plain branch looks at a number as at a tensor": in_plain_branch("peek = mask_value[..., :1]"),
+    "the plain branch copies a number as a tensor": in_plain_branch("alias = mask_value.detach()"),
+    "the plain branch adds no mask, the flag of its softmax unset": Known(
+        "tril-forward",
+        '        self.softmax_in_fp32 = getattr(config, "softmax_in_fp32", False)\n',
+        "",
+        "disable-torch2",
+    ),
+    "the plain branch looks at a history that may be None": Known(
+        "late",
+        "                attn_output, attn_weight = self._attn(\n",
+        "                alias = layer_past.expand_as(layer_past)\n"
+        "                attn_output, attn_weight = self._attn(\n",
+        "disable-torch2",
+    ),
+    "the plain branch asks scores whether they are true": in_plain_branch(
+        "if attn_weights:\n            pass"
+    ),
+    "the plain branch makes a number of many": in_plain_branch("total = float(attn_weights)"),
+    "the plain branch asks a number for its length": in_plain_branch("noted = mask_value.size(0)", "sdpa"),
+    "the plain branch cuts a number": in_plain_branch("other = mask_value[:]", "sdpa"),
+    "the plain branch turns four axes around": in_plain_branch("turned = attn_weights.t()"),
+    "the plain branch asks for a fifth axis": in_plain_branch("noted = query.size(4)"),
+    "the plain branch asks for a dtype that is none": in_plain_branch("other = query.to(torch.flaot16)"),
+    "the plain branch calls what is not there": in_plain_branch("other = torch.halved(query)"),
+    "the plain branch scales as the fused one does not": Known(
+        "sdpa",
+        "        self.scale_attn_weights = True\n",
+        "        self.scale_attn_weights = False\n",
+        "disable-torch2",
+    ),
+    "the triangle in place of the mask": in_block_of(
+        "registered-mask",
+        "value, registered_causal_mask, attention_mask, head_mask\n",
+        "value, registered_causal_mask, registered_causal_mask, head_mask\n",
+    ),
+    "the hidden states in place of the mask": in_block_of(
+        "registered-mask",
+        "attention_mask=attention_mask,\n            layer",
+        "attention_mask=hidden_states,\n            layer",
+    ),
+    "the mask no longer handed to attention": in_block_of(
+        "bias-buffer", "            attention_mask=attention_mask,\n            layer", "            layer"
+    ),
+    "the fill value changed by F.relu in place": Known(
+        "bias-buffer",
+        "        attn_weights = torch.where(causal_mask",
+        "        F.relu(mask_value, inplace=True)\n        attn_weights = torch.where(causal_mask",
+    ),
+    "the fill value changed by F.relu in place, said by its place": Known(
+        "bias-buffer",
+        "        attn_weights = torch.where(causal_mask",
+        "        F.relu(mask_value, True)\n        attn_weights = torch.where(causal_mask",
+    ),
+    "masked scores returned early": Known(
+        "registered-mask-list",
+        _ADD,
+        "        if head_mask is None:\n            return attn_weights @ value, attn_weights\n" + _ADD,
+    ),
+    "masked scores stored": before_add("self.seen = attn_weights"),
+    "masked scores put into a list": before_add("self.seen.append(attn_weights)"),
+    "masked scores changed in an arm of the sum": Known(
+        "registered-mask-list", _ADD, _ADD + "            attn_weights.zero_()\n"
+    ),
+    "another scale of the mask in an arm of the sum": Known(
+        "registered-mask-list",
+        _ADD,
+        _ADD.replace("None:\n", "None:\n            attention_mask = attention_mask * 2\n"),
+    ),
+    "a name restored after another has been given": Known(
+        "registered-mask-list",
+        _WHERE,
+        "        kept = attn_weights\n" + _WHERE + "        attn_weights = kept\n",
+    ),
+    "a name restored to what it was before": before_add(
+        "kept = value", "attention_mask = kept", "value = kept", "attention_mask = attention_mask"
+    ),
     "two softmaxes in a row": Known(
         "kv-quant", _FLOAT_SOFTMAX, _FLOAT_SOFTMAX + _FLOAT_SOFTMAX.replace(".float()", "")
     ),
@@ -117,6 +229,17 @@ KNOWN = {
     "buffer replaced": in_init("self.registered_causal_mask = ~self.registered_causal_mask"),
     "buffer changed through its name": in_init("self.get_buffer('registered_causal_mask').fill_(True)"),
     "buffer changed through _buffers": in_init("self._buffers['registered_causal_mask'].fill_(True)"),
+    "buffer replaced by two names": in_init(
+        "vars(self)['_buffers']['registered_causal_mask'] = ~self.registered_causal_mask"
+    ),
+    "scores called otherwise before a mask is added in place": Known(
+        "registered-mask-list",
+        _WHERE + "\n" + _ADD,
+        "        seen = attn_weights\n"
+        + _WHERE
+        + _ADD.replace("= attn_weights +", "+=")
+        + "        query = query * seen.sum()\n",
+    ),
     "buffer changed through another name": in_init("mask = self.registered_causal_mask", "mask.fill_(True)"),
     "triangle changed in the method": Known(
         "registered-mask-list", _WHERE, "        causal_mask.fill_(True)\n" + _WHERE
@@ -247,6 +370,68 @@ def test_what_cannot_be_shown_is_declined_with_a_line(name: str) -> None:
 
 
 LOOKS = {
+    "the plain branch adds no mask, so that it is added": Known("late", _LATE_SUM, ""),
+    "a name kept and restored": before_add("kept = attention_mask", "total = 1", "attention_mask = kept"),
+    "a name given its own value": before_add("attention_mask = attention_mask"),
+    "the scores kept and restored before they are masked": Known(
+        "registered-mask-list",
+        _WHERE,
+        "        kept = attn_weights\n        total = 1\n        attn_weights = kept\n" + _WHERE,
+    ),
+    "the scores changed in place before they are masked": Known(
+        "registered-mask-list", _WHERE, "        attn_weights.mul_(0.5)\n" + _WHERE
+    ),
+    "another name beside the sum": Known(
+        "registered-mask-list", _ADD, _ADD.replace("None:\n", "None:\n            alias = key.contiguous()\n")
+    ),
+    "another name beside present": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            kept = key\n            present = (key, value)\n            key = kept\n",
+    ),
+    "the same mask twice": Known("registered-mask-list", _WHERE, _WHERE + _WHERE),
+    "another mask given where it is handed on no more": Known(
+        "registered-mask-list",
+        "        residual = hidden_states + attended\n",
+        "        residual = hidden_states + attended\n        layer_past = residual\n",
+    ),
+    "present kept and restored": Known(
+        "registered-mask-list",
+        "        outputs = (self.c_proj",
+        "        kept = present\n        seen = 1\n        present = kept\n        outputs = (self.c_proj",
+    ),
+    "a view beside present": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            alias = key.squeeze(0)\n            present = (key, value)\n",
+    ),
+    "present made twice": Known(
+        "registered-mask-list",
+        "            present = (key, value)\n",
+        "            present = (key, value)\n            present = (key, value)\n",
+    ),
+    "a buffer of another name": in_init(
+        "self._buffers['spare'] = torch.ones_like(self.registered_causal_mask)"
+    ),
+    "no gradient asked for": before_add("attention_mask.requires_grad_(False)"),
+    "the mask added in place": Known(
+        "registered-mask-list", _ADD, _ADD.replace("attn_weights = attn_weights +", "attn_weights +=")
+    ),
+    "the plain branch scales what is masked": Known("late", _LATE_FILLS, _LATE_FILLS + _LATE_SCALE),
+    "the plain branch masks the sum": Known("late", _LATE_FILLS + "\n" + _LATE_SUM, _LATE_SUM + _LATE_FILLS),
+    "a copy changed in the plain branch": in_plain_branch("copied = query.clone(); copied.mul_(0.5)"),
+    "another tensor changed in the plain branch": in_plain_branch(
+        "other = torch.zeros_like(key); other.add_(1)"
+    ),
+    "a part of the scores seen in the plain branch": in_plain_branch("peek = attn_weights[..., :1] * 2"),
+    "one number made in the plain branch": in_plain_branch("total = float(attn_weights.float().sum())"),
+    "a view in the plain branch": in_plain_branch(
+        "alias = query.view(query.shape); query = [alias, None][0]"
+    ),
+    "a number copied in the plain branch": in_plain_branch("other = mask_value.detach()", "sdpa"),
+    "a shape noted in the plain branch": Known(
+        "late", _LATE_SUM, "        self.last_seen = query.shape\n" + _LATE_SUM
+    ),
     "a copy is changed": before_add("copied = attention_mask.clone()", "copied.zero_()"),
     "a product is changed": before_add("scaled = attention_mask * 2", "scaled.zero_()"),
     "its shape is noted": before_add("self.seen = attention_mask.shape"),
@@ -278,6 +463,8 @@ def test_what_changes_nothing_is_still_edited(name: str) -> None:
     text = modeling_source(known.era)
     changed = text.replace(known.old, known.new)
     assert changed != text
+    if _LATE_SCALE in known.new:
+        changed = changed.replace("            attn_weights = attn_weights / (size_temp ** 0.5)\n", "")
     changed = (
         changed.replace("self.attn = QWenAttention(", "self.attn = OtherAttention(")
         if "OtherAttention" in known.new

@@ -34,6 +34,8 @@ def test_the_page_is_one_file_that_needs_no_network(page: tuple[Path, Request]) 
     assert len(text) < 500_000
     for piece in ("-    if self.", "Error by layer", "Every check passed", "greedy"):
         assert piece.lower() in text.lower() or piece == "-    if self."
+    assert "Everything that was compared agrees within its tolerance." in text
+    assert text.count('<div class="figure">') == 3
     assert 'class="plus"' in text and 'class="minus"' in text, "the diff of the patch is shown"
 
 

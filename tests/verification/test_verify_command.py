@@ -124,6 +124,17 @@ def test_a_streamed_reference_gives_the_same_numbers(bench: Bench) -> None:
         assert one.past_keys[layer].shape == (3, 2, 64)
 
 
+def test_a_model_that_is_streamed_says_how_long_it_takes(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of silence look like a hang. Passes: 3 tokens and a step, once; 3 and 2 steps, twice."""
+    monkeypatch.setattr(session, "KEEP_BYTES", 0)
+    args = ("--level", "source", "--prompt-lengths", "3", "--steps", "2", "--seq-length", SEQ_LENGTH, TRUST)
+    code, out, err = run(capsys, "verify", bench.path, *args)
+    assert code == 0 and "8 passes over" in " ".join(err.split())
+    assert "about 1 min" in " ".join(err.split()) and "passes over" not in out
+
+
 def test_first_layers_alone_give_the_same_numbers(bench: Bench) -> None:
     """One layer of a large model is verified without the others and without the vocabulary's matrices."""
     cut = ReferenceModel(bench.sources.reference, bench.index, layers=[0], kept=[0])

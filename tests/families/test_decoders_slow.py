@@ -1,0 +1,109 @@
+"""The same families on the emulated chip in every precision, and over the releases of transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families.test_decoders import ROOT, cli
+from tests.families.tiny import make
+
+pytestmark = pytest.mark.slow
+
+#: The least cosine of any output of a net with what the unpatched model computes there.
+COSINES = {"bf16": 0.9999, "int8": 0.999, "int4": 0.98}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen1.5": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen2.5": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2.5-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2.5-yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "qwen3-tied": ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
+}
+#: The oldest release of each family, one of each year since, the newest of those that come from elsewhere.
+RELEASES = {
+    "qwen2": ("4.37.2", "4.45.2", "4.48.3", "4.57.1", "5.0.0"),
+    "qwen3": ("4.51.3", "4.57.1", "5.0.0"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind, config = MODELS[request.param]
+    return make(tmp_path_factory.mktemp("models") / request.param, kind, **config)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("mode", COSINES)
+def test_the_emulated_chip_computes_what_the_unpatched_model_does(
+    checkout: Path, mode: str, tmp_path: Path
+) -> None:
+    flags = ("--seq-length", 48, "--mode", mode, "--verify", "none", "--json")
+    made = json.loads(cli("build", checkout, "--out", tmp_path / "out", *flags).stdout)
+    options = ("--bmodel", made["bmodels"][0], "--level", "chip", "--steps", 32, "--json")
+    report = json.loads(cli("verify", checkout, *options).stdout)
+    (chip,) = [level for level in report["levels"] if level["level"] == "chip"]
+    checks = [check for check in chip["checks"] if "cosine" in check["values"]]
+    blocks = [check for check in checks if check["net"].startswith("block")]
+    assert report["passed"] and blocks
+    assert min(check["values"]["cosine"] for check in blocks) >= COSINES[mode]
+    if mode == "bf16":
+        wanted, found = chip["greedy_tokens"].values()
+        apart = sum(one != other for one, other in zip(wanted, found, strict=True))
+        assert len(wanted) == 33 and apart <= 2, "untrained: two words may be as good as each other in bf16"
+
+
+@pytest.mark.tpu
+def test_a_dynamic_build_runs_at_a_prompt_s_own_length(tmp_path: Path) -> None:
+    """Keys and values are repeated for groups of heads: at a fixed length that ended the vendor's runtime."""
+    path = make(tmp_path / "model", "qwen2")
+    flags = ("--seq-length", 32, "--mode", "bf16", "--dynamic", "--verify", "full", "--json")
+    report = json.loads(cli("build", path, "--out", tmp_path / "out", *flags).stdout)["report"]
+    runtimes = [level for level in report["levels"] if level["level"] == "runtime"]
+    assert report["passed"] and any(level["checks"] for level in runtimes)
+
+
+@pytest.fixture(scope="session")
+def release(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """An unpacked release of transformers, by version; its wheel is downloaded once, without dependencies."""
+
+    def fetch(version: str) -> Path:
+        folder = Path(pytestconfig.cache.mkdir(f"transformers-{version}"))
+        if not (folder / "transformers").is_dir():
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            subprocess.run([*command, f"transformers=={version}", "-d", str(folder)], check=True)
+            (wheel,) = folder.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        return folder
+
+    return fetch
+
+
+@pytest.mark.parametrize(("kind", "version"), [(k, v) for k, versions in RELEASES.items() for v in versions])
+def test_the_patched_layer_equals_the_unpatched_one_in_every_release(
+    kind: str, version: str, release: Callable[[str], Path]
+) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("release.py")), str(release(version)), kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["release"] == version
+    assert found["layer"] == 0.0 and found["passed"] and found["worst"] < 1e-5
