@@ -63,9 +63,11 @@ def apply(
         known = {**files, CONFIG: unpatched_config or files[CONFIG]}
         family = families.of(read(known[CONFIG]).values())
         facts, chosen = family.facts(known), family.recipe(recipe)
-        sizes = facts.for_reading(seq_length)
-        source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
         config = codemods.config.run(files[CONFIG], chosen, seq_length, facts=facts, skip=skip)
+        # An export beyond the trained length is declined by config.json's edits, with the plain reason.
+        refused = any(blocks(one) for one in config.outcomes)
+        sizes = facts.for_reading(min(seq_length, facts.trained_length) if refused else seq_length)
+        source = codemods.run(files[modeling], chosen, skip=source_skip, sizes=sizes)
     except codemods.config.ConfigError as error:
         raise Refused(f"{CONFIG}: {error}") from None
     notes = tuple(

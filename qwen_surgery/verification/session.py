@@ -227,8 +227,9 @@ def _open(
 
 
 def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
-    """What a model that does not fit in memory costs, as a sentence: questions, texts and emulator not
-    counted."""
+    """What a model that does not fit in memory costs, as a sentence. Questions, texts and emulator are not
+    counted.
+    """
     request, length = parts.request, parts.geometry.seq_length
     engines = ("source" in levels) + ("onnx" in levels) * folders
     told = engines + ("chip" in levels) * len(request.bmodels)
