@@ -3,6 +3,7 @@
     python benchmarks/build.py 1.8B --layers 4     wall, RSS, bytes written; then again, nothing changed
     python benchmarks/build.py 1.8B                all 24 layers
     python benchmarks/build.py 7B                  all 32 layers
+    python benchmarks/build.py 7B --verify sample  as a build does unasked: first and last layer compared
     python benchmarks/build.py 7B --refit          also refit to other weights and back
     python benchmarks/build.py 7B --change         also build again after one layer's weights changed
     python benchmarks/build.py 1.8B --llm-convert PYTHON   and the vendor's newer tool on the same sizes
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--mode", default="int4")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("bench-build"))
+    parser.add_argument("--verify", choices=("contract", "sample"), default="contract")
     parser.add_argument("--memory", help="bound for tasks side by side, as 6G")
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--change", action="store_true", help="build again with one weight changed")
@@ -186,7 +188,7 @@ def main() -> int:
         "--seq-length",
         str(args.seq_length),
     ]
-    build += ["--verify", "contract", "--trust-remote-code", "--json"]
+    build += ["--verify", args.verify, "--trust-remote-code", "--json"]
     build += ["--memory", args.memory] if args.memory else []
     result: dict[str, object] = {"geometry": args.geometry, "layers": layers, "mode": args.mode}
     result["build"] = run(build, work / "build.log")

@@ -10,6 +10,9 @@ written for::
     python3.11 -m venv old && old/bin/pip install 'transformers==4.37.2' torch numpy einops tiktoken \
         transformers_stream_generator
 
+Revisions of era kv-quant import a CUDA module, ``kernels.cpp_kernels``, which they do not use on a CPU: an
+empty one with the name ``cache_autogptq_cuda_256`` does.
+
 There, ``AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True, fp32=True)`` reads a prompt, then
 greedy tokens through the model's cache, and ``generate`` continues the same prompt by itself (the real
 revisions; the eras' own-written models leave out what only ``generate`` needs). Here, the

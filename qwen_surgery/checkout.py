@@ -65,13 +65,6 @@ class Checkout:
         return self.family.modeling if self.lent else self.modeling_file.name
 
     @property
-    def sliding_window(self) -> int | None:
-        """How many positions back attention sees, by config.json; None where it sees all."""
-        window = self.config.get("sliding_window")
-        used = self.config.get("use_sliding_window", window is not None)
-        return window if used and isinstance(window, int) else None
-
-    @property
     def python_files(self) -> tuple[Path, ...]:
         """Every Python file at the top of the checkout, sorted by name."""
         return tuple(sorted(p for p in self.path.glob("*.py") if p.is_file()))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from golden.eras import modeling_source
+from golden.eras import make_checkout, modeling_source
 from qwen_surgery.cli import COMMANDS, main
 from qwen_surgery.errors import ToolFailed
 
@@ -58,6 +58,7 @@ def _refusals(path: Path) -> list[tuple[int, tuple[str, ...]]]:
     missing = str(path / "missing")
     file = path / "file"
     file.write_text("not a model\n")
+    untrusted = str(make_checkout(path / "checkout"))
     return [
         *((2, (name, "--no-such-option", "--json")) for name in COMMANDS),
         (2, ("nonsense", "--json")),
@@ -66,7 +67,7 @@ def _refusals(path: Path) -> list[tuple[int, tuple[str, ...]]]:
         (2, ("survey", missing, "--json", "--markdown")),
         (2, ("explain", "no-such-codemod", "--json")),
         (2, ("chat", "--tokenizer", missing, "--json")),  # which has no such option
-        (2, ("build", missing, "--out", missing, "--json")),
+        (2, ("build", untrusted, "--out", missing, "--json")),
         (3, ("patch", missing, "--json")),
         (3, ("restore", missing, "--json")),
         (3, ("survey", missing, "--json")),

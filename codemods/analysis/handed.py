@@ -367,9 +367,13 @@ def tampered(source: Source, attention: ast.ClassDef) -> Found | None:
     return known[attention.name]
 
 
+#: Methods that call the model's forward from outside and that no forward calls: a runtime stands in for them.
+_OUTSIDE = {"generate", "chat", "chat_stream"}
+
+
 def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
     nodes = [attention, *(holder.node for holder in way(source, attention))]
-    methods = {n.name for node in nodes for n in node.body if isinstance(n, ast.FunctionDef)}
+    methods = {n.name for node in nodes for n in node.body if isinstance(n, ast.FunctionDef)} - _OUTSIDE
     for node in nodes:
         for sub in _subclasses(source, node.name):
             if any(
@@ -379,7 +383,7 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
                 for n in sub.body
             ):
                 yield Found(f"{sub.name} overrides methods of {node.name}", sub.lineno)
-        for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+        for method in (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in methods):
             for decorator in method.decorator_list:
                 if (
                     t.last_name(decorator) not in {"staticmethod", "classmethod", "property"}
@@ -452,10 +456,6 @@ def _spoken(source: Source) -> dict[int, str]:
     return known  # type: ignore[return-value]
 
 
-#: What calls the model's forward from outside; a runtime stands in its place, so it may be replaced.
-_DRIVING = {"generate", "sample_stream"}
-
-
 def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
     """What the rest of the file does to the classes called ``names`` and their ``methods``."""
     for node in t.walk(source.tree):
@@ -475,9 +475,8 @@ def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Fou
             yield Found(f"{node.name} changes what calls and attributes mean", node.lineno)
         if isinstance(node, ast.Name) and node.id in names and not isinstance(node.ctx, ast.Load):
             yield Found(f"{node.id} is given another value", node.lineno)
-        stored = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
-        if stored and node.attr in methods - _DRIVING:  # type: ignore[attr-defined]
-            yield Found(f"the method {node.attr} is replaced", node.lineno)  # type: ignore[attr-defined]
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and node.attr in methods:
+            yield Found(f"the method {node.attr} is replaced", node.lineno)
         if isinstance(node, ast.Call) and t.call_name(node) == "setattr":
             name = t.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(name, str) or name in methods:

@@ -144,7 +144,7 @@ def _is_part(index: Term) -> bool:
             len(index[1]) == 2
             and index[1][0] == ("constant", ...)
             and index[1][1][0] == "slice"
-            and (_is_part(index[1][1]))
+            and _is_part(index[1][1])
         )
     if index[0] == "slice":
         return index[3] is None and all(p is None or _is_number(p) for p in index[1:3])

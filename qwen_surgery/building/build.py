@@ -177,7 +177,7 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
         passes,
         config=sources.facts.written_out(),
         exporting=tuple(exporting),
-        sampling=(sample_task(inputs, exports, request),) if depth == "sample" else (),
+        sampling=(sample_task(inputs, exports[-1], request),) if depth == "sample" else (),
         verifying=tuple(verify_task(inputs, cores, task, exports, request, depth) for cores, task in made),
         weights=tuple(part for ref in index.values() for part in ref.parts),
         depth=depth,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,17 +12,14 @@ from qwen_surgery.building.request import BuildRequest
 from qwen_surgery.building.sizes import MB, weights_of
 from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_export import ONNX
+from qwen_surgery.building.step_verify import leave_report
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.verification import duration
 
-#: A prefill net computes [heads, S, S] scores in float32, and holds three such arrays. Beyond this many bytes
-#: of them it is left out: the decode net has the same weights.
-_SCORES = 4 << 30
-#: Measured on two cores, the wall seconds a block takes: 1.3e9 weights a second are read, converted and
-#: bound, and 2e10 multiply-adds a second run.
-_READ_RATE, _COMPUTE_RATE = 2e8, 2e10
-#: What torch, the checkout's code and onnxruntime take before anything runs.
+#: A prefill net whose scores take more bytes is left out: the decode net has the same weights.
+_MOST_SCORES = 4 << 30
+#: Seconds that torch, the checkout's code and onnxruntime take before anything runs.
 _START = 6.0
-_REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -31,10 +27,11 @@ class Sample(Step):
     """Verify the blocks of *layers* at the levels source and onnx, which need no emulator: each net with its
     own weights against the unpatched model's layer. Leaves the report.
 
-    *exports* are the tasks with the exported folders.
+    *exported* is the task with the exported folder: where it is cleaned, the clean one, as cleaning compares
+    the two.
     """
 
-    exports: tuple[str, ...]
+    exported: str
     layers: tuple[int, ...]
     nets: tuple[str, ...]
     prompt: int
@@ -48,7 +45,7 @@ class Sample(Step):
 
         request = Request(
             checkout=self.checkout,
-            onnx=tuple(needs[task] / ONNX for task in self.exports),
+            onnx=(needs[self.exported] / ONNX,),
             layers=self.layers,
             nets=self.nets,
             prompt_lengths=(self.prompt,),
@@ -56,51 +53,50 @@ class Sample(Step):
             sample=True,
             trust_remote_code=self.trust_remote_code,
         )
-        report = verify(request, progress=partial(print, flush=True)).to_json()
-        (work / _REPORT).write_text(json.dumps(report))
-        return {"passed": report["passed"]}
+        return leave_report(verify(request, progress=partial(print, flush=True)).to_json(), work)
 
 
-def sampled_nets(geometry: Geometry) -> tuple[NetKind, ...]:
-    """The kinds of block whose nets this machine can run: without prefill where that takes much memory."""
-    fits = 3 * 4 * geometry.heads * geometry.seq_length**2 <= _SCORES
+def _sampled_nets(geometry: Geometry) -> tuple[NetKind, ...]:
+    """The kinds of block whose nets a machine can run: without prefill where that takes much memory."""
+    fits = _scores(geometry) <= _MOST_SCORES
     return (NetKind.BLOCK, NetKind.BLOCK_CACHE) if fits else (NetKind.BLOCK_CACHE,)
 
 
-def sample_task(inputs: Inputs, exports: tuple[str, ...], request: BuildRequest) -> Task:
-    """Verify the first and the last layer of what the tasks *exports* leave."""
+def _scores(geometry: Geometry) -> int:
+    """Bytes of a prefill net's scores: about three float32 arrays [heads, S, S] live at once."""
+    return 3 * 4 * geometry.heads * geometry.seq_length**2
+
+
+def sample_task(inputs: Inputs, exported: str, request: BuildRequest) -> Task:
+    """Verify the first and the last layer of what the task *exported* leaves."""
     geometry = inputs.geometry
     layers = tuple(sorted({0, geometry.layers - 1}))
-    nets = tuple(kind.value for kind in sampled_nets(geometry))
+    kinds = _sampled_nets(geometry)
     return Task(
         task_name("sample", "blocks"),
         Sample(
-            exports=exports,
+            exported=exported,
             layers=layers,
-            nets=nets,
+            nets=tuple(kind.value for kind in kinds),
             prompt=geometry.seq_length // 3 + 1,
             recipe=request.recipe,
-            code=code_digest(
-                "qwen_surgery.verification", "qwen_surgery.exporting", "qwen_surgery.nets", "golden"
-            ),
+            code=code_digest("qwen_surgery.verification", "qwen_surgery.nets", "golden"),
             checkout=request.checkout.absolute(),
             trust_remote_code=request.trust_remote_code,
         ),
-        needs=exports,
-        cost=_cost(geometry, len(layers), len(nets), len(exports)),
+        needs=(exported,),
+        cost=_cost(geometry, len(layers), kinds),
         keep=True,
-        command=f"qwen-surgery verify {request.checkout} --layers {','.join(map(str, layers))} "
-        f"--nets {','.join(nets)} --sample",
+        command=f"compare the {' and '.join(kind.value for kind in kinds)} of layers "
+        f"{' and '.join(map(str, layers))} with the unpatched model's, in torch and onnxruntime",
     )
 
 
-def _cost(geometry: Geometry, layers: int, nets: int, folders: int) -> Cost:
-    """The unpatched layers run twice (prompt and step), every other engine's net once."""
+def _cost(geometry: Geometry, layers: int, kinds: tuple[NetKind, ...]) -> Cost:
+    """The unpatched layer and each engine's nets read a prompt and a step; a prefill net reads S rows."""
     weights = weights_of(NetKind.BLOCK, geometry)
-    prompt = geometry.seq_length // 3 + 1
-    engines = 1 + folders
-    loads = layers * (2 + nets * engines)
-    rows = layers * (prompt + (geometry.seq_length * engines if nets > 1 else engines))
-    seconds = _START + loads * weights / _READ_RATE + rows * weights / _COMPUTE_RATE
-    scores = 3 * 4 * geometry.heads * geometry.seq_length**2 if nets > 1 else 0
-    return Cost(800 * MB + 8 * weights + scores, MB, seconds)
+    prefill = NetKind.BLOCK in kinds
+    engine = [geometry.seq_length, 1] if prefill else [1]
+    passes = [geometry.seq_length // 3 + 1, 1, *engine * 2]
+    memory = 800 * MB + 8 * weights + (_scores(geometry) if prefill else 0)
+    return Cost(memory, MB, _START + layers * duration.seconds(weights, passes))

@@ -66,8 +66,7 @@ class Verify(Step):
             report = self._contract(bmodel)
         else:
             report = self._full(bmodel, tuple(needs[task] / ONNX for task in self.exports))
-        (work / _REPORT).write_text(json.dumps(report))
-        return {"passed": report["passed"]}
+        return leave_report(report, work)
 
     def _full(self, bmodel: Path, exported: tuple[Path, ...]) -> dict[str, Any]:
         from qwen_surgery.verification.session import Request, verify
@@ -109,8 +108,14 @@ class Verify(Step):
         return {"passed": not problems, "depth": "contract", "nets": len(report.nets), "problems": problems}
 
 
+def leave_report(report: dict[str, Any], work: Path) -> Info:
+    """Leave *report* in *work* for :func:`load_report`; what the task's record says of it."""
+    (work / _REPORT).write_text(json.dumps(report))
+    return {"passed": report["passed"]}
+
+
 def load_report(folder: Path) -> dict[str, Any]:
-    """The report that :class:`Verify` left in *folder*, as JSON."""
+    """The report that :func:`leave_report` left in *folder*, as JSON."""
     return dict(json.loads((folder / _REPORT).read_text()))
 
 

@@ -68,7 +68,7 @@ def _model(checkout: Checkout, request: BuildRequest) -> Iterator[Remark]:
         f"{checkout.family.title}, era {checkout.era}: {geometry.layers} layers, hidden {geometry.hidden}, "
         f"vocabulary {geometry.vocab:,}",
     )
-    yield _window(checkout, request.seq_length)
+    yield _window(checkout.family.window(checkout.facts, geometry), request.seq_length)
     try:
         sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
     except SurgeryError as error:
@@ -91,14 +91,13 @@ def _model(checkout: Checkout, request: BuildRequest) -> Iterator[Remark]:
         yield ok("options", f"mode {options.mode}, chip {options.target}, for {options.runtime}")
 
 
-def _window(checkout: Checkout, seq_length: int) -> Remark:
-    window = checkout.sliding_window
+def _window(window: int | None, seq_length: int) -> Remark:
     if window is None:
         return ok("window", "none: every position sees all before it")
-    if window < seq_length:
-        found = f"attention sees {window} positions back, fewer than the export length {seq_length}"
-        return fail("window", found, f"use --seq-length {window}")
-    return ok("window", f"{window} positions, which an export length of {seq_length} never fills")
+    if window <= seq_length:
+        found = f"attention sees {window} tokens, no more than the export length {seq_length}"
+        return fail("window", found, f"use --seq-length {window - 1}")
+    return ok("window", f"{window} tokens, which an export length of {seq_length} never fills")
 
 
 def _check_weights(checkout: Checkout, sources: Sources) -> WeightIndex:

@@ -70,10 +70,24 @@ class DecoderFamily(Family):
         known = {name: facts[name] for name in self.compiled_in if name != "rope"}
         return {**known, "rope": rope_of(facts.given), "trained_length": facts.trained_length}
 
+    def window(self, facts: ModelFacts, geometry: Geometry) -> int | None:
+        kinds = facts.given.get("layer_types")
+        slides = facts["use_sliding_window"] or "sliding_attention" in (kinds or ())
+        if not slides or not (kinds or geometry.layers > facts["max_window_layers"]):
+            return None
+        found = facts.given.get("sliding_window", 4096)
+        return None if found is None else whole(found, "sliding_window")
+
     def refuse(self, facts: ModelFacts, geometry: Geometry) -> None:
         """A window of attention shorter than the export length closes keys that a net leaves open; angles
         that follow a prompt's length fit no table."""
-        _refuse_window(facts, geometry)
+        window = self.window(facts, geometry)
+        if window is not None and window <= geometry.seq_length:
+            raise Refused(
+                f"config.json slides a window of {window} tokens over attention, and the export length is "
+                f"{geometry.seq_length}: a net sees all of it",
+                hint=f"use --seq-length {window - 1} or less",
+            )
         rope = rope_of(facts.given)
         kind, trained = rope["rope_type"], facts.trained_length
         if kind in _FIXED_WITHIN_TRAINED and geometry.seq_length > trained:
@@ -185,21 +199,6 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope["rope_theta"] = float(rope["rope_theta"])
     return rope
-
-
-def _refuse_window(facts: ModelFacts, geometry: Geometry) -> None:
-    window = facts.given.get("sliding_window", 4096)
-    kinds = facts.given.get("layer_types") or []
-    slides = facts["use_sliding_window"] or "sliding_attention" in kinds
-    if not slides or window is None or window > geometry.seq_length:
-        return
-    if not kinds and geometry.layers <= facts["max_window_layers"]:
-        return
-    raise Refused(
-        f"config.json slides a window of {window} tokens over attention, and the export length is "
-        f"{geometry.seq_length}: a net sees all of it",
-        hint=f"use --seq-length {window - 1} or less",
-    )
 
 
 def tables(rotary: nn.Module, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:

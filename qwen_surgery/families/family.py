@@ -171,6 +171,13 @@ class Family(ABC):
     def further_sizes(self, facts: ModelFacts, sizes: Mapping[str, int]) -> dict[str, int]:
         """``head_dim``, and whatever of :class:`Geometry` does not follow from *sizes*."""
 
+    def window(self, facts: ModelFacts, geometry: Geometry) -> int | None:
+        """How many tokens attention sees in a layer that sees the fewest; None where all see all before them.
+
+        Raises ConfigError when it is no whole number.
+        """
+        return None
+
     @abstractmethod
     def refuse(self, facts: ModelFacts, geometry: Geometry) -> None:
         """Raise Refused, in one line, for a model or a length at which static nets cannot be exact."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 from codemods.config.facts import ModelFacts
 from qwen_surgery.families.decoder import DecoderFamily
@@ -32,17 +33,9 @@ class Qwen3(DecoderFamily):
     architectures = ("Qwen3ForCausalLM",)
     modeling = "modeling_qwen3.py"
     home = "transformers.models.qwen3"
-    releases = tuple(
-        f"Qwen3-{size}{kind}"
-        for size, kinds in (
-            ("0.6B", ("", "-Base")),
-            ("1.7B", ("", "-Base")),
-            ("4B", ("", "-Base")),
-            ("8B", ("", "-Base")),
-            ("14B", ("", "-Base")),
-            ("32B", ("",)),
-        )
-        for kind in kinds
+    releases = (
+        *(f"Qwen3-{s}{k}" for s, k in product(("0.6B", "1.7B", "4B", "8B", "14B"), ("", "-Base"))),
+        "Qwen3-32B",
     )
     upstream = _UPSTREAM
     compiled_in = ("rms_norm_eps", "hidden_act", "rope", "attention_bias")

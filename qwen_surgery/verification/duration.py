@@ -1,14 +1,11 @@
 """How long the unpatched model and the engines without an emulator take, said before they start.
 
-Only for models that are too big for memory: their weights are read again for every pass, which is what takes
-the time.
+This is for models that are too big for memory: their weights are read again for every pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from qwen_surgery.verification.levels import SAMPLED_STEPS
 
 #: Measured on two cores with the files in the page cache: weights a second that are read and converted, and
 #: multiply-adds a second in float32.
@@ -28,9 +25,9 @@ def net_passes(lengths: Sequence[int], seq_length: int) -> Iterator[int]:
             yield 1
 
 
-def end_to_end_passes(length: int, steps: int) -> list[int]:
-    """The passes of a greedy and of a sampled conversation after a prompt of *length* tokens."""
-    return [length, *[1] * steps, length, *[1] * min(steps, SAMPLED_STEPS)]
+def end_to_end_passes(length: int, steps: int, sampled: int) -> list[int]:
+    """The passes of a greedy and a *sampled* conversation of so many steps after *length* tokens."""
+    return [length, *[1] * steps, length, *[1] * sampled]
 
 
 def in_words(found: float) -> str:

@@ -67,6 +67,8 @@ class _Kept(OrderedDict[str, tuple[_T, int]]):
         if key in self:
             self.move_to_end(key)
             return self[key][0]
+        if not self._limit:
+            self.clear()  # before the next one is there too
         self[key] = make()
         while len(self) > 1 and sum(size for _, size in self.values()) > self._limit:
             self.popitem(last=False)
@@ -129,7 +131,7 @@ class OrtEngine:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
         self.manifest.check(self.folder)
-        self._threads = threads
+        self._threads, self._keep_bytes = threads, keep_bytes
         self._open: _Kept[Any] = _Kept(keep_bytes)
 
     @property
@@ -143,6 +145,10 @@ class OrtEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if not self._keep_bytes:
+            # A net that runs once or twice: folding its weights' casts takes longer, and holds them twice.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False
         session = onnxruntime.InferenceSession(
             str(self.folder / entry.file), options, providers=["CPUExecutionProvider"]
         )

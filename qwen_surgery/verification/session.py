@@ -25,7 +25,13 @@ from qwen_surgery.verification.cases import (
     make_prompts,
 )
 from qwen_surgery.verification.engines import KEEP_BYTES, Engine, OrtEngine, TorchEngine
-from qwen_surgery.verification.levels import check_contract, check_end_to_end, check_nets, timed
+from qwen_surgery.verification.levels import (
+    SAMPLED_STEPS,
+    check_contract,
+    check_end_to_end,
+    check_nets,
+    timed,
+)
 from qwen_surgery.verification.reference import ReferenceModel
 from qwen_surgery.verification.results import Check, LevelResult, Report
 
@@ -177,8 +183,7 @@ def verify(
         say(_announced(parts, levels, len(folders)))
     report = Report(str(request.checkout), parts.geometry.seq_length, parts.sources.recipe)
     if "source" in levels:
-        engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=request.hold)
-        report.levels.append(_level(parts, "source", "fp32", "torch", engine))
+        report.levels.append(_source_level(parts))
     for folder in folders if "onnx" in levels else ():
         report.levels.append(_level(parts, "onnx", "fp32", _folder_name(folder), folder))
     if "mlir" in levels:
@@ -227,9 +232,7 @@ def _open(
 
 
 def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
-    """What a model that does not fit in memory costs, as a sentence. Questions, texts and emulator are not
-    counted.
-    """
+    """What a model that does not fit in memory costs, without questions, texts and the emulator."""
     request, length = parts.request, parts.geometry.seq_length
     engines = ("source" in levels) + ("onnx" in levels) * folders
     told = engines + ("chip" in levels) * len(request.bmodels)
@@ -237,7 +240,9 @@ def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
     nets = list(duration.net_passes(parts.selection.lengths, length))
     talk: list[int] = []
     if parts.whole and request.steps:
-        talk = duration.end_to_end_passes(len(_end_to_end_prompt(parts)), request.steps)
+        talk = duration.end_to_end_passes(
+            len(_end_to_end_prompt(parts)), request.steps, min(request.steps, SAMPLED_STEPS)
+        )
     reference = [*nets * made, *talk * told]
     own = [length if tokens > 1 else 1 for tokens in [*nets, *talk] * engines]
     found = duration.seconds(parts.reference.weights, [*reference, *own])
@@ -343,6 +348,12 @@ def _level(
             _speak(parts, result, engine, limits)
 
     return timed(result, work)
+
+
+def _source_level(parts: _Opened) -> LevelResult:
+    """The patched code in torch, whose weights go when it is done."""
+    engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=parts.request.hold)
+    return _level(parts, "source", "fp32", "torch", engine)
 
 
 def _speak(parts: _Opened, result: LevelResult, engine: Engine, limits: dict[str, tolerances.Limit]) -> None:

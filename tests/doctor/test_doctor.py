@@ -15,6 +15,7 @@ import pytest
 from golden.eras import make_checkout
 from qwen_surgery.building import resources
 from qwen_surgery.cli import main
+from tests.families.tiny import make
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,6 @@ def test_a_package_that_is_not_there(call: Call, monkeypatch: pytest.MonkeyPatch
         ("model", {"hidden_size": 0}, "hidden_size"),
         ("weights", {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
         ("weights", {"num_hidden_layers": 3}, "transformer.h.2"),
-        ("window", {"use_sliding_window": True, "sliding_window": 64}, "sees 64 positions back"),
     ],
 )
 def test_what_is_wrong_with_a_checkout(
@@ -188,6 +188,19 @@ def test_what_is_wrong_with_a_checkout(
     assert done.code == 3
     remark = done.remarks("build")[what]
     assert remark["health"] == "FAIL" and found in remark["found"], remark
+
+
+def test_a_window_is_a_family_s_and_not_any_config_s(call: Call, tmp_path: Path, checkout: Path) -> None:
+    """Qwen v1's code reads no window: a build that is exact must not be called wrong."""
+    slides = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    found = {}
+    for path in (make(tmp_path / "qwen2", "qwen2"), checkout):
+        _edit(path, **slides)
+        done = call("doctor", path, "--seq-length", 128, "--json")
+        found[path.name] = done.remarks("build")["window"]
+    assert found["qwen2"]["health"] == "FAIL" and "sees 64 tokens" in found["qwen2"]["found"]
+    assert found["qwen2"]["mend"] == "use --seq-length 63"
+    assert found[checkout.name]["health"] == "ok"
 
 
 def test_a_length_beyond_the_trained_one(call: Call, checkout: Path) -> None:

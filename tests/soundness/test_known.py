@@ -370,6 +370,12 @@ def test_what_cannot_be_shown_is_declined_with_a_line(name: str) -> None:
 
 
 LOOKS = {
+    "generate replaced, which calls the model from outside": Known(
+        "registered-mask-list",
+        "    def set_input",
+        "    def generate(self):\n        return self\n\n    def chat(self):\n"
+        "        self.__class__.generate = len\n\n    def set_input",
+    ),
     "the plain branch adds no mask, so that it is added": Known("late", _LATE_SUM, ""),
     "a name kept and restored": before_add("kept = attention_mask", "total = 1", "attention_mask = kept"),
     "a name given its own value": before_add("attention_mask = attention_mask"),
