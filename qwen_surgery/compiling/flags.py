@@ -104,7 +104,8 @@ _COMPILE = (
         default=QUANTIZERS[0],
         show_default=True,
         help="How integers are chosen: rtn rounds as TPU-MLIR does; search takes for each group of weights "
-        "the scale that loses least.",
+        "the scale that loses least; gptq (build and refit) makes up for each error by what a text shows of "
+        "the model.",
     ),
     click.option("--name", default=None, help="First part of the file name.  [default: the folder's name]"),
     click.option("--toolchain", metavar="VERSION", default=None, help="TPU-MLIR version to use."),

@@ -21,6 +21,7 @@ from qwen_surgery.exporting.model_code import ModelCode
 from qwen_surgery.exporting.modules import ModuleFactory, NetModule
 from qwen_surgery.families.family import HEAD
 from qwen_surgery.nets import Geometry, NetKind
+from qwen_surgery.quantising import WINDOW
 from qwen_surgery.quantising.gptq import Hessian
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from qwen_surgery.tokenizer import Tokenizer
     from qwen_surgery.weights import TensorRef
 
-#: Tokens of a window at most: each is read from its start, as a prompt.
-WINDOW = 512
 #: A text of fewer tokens says too little of a model.
 _LEAST_TOKENS = 64
 #: What a position that must not be seen adds to a score.
