@@ -240,6 +240,9 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
 
 def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
     """Verify the bmodels, which are in their place whatever comes out."""
+    from qwen_surgery.verification.measured import remember
+    from qwen_surgery.verification.results import Report
+
     result.depth = opened.depth
     if opened.verifying:
         graph.add(opened.verifying)
@@ -250,6 +253,9 @@ def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
         [load_report(store.folder(graph.keys[task.name])) for task in tasks]
         for tasks in (opened.verifying, opened.sampling)
     )
+    for bmodel, report in zip(result.bmodels, reports, strict=False):
+        if "levels" in report:
+            remember(Report.from_json(report), [bmodel])
     if reports:
         result.report = next((report for report in reports if not report["passed"]), reports[0])
     for report in sampled:

@@ -21,7 +21,7 @@ from qwen_surgery.packing import formats, sidefile
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.expand import Piece, Progress, write
 from qwen_surgery.packing.plans import Given, Quantise, Quantised
-from qwen_surgery.packing.sidefile import RELEASE, NetWeights, SideFile
+from qwen_surgery.packing.sidefile import MEASURED, RELEASE, NetWeights, SideFile
 from qwen_surgery.patching.receipt import Receipt
 from qwen_surgery.weights.quantised import (
     Release,
@@ -172,7 +172,8 @@ def refit(
 
 def _notes(side: SideFile, quantizer: str, release: Release | None) -> dict[str, str]:
     notes = {**side.notes, "quantizer": quantizer}
-    notes.pop(RELEASE, None)
+    for old in (RELEASE, MEASURED):
+        notes.pop(old, None)
     return notes if release is None else {**notes, RELEASE: str(release)}
 
 

@@ -161,8 +161,7 @@ class Layers:
         return states
 
     def head_hessian(self, weights: Mapping[str, torch.Tensor], states: np.ndarray) -> Hessian:
-        """What the output layer takes in behind *states*, those of the last layer; *weights* are the final
-        norm's."""
+        """What the output layer takes in behind the last layer's *states*; *weights* are the final norm's."""
 
         def work(installed: bool) -> Hessian:
             net = self._net(NetKind.LM_HEAD, installed)

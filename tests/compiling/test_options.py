@@ -197,6 +197,11 @@ def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> 
         ({"mode": "bf16"}, "--quantizer search has no effect"),
         ({"num_device": 2, "runtime": "sophon-demo"}, "--quantizer search is for one chip"),
         ({"quantizer": "best"}, "--quantizer best is unknown"),
+        ({"quantizer": "gptq", "mode": "f16", "runtime": "sophon-demo"}, "--quantizer gptq has no effect"),
+        (
+            {"quantizer": "gptq", "num_device": 2, "runtime": "sophon-demo"},
+            "--quantizer gptq is for one chip",
+        ),
     ],
 )
 def test_a_quantizer_without_use_is_a_usage_error(given: dict[str, object], said: str) -> None:
@@ -226,6 +231,7 @@ def test_a_quantised_checkpoint_decides_bits_and_groups_of_the_blocks() -> None:
         ({"mode": "bf16"}, "--mode bf16 does not go with this checkpoint"),
         ({"q_group_size": 64}, "--q-group-size 64 does not go with this checkpoint"),
         ({"symmetric": True}, "--symmetric has no effect"),
+        ({"quantizer": "gptq"}, "--quantizer gptq does not go with this checkpoint"),
     ],
 )
 def test_options_that_conflict_with_a_quantised_checkpoint_are_usage_errors(
