@@ -72,7 +72,10 @@ class Release:
         method = str(said.get("quant_method", "awq" if "w_bit" in said else "gptq")).lower()
         if method not in ("gptq", "awq"):
             raise Refused(f"{where}: {method:.40} checkpoints are not supported", hint=_HINT)
-        bits = whole(said.get("bits", said.get("w_bit")))
+        bits = said.get("bits", said.get("w_bit"))
+        if bits is None:
+            raise Refused(f"{where}: {method.upper()} without its bits", hint=_HINT)
+        bits = whole(bits)
         group = said.get("group_size", said.get("q_group_size", -1))
         if bits not in (4, 8) or (method == "awq" and bits != 4):
             raise Refused(f"{where}: {method.upper()} with {bits} bits: the chip has 4 and 8", hint=_HINT)

@@ -67,7 +67,7 @@ _FORMS = {
 
 
 @pytest.mark.parametrize("name", _FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_quantise_equals_the_slow_reference(name: str, data: st.DataObject) -> None:
     form = _FORMS[name]
