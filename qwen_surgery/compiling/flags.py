@@ -88,7 +88,8 @@ _COMPILE = (
         "--q-group-size",
         type=int,
         default=None,
-        help="Input features per scale of int4.  [default: 64, or as the checkpoint is quantised]",
+        help="Input features per scale of the blocks' integers.  [default: 64 for int4, TPU-MLIR's for int8, "
+        "or as the checkpoint is quantised]",
     ),
     click.option("--symmetric", is_flag=True, help="Symmetric int4, without zero points."),
     click.option(
