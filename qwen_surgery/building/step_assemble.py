@@ -243,11 +243,13 @@ def assemble_task(
     packed = sum(row.pack for row in rows) // 2
     weights = packed * weights_of(NetKind.BLOCK, inputs.geometry)
     total = bmodel_bytes(inputs.geometry, options)
+    # One weight's integers are read as a whole, a byte each and as they are stored.
+    largest = weights_of(NetKind.LM_HEAD, inputs.geometry) if any(row.chosen for row in rows) else 0
     return Task(
         task_name("assemble", file),
         Assemble(file, rows, dict(config), notes, packer, options.quantizer, inputs.folder, previous),
         needs=tuple(sorted({task for row in rows for task in (row.task, row.plan, row.chosen) if task})),
-        cost=Cost(600 * MB, total, 0.5 + weights * 1.5e-8 + total / 1e9),
+        cost=Cost(600 * MB + 2 * largest, total, 0.5 + weights * 1.5e-8 + total / 1e9),
         keep=True,
         command=f"pack {packed} layers and write {file}",
     )
