@@ -83,7 +83,7 @@ class Embed(ReadStep):
 
 
 @dataclass(frozen=True)
-class LayerStep(ReadStep):
+class CalibrationStep(ReadStep):
     """A step that runs the layer of *net* on the states that the task *before* left."""
 
     net: str
@@ -110,7 +110,7 @@ class LayerStep(ReadStep):
 
 
 @dataclass(frozen=True)
-class Calibrate(LayerStep):
+class Calibrate(CalibrationStep):
     """The hidden states behind the layer of *net*, whose integers the task *chosen* left."""
 
     chosen: str
@@ -130,7 +130,7 @@ class Calibrate(LayerStep):
 
 
 @dataclass(frozen=True)
-class Quantise(LayerStep):
+class Quantise(CalibrationStep):
     """The integers of *net* in *forms*, by what it gets of the text."""
 
     forms: dict[str, Quantisation]
