@@ -6,8 +6,7 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from codemods.analysis import fused
-from codemods.analysis import tree as t
+from codemods.analysis import fused, syntax
 from codemods.analysis.attention import attentions
 from codemods.analysis.handed import tampered
 from codemods.analysis.source import Source
@@ -99,7 +98,7 @@ class DisableTorch2(Rule):
             yield self._flag(source, flag, used)
 
     def _flag(self, source: Source, flag: str, used: int) -> Site:
-        bound = [stmt for stmt, _ in t.assignments(source.tree.body, flag)]
+        bound = [stmt for stmt, _ in syntax.assignments(source.tree.body, flag)]
         problem = _flag_problem(source, flag, bound)
         if problem:
             line = bound[0].lineno if bound else used
@@ -130,18 +129,22 @@ def _calls(source: Source) -> Iterator[tuple[str, list[ast.stmt], ast.Call]]:
         for function in functions:
             if isinstance(function, ast.FunctionDef):
                 owner = f"{top.name}." if isinstance(top, ast.ClassDef) else ""
-                for call in t.calls(function, SDPA):
+                for call in syntax.calls(function, SDPA):
                     yield owner + function.name, function.body, call
 
 
 def _hidden(source: Source) -> list[int]:
     """Lines that mention SDPA other than as the function of a call: an alias, a string for ``getattr``."""
-    called = {id(call.func) for call in t.calls(source.tree, SDPA)}
-    found = [call.lineno for call in t.calls(source.tree, "getattr") if SDPA in map(t.constant, call.args)]
-    for node in t.walk(source.tree):
+    called = {id(call.func) for call in syntax.calls(source.tree, SDPA)}
+    found = [
+        call.lineno
+        for call in syntax.calls(source.tree, "getattr")
+        if SDPA in map(syntax.constant, call.args)
+    ]
+    for node in syntax.walk(source.tree):
         if (
             isinstance(node, (ast.Attribute, ast.Name))
-            and t.last_name(node) == SDPA
+            and syntax.last_name(node) == SDPA
             and id(node) not in called
         ):
             found.append(node.lineno)
@@ -150,13 +153,15 @@ def _hidden(source: Source) -> list[int]:
 
 def _guard(source: Source, body: list[ast.stmt], call: ast.Call) -> str | None:
     """The module-level name that must be true for ``call`` to run, :data:`NEVER`, or None."""
-    stmt = next((s for s in t.statements(body) if not any(t.blocks(s)) and call in t.walk(s)), None)
+    stmt = next(
+        (s for s in syntax.statements(body) if not any(syntax.blocks(s)) and call in syntax.walk(s)), None
+    )
     if stmt is None:
         return None
-    known = t.binds_at_top(source.tree)
-    for node, arm in t.path_to(body, stmt):
+    known = syntax.binds_at_top(source.tree)
+    for node, arm in syntax.path_to(body, stmt):
         if isinstance(node, ast.If) and arm == "body":
-            for part in t.conjuncts(node.test):
+            for part in syntax.conjuncts(node.test):
                 if isinstance(part, ast.Constant) and part.value is False:
                     return NEVER
                 if isinstance(part, ast.Name) and part.id in known:
@@ -169,22 +174,22 @@ def _flag_problem(source: Source, flag: str, bound: list[ast.stmt]) -> str:
         return f"{flag} is bound {len(bound)} times" if bound else f"{flag} is not assigned in this file"
     stmt = bound[0]
     if stmt not in source.tree.body or (
-        isinstance(stmt, ast.Assign) and not t.is_name(stmt.targets[0], flag)
+        isinstance(stmt, ast.Assign) and not syntax.is_name(stmt.targets[0], flag)
     ):
         return f"{flag} is not bound by a plain module-level assignment"
     if isinstance(stmt, ast.Assign) and len(stmt.targets) != 1:
         return f"{flag} shares its assignment with another name"
-    if any(isinstance(n, (ast.Global, ast.Nonlocal)) and flag in n.names for n in t.walk(source.tree)):
+    if any(isinstance(n, (ast.Global, ast.Nonlocal)) and flag in n.names for n in syntax.walk(source.tree)):
         return f"{flag} is rebound through a global statement"
-    if stmt.value is None or any(t.last_name(c.func) not in _TESTS for c in _all_calls(stmt.value)):
+    if stmt.value is None or any(syntax.last_name(c.func) not in _TESTS for c in _all_calls(stmt.value)):
         return f"{flag} is computed by a call that may have an effect of its own"
     tests = set()
     for attention in attentions(source):
-        for node in t.walk(attention.node):
+        for node in syntax.walk(attention.node):
             if isinstance(node, (ast.If, ast.IfExp)):
-                tests |= {id(n) for n in t.walk(node.test)}
-    for node in t.walk(source.tree):
-        if t.is_name(node, flag) and isinstance(node.ctx, ast.Load) and id(node) not in tests:  # type: ignore[attr-defined]
+                tests |= {id(n) for n in syntax.walk(node.test)}
+    for node in syntax.walk(source.tree):
+        if syntax.is_name(node, flag) and isinstance(node.ctx, ast.Load) and id(node) not in tests:  # type: ignore[attr-defined]
             return f"{flag} is also read on line {node.lineno}, outside attention's conditions"  # type: ignore[attr-defined]
     return ""
 
@@ -195,9 +200,11 @@ def _other_numbers(source: Source, flag: str) -> str:
         if not attention.paths:  # nothing here to compare with; drop-causal-mask declines such a class
             continue
         for function in attention.methods.values():
-            choices = [n for n in t.walk(function) if isinstance(n, ast.If) and flag in t.reads(n.test)]
+            choices = [
+                n for n in syntax.walk(function) if isinstance(n, ast.If) and flag in syntax.reads(n.test)
+            ]
             for choice in choices:
-                if not any(t.calls(stmt, SDPA) for stmt in choice.body):
+                if not any(syntax.calls(stmt, SDPA) for stmt in choice.body):
                     continue
                 found = tampered(source, attention.node)
                 problem = (
@@ -212,7 +219,7 @@ def _other_numbers(source: Source, flag: str) -> str:
 
 def _lost_fill(source: Source, flag: str) -> str:
     """What to say of a fused branch that forgets the causal mask it makes; empty where none does."""
-    choices = [n for n in t.walk(source.tree) if isinstance(n, ast.If) and flag in t.reads(n.test)]
+    choices = [n for n in syntax.walk(source.tree) if isinstance(n, ast.If) and flag in syntax.reads(n.test)]
     line = next((line for choice in choices if (line := fused.lost_fill(choice)) is not None), None)
     if line is None:
         return ""
@@ -223,4 +230,4 @@ def _lost_fill(source: Source, flag: str) -> str:
 
 
 def _all_calls(node: ast.AST) -> list[ast.Call]:
-    return [n for n in t.walk(node) if isinstance(n, ast.Call)]
+    return [n for n in syntax.walk(node) if isinstance(n, ast.Call)]

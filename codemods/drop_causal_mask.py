@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from codemods.add_attention_mask import NAME as ADD
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.attention import Mask, ScorePath, attentions
 from codemods.analysis.causal import not_causal, not_negative
 from codemods.analysis.source import Source
@@ -144,7 +144,7 @@ def removable(path: ScorePath, masks: list[ast.stmt]) -> list[ast.stmt]:
     """
     body = path.function.body
     rest = [s for s in body if s not in masks]
-    needed, grew = frozenset().union(*(t.reads(mask) for mask in masks)), True
+    needed, grew = frozenset().union(*(syntax.reads(mask) for mask in masks)), True
     feeders: list[ast.stmt] = []
     while grew:  # everything the masks are computed from
         grew = False
@@ -153,19 +153,19 @@ def removable(path: ScorePath, masks: list[ast.stmt]) -> list[ast.stmt]:
                 stmt not in masks
                 and stmt not in feeders
                 and _only_binds(stmt, path)
-                and t.binds(stmt) & needed
+                and syntax.binds(stmt) & needed
             ):
                 feeders.append(stmt)
-                needed |= t.reads(stmt)
+                needed |= syntax.reads(stmt)
                 grew = True
     going = set(map(id, feeders))
     shrunk = True
     while shrunk:  # keep what anything that stays still reads, and every other statement binding that name
         shrunk = False
         staying = [s for s in rest if id(s) not in going]
-        used = set().union(*(t.reads(s) for s in staying)) if staying else set()
+        used = set().union(*(syntax.reads(s) for s in staying)) if staying else set()
         for stmt in feeders:
-            if id(stmt) in going and t.binds(stmt) & used:
+            if id(stmt) in going and syntax.binds(stmt) & used:
                 going.discard(id(stmt))
                 shrunk = True
     return [s for s in body if s in masks or id(s) in going]
@@ -173,14 +173,16 @@ def removable(path: ScorePath, masks: list[ast.stmt]) -> list[ast.stmt]:
 
 def _only_binds(stmt: ast.stmt, path: ScorePath) -> bool:
     """A pure assignment of locals other than the scores and the parameters, or an ``if`` made of such."""
-    if t.binds(stmt) & {path.scores, *t.parameters(path.function)}:
+    if syntax.binds(stmt) & {path.scores, *syntax.parameters(path.function)}:
         return False
     if isinstance(stmt, ast.If):
-        return t.is_pure(stmt.test) and all(_only_binds(s, path) for block in t.blocks(stmt) for s in block)
+        return syntax.is_pure(stmt.test) and all(
+            _only_binds(s, path) for block in syntax.blocks(stmt) for s in block
+        )
     if isinstance(stmt, (ast.Assign, ast.AnnAssign)) and stmt.value is not None:
         targets = stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]
-        names = all(isinstance(n, (ast.Name, ast.Tuple, ast.Store)) for x in targets for n in t.walk(x))
-        return names and t.is_pure(stmt.value)
+        names = all(isinstance(n, (ast.Name, ast.Tuple, ast.Store)) for x in targets for n in syntax.walk(x))
+        return names and syntax.is_pure(stmt.value)
     return False
 
 

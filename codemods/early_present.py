@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.attention import Attention, attentions
 from codemods.analysis.effects import effects, words
 from codemods.analysis.handed import cache_problem, tampered
@@ -97,7 +97,7 @@ class EarlyPresent(Rule):
         where = f"{attention.name}.forward"
         found = _parts(forward)
         if found is None:
-            line = next((s.lineno for s in forward.body if "layer_past" in t.reads(s)), None)
+            line = next((s.lineno for s in forward.body if "layer_past" in syntax.reads(s)), None)
             if line is not None:
                 reason = (
                     "layer_past is used, but not by one statement that concatenates it before key and value"
@@ -147,20 +147,20 @@ def _parts(forward: ast.FunctionDef) -> _Parts | None:
 def _in_a_row(body: list[ast.stmt], stmts: list[ast.stmt]) -> bool:
     """``stmts`` follow one another in ``body`` and say the same."""
     at = body.index(stmts[0])
-    return body[at : at + len(stmts)] == stmts and all(t.same(s, stmts[0]) for s in stmts)
+    return body[at : at + len(stmts)] == stmts and all(syntax.same(s, stmts[0]) for s in stmts)
 
 
 def _joined(stmt: ast.If) -> list[str]:
     """The names ``stmt`` extends by concatenation (``x = cat((past, x))``), in order."""
     found = []
-    for inner in t.statements(stmt.body):
+    for inner in syntax.statements(stmt.body):
         if (
             isinstance(inner, ast.Assign)
             and len(inner.targets) == 1
             and isinstance(inner.targets[0], ast.Name)
         ):
             name = inner.targets[0].id
-            if name in t.reads(inner.value) and t.calls(inner.value, "cat") and name not in found:
+            if name in syntax.reads(inner.value) and syntax.calls(inner.value, "cat") and name not in found:
                 found.append(name)
     return found
 
@@ -168,7 +168,7 @@ def _joined(stmt: ast.If) -> list[str]:
 def _join_problem(parts: _Parts) -> str:
     """The join must put the past before the new along one axis, and touch key and value in no other way."""
     for place, name in enumerate((parts.key, parts.value)):
-        for stmt, value in t.assignments([parts.join], name):
+        for stmt, value in syntax.assignments([parts.join], name):
             pieces = value.elts if isinstance(value, ast.Tuple) else [value]
             if not all(_appends(piece, name) for piece in pieces):
                 return f"line {stmt.lineno} does more to `{name}` than append it to the past"
@@ -180,49 +180,51 @@ def _join_problem(parts: _Parts) -> str:
                     return (
                         problem or f"line {stmt.lineno} joins parts of the cache that do not belong together"
                     )
-    stray = t.binds(parts.join) & {"layer_past", "use_cache"}
+    stray = syntax.binds(parts.join) & {"layer_past", "use_cache"}
     if stray:
         return f"the join rebinds `{min(stray)}`"
     return ""
 
 
 def _part(node: ast.expr) -> object:
-    return t.constant(node.slice) if isinstance(node, ast.Subscript) else None
+    return syntax.constant(node.slice) if isinstance(node, ast.Subscript) else None
 
 
 def _appends(node: ast.expr | None, name: str) -> bool:
-    if node is None or t.call_name(node) != "cat" or not isinstance(node, ast.Call) or not node.args:
+    if node is None or syntax.call_name(node) != "cat" or not isinstance(node, ast.Call) or not node.args:
         return False
     pair = node.args[0]
     if not isinstance(pair, (ast.Tuple, ast.List)) or len(pair.elts) != 2:
         return False
     past, new = pair.elts
     bare = new.value if isinstance(new, ast.Subscript) else new
-    return t.is_name(bare, name) and name not in t.reads(past)
+    return syntax.is_name(bare, name) and name not in syntax.reads(past)
 
 
 def _makes_present(forward: ast.FunctionDef, stmt: ast.stmt, key: str, value: str) -> bool:
     """``present = (key, value) if cached else None``, as a statement or an expression."""
     pairs = [
         n
-        for n in t.walk(stmt)
+        for n in syntax.walk(stmt)
         if isinstance(n, ast.Tuple)
         and isinstance(n.ctx, ast.Load)
         and len(n.elts) == 2
-        and t.is_name(n.elts[0], key)
-        and t.is_name(n.elts[1], value)
+        and syntax.is_name(n.elts[0], key)
+        and syntax.is_name(n.elts[1], value)
     ]
     if not pairs:
         return False
     if isinstance(stmt, ast.Assign):
         value_ = stmt.value
         chosen = isinstance(value_, ast.IfExp) and pairs[0] in (value_.body, value_.orelse)
-        return len(stmt.targets) == 1 and t.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
+        return len(stmt.targets) == 1 and syntax.is_name(stmt.targets[0]) and (chosen or value_ is pairs[0])
     if not isinstance(stmt, ast.If):
         return False
     arms = [s for s in (*stmt.body, *stmt.orelse) if not _idle(forward, stmt, s)]
-    made = [s for s in arms if isinstance(s, ast.Assign) and len(s.targets) == 1 and t.is_name(s.targets[0])]
-    known = all(s.value in pairs or (t.is_none(s.value)) for s in made)
+    made = [
+        s for s in arms if isinstance(s, ast.Assign) and len(s.targets) == 1 and syntax.is_name(s.targets[0])
+    ]
+    known = all(s.value in pairs or (syntax.is_none(s.value)) for s in made)
     return known and len(made) == len(arms) and len(_names(made)) == 1
 
 
@@ -230,53 +232,53 @@ def _idle(forward: ast.FunctionDef, around: ast.stmt, stmt: ast.stmt) -> bool:
     """``stmt`` in ``around`` only gives something a name that nothing outside ``around`` knows."""
     if isinstance(stmt, ast.Pass) or (isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Name)):
         return True
-    if not isinstance(stmt, ast.Assign) or not all(_of_any_length(n) for n in t.walk(stmt.value)):
+    if not isinstance(stmt, ast.Assign) or not all(_of_any_length(n) for n in syntax.walk(stmt.value)):
         return False
-    inside = {id(n) for n in t.walk(around)}
-    known = {n.id for n in t.walk(forward) if isinstance(n, ast.Name) and id(n) not in inside}
+    inside = {id(n) for n in syntax.walk(around)}
+    known = {n.id for n in syntax.walk(forward) if isinstance(n, ast.Name) and id(n) not in inside}
     names = all(isinstance(target, ast.Name) for target in stmt.targets)
-    return names and not t.binds(stmt) & (known | set(t.parameters(forward)))
+    return names and not syntax.binds(stmt) & (known | set(syntax.parameters(forward)))
 
 
 def _of_any_length(node: ast.AST) -> bool:
     """A part of an expression that works alike however long the history is."""
     if isinstance(node, ast.Call):
-        return t.call_name(node) in _ANY_LENGTH
+        return syntax.call_name(node) in _ANY_LENGTH
     return isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.USub, ast.Load))
 
 
 def _names(made: list[ast.Assign]) -> frozenset[str]:
-    return frozenset().union(*(t.binds(s) for s in made))
+    return frozenset().union(*(syntax.binds(s) for s in made))
 
 
 def _present_name(parts: _Parts) -> str:
     """What present is called: what is bound to the pair of key and value."""
-    for stmt in t.statements(parts.presents):
-        if isinstance(stmt, ast.Assign) and any(isinstance(n, ast.Tuple) for n in t.walk(stmt.value)):
-            return min(t.binds(stmt))
+    for stmt in syntax.statements(parts.presents):
+        if isinstance(stmt, ast.Assign) and any(isinstance(n, ast.Tuple) for n in syntax.walk(stmt.value)):
+            return min(syntax.binds(stmt))
     raise AssertionError("a statement that makes present binds it")
 
 
 def _unsound(forward: ast.FunctionDef, parts: _Parts, between: list[ast.stmt]) -> str:
     """What stands between the two places and would see or change the difference; empty when nothing does."""
     name = _present_name(parts)
-    kept = t.reads(parts.presents[0])
+    kept = syntax.reads(parts.presents[0])
     for stmt in between:
-        changed = (kept & t.binds(stmt)) | {n for n in (parts.key, parts.value) if _mutates(stmt, n)}
+        changed = (kept & syntax.binds(stmt)) | {n for n in (parts.key, parts.value) if _mutates(stmt, n)}
         if changed:
             return f"`{sorted(changed)[0]}` is rewritten on line {stmt.lineno}, between the join and present"
-        if name in t.reads(stmt) | t.binds(stmt):
+        if name in syntax.reads(stmt) | syntax.binds(stmt):
             return f"`{name}` is used on line {stmt.lineno}, between the join and present"
-    if kept & t.binds(parts.join) - {parts.key, parts.value}:
+    if kept & syntax.binds(parts.join) - {parts.key, parts.value}:
         return "the join rebinds what present depends on"
-    if name in t.reads(parts.join) | t.binds(parts.join):
+    if name in syntax.reads(parts.join) | syntax.binds(parts.join):
         return f"`{name}` is used where the history is joined"
-    making = {id(s) for s in t.statements(parts.presents)}
-    bound = [s for s, _ in t.assignments(forward.body, name) if id(s) not in making]
+    making = {id(s) for s in syntax.statements(parts.presents)}
+    bound = [s for s, _ in syntax.assignments(forward.body, name) if id(s) not in making]
     if bound:
         return f"`{name}` is bound again on line {bound[0].lineno}"
-    for stmt in t.statements(forward.body):
-        if id(stmt) in making or any(t.blocks(stmt)) or name not in t.reads(stmt):
+    for stmt in syntax.statements(forward.body):
+        if id(stmt) in making or any(syntax.blocks(stmt)) or name not in syntax.reads(stmt):
             continue
         if _only_kept(forward, stmt):
             continue
@@ -289,9 +291,9 @@ def _only_kept(forward: ast.FunctionDef, stmt: ast.stmt) -> bool:
     """``kept = x``, where whatever reads ``kept`` is an expression statement of that name alone."""
     if not isinstance(stmt, ast.Assign) or not isinstance(stmt.value, ast.Name):
         return False
-    looks = {id(s.value) for s in t.statements(forward.body) if isinstance(s, ast.Expr)}
-    kept = t.binds(stmt)
-    read = (n for n in t.walk(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    looks = {id(s.value) for s in syntax.statements(forward.body) if isinstance(s, ast.Expr)}
+    kept = syntax.binds(stmt)
+    read = (n for n in syntax.walk(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
     return all(isinstance(x, ast.Name) for x in stmt.targets) and not any(
         n.id in kept and id(n) not in looks for n in read
     )
@@ -314,14 +316,14 @@ def _past_problem(join: ast.If, past: ast.expr, place: int, *, several: bool) ->
     """The past is ``layer_past[place]`` as a whole, or a part of it where the cache is a tuple."""
     bare = past.value if several and isinstance(past, ast.Subscript) else past
     if isinstance(bare, ast.Name):
-        values = [value for _, value in t.assignments(join.body, bare.id)]
+        values = [value for _, value in syntax.assignments(join.body, bare.id)]
         if _unpacks(join, bare.id, place):
             return ""
-        bare = values[0] if values and values[0] and all(t.same(v, values[0]) for v in values) else bare
+        bare = values[0] if values and values[0] and all(syntax.same(v, values[0]) for v in values) else bare
     if (
         isinstance(bare, ast.Subscript)
-        and t.is_name(bare.value, "layer_past")
-        and t.constant(bare.slice) == place
+        and syntax.is_name(bare.value, "layer_past")
+        and syntax.constant(bare.slice) == place
     ):
         return ""
     return f"`{ast.unparse(past)}` is not the whole history"
@@ -329,26 +331,30 @@ def _past_problem(join: ast.If, past: ast.expr, place: int, *, several: bool) ->
 
 def _unpacks(join: ast.If, name: str, place: int) -> bool:
     """``past_key, past_value = layer_past``."""
-    for stmt in t.statements(join.body):
+    for stmt in syntax.statements(join.body):
         if (
             isinstance(stmt, ast.Assign)
             and isinstance(stmt.targets[0], ast.Tuple)
-            and t.is_name(stmt.value, "layer_past")
+            and syntax.is_name(stmt.value, "layer_past")
         ):
             elements = stmt.targets[0].elts
-            return len(elements) == 2 and t.is_name(elements[place], name)
+            return len(elements) == 2 and syntax.is_name(elements[place], name)
     return False
 
 
 def _mutates(stmt: ast.stmt, name: str) -> bool:
     """In-place methods (``key.mul_(…)``) and subscript stores."""
-    for node in t.walk(stmt):
-        if isinstance(node, ast.Call) and t.is_method_of(node, name) and t.last_name(node.func).endswith("_"):
+    for node in syntax.walk(stmt):
+        if (
+            isinstance(node, ast.Call)
+            and syntax.is_method_of(node, name)
+            and syntax.last_name(node.func).endswith("_")
+        ):
             return True
         if (
             isinstance(node, ast.Subscript)
             and isinstance(node.ctx, ast.Store)
-            and t.is_name(node.value, name)
+            and syntax.is_name(node.value, name)
         ):
             return True
     return False
@@ -361,6 +367,6 @@ def _is_output(stmt: ast.stmt, name: str) -> bool:
         return False
     if isinstance(stmt, ast.Assign) and not all(isinstance(target, ast.Name) for target in stmt.targets):
         return False
-    elements = {id(e) for n in t.walk(value) if isinstance(n, ast.Tuple) for e in n.elts}
+    elements = {id(e) for n in syntax.walk(value) if isinstance(n, ast.Tuple) for e in n.elts}
     elements |= {id(value)} if isinstance(stmt, ast.Return) else set()
-    return all(id(n) in elements for n in t.walk(value) if t.is_name(n, name))
+    return all(id(n) in elements for n in syntax.walk(value) if syntax.is_name(n, name))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from codemods.analysis import decoder
-from codemods.analysis import tree as t
+from codemods.analysis import decoder, syntax
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Rewrite, Rule, Site, Status
 
@@ -103,7 +102,7 @@ class _Form:
     @classmethod
     def of(cls, function: ast.FunctionDef) -> _Form | None:
         """The names in *function*; None when it is no unpacking, an early return and two statements."""
-        statements, names = decoder.body(function), t.parameters(function)
+        statements, names = decoder.body(function), syntax.parameters(function)
         if len(names) != 2 or len(statements) != 4:
             return None
         states, times = names

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from codemods.analysis import decoder
-from codemods.analysis import tree as t
+from codemods.analysis import decoder, syntax
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Insert, Rewrite, Rule, Site, Status
 
@@ -89,7 +88,7 @@ class RotaryHeadsLast(Rule):
         if problem:
             yield Site(Status.DECLINED, problem, *span)
             return
-        q, k, *_ = t.parameters(function)
+        q, k, *_ = syntax.parameters(function)
         place = _place(function)
         first, last = decoder.body(function)[0], function.body[-1]
         ahead = f"{q}, {k}, {place} = {q}.transpose(1, 2), {k}.transpose(1, 2), 3 - {place}\n"
@@ -112,14 +111,14 @@ def _is_done(function: ast.FunctionDef) -> bool:
 
 def _place(function: ast.FunctionDef) -> str:
     """The parameter that says where the angles are spread over heads; '' when that is not one parameter."""
-    places = {ast.unparse(call.args[0]) for call in t.calls(function, "unsqueeze") if call.args}
+    places = {ast.unparse(call.args[0]) for call in syntax.calls(function, "unsqueeze") if call.args}
     place = places.pop() if len(places) == 1 else ""
-    return place if place in t.parameters(function) else ""
+    return place if place in syntax.parameters(function) else ""
 
 
 def _problem(source: Source, function: ast.FunctionDef) -> str:
     """Why the rotation is not shown to be the same with two axes exchanged; empty when it is."""
-    names = t.parameters(function)
+    names = syntax.parameters(function)
     if len(names) < 5:
         return f"{NAME} does not take queries, keys, cosines, sines and a place"
     place, (q, k, cos, sin, *_) = _place(function), names
@@ -139,7 +138,7 @@ def _problem(source: Source, function: ast.FunctionDef) -> str:
             spread = _is_spread(value, {cos, sin}, place)
             if not spread and not _acts_by_element(value):
                 return f"line {step.lineno}: {ast.unparse(value)} is not a sum of products of known form"
-            if not spread and t.binds(step) & {q, k, cos, sin}:
+            if not spread and syntax.binds(step) & {q, k, cos, sin}:
                 return f"line {step.lineno} binds an argument anew"
     return _other_axis(source)
 
@@ -149,10 +148,10 @@ def _values(step: ast.Assign) -> list[ast.expr]:
 
 
 def _chosen_place(source: Source, function: ast.FunctionDef, index: int, place: str) -> str:
-    default = t.constant(function.args.defaults[-1]) if function.args.defaults else None
-    if default != 1 or t.parameters(function)[-1] != place:
+    default = syntax.constant(function.args.defaults[-1]) if function.args.defaults else None
+    if default != 1 or syntax.parameters(function)[-1] != place:
         return f"{place} is not 1 by default"
-    for call in t.calls(source.tree, NAME):
+    for call in syntax.calls(source.tree, NAME):
         if len(call.args) > index or any(item.arg in (place, None) for item in call.keywords):
             return f"the call on line {call.lineno} chooses {place}"
     return ""
@@ -165,7 +164,7 @@ def _is_spread(value: ast.expr, angles: set[str], place: str) -> bool:
     if value.func.attr != "unsqueeze" or [ast.unparse(a) for a in value.args] != [place]:
         return False
     table = value.func.value
-    if isinstance(table, ast.Subscript) and t.is_name(table.slice):
+    if isinstance(table, ast.Subscript) and syntax.is_name(table.slice):
         table = table.value
     return isinstance(table, ast.Name) and table.id in angles
 
@@ -176,7 +175,7 @@ def _acts_by_element(value: ast.expr) -> bool:
         known = isinstance(value.op, ast.Add | ast.Sub | ast.Mult)
         return known and _acts_by_element(value.left) and _acts_by_element(value.right)
     if isinstance(value, ast.Call):
-        own = t.is_name(value.func, _ROTATE) and len(value.args) == 1 and not value.keywords
+        own = syntax.is_name(value.func, _ROTATE) and len(value.args) == 1 and not value.keywords
         return own and _acts_by_element(value.args[0])
     return isinstance(value, ast.Name)
 
@@ -186,15 +185,15 @@ def _other_axis(source: Source) -> str:
     function = decoder.function(source, _ROTATE)
     if function is None:
         return f"no one function {_ROTATE} in this file"
-    given = t.parameters(function)[0]
-    for node in t.walk(function):
-        if isinstance(node, ast.Subscript) and t.is_name(node.value, given):
+    given = syntax.parameters(function)[0]
+    for node in syntax.walk(function):
+        if isinstance(node, ast.Subscript) and syntax.is_name(node.value, given):
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
-            if len(parts) != 2 or t.constant(parts[0]) is not Ellipsis:
+            if len(parts) != 2 or syntax.constant(parts[0]) is not Ellipsis:
                 return f"{_ROTATE} picks other parts than of the last axis (line {node.lineno})"
         elif isinstance(node, ast.Call):
-            axis = t.keyword(node, "dim") or (node.args[1] if len(node.args) == 2 else None)
-            if t.call_name(node) != "cat" or t.constant(axis) != -1:
+            axis = syntax.keyword(node, "dim") or (node.args[1] if len(node.args) == 2 else None)
+            if syntax.call_name(node) != "cat" or syntax.constant(axis) != -1:
                 return f"{_ROTATE} calls {ast.unparse(node.func)} in a form not known (line {node.lineno})"
     return ""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.attention import ScorePath, attentions
 from codemods.analysis.source import Source
 from codemods.framework.base import Decisions, Example, Rewrite, Rule, Site, Status
@@ -92,18 +92,18 @@ class ScalarDivide(Rule):
                 yield from self._path(path)
 
     def _path(self, path: ScorePath) -> Iterator[Site]:
-        for stmt in t.statements(path.before):
-            if any(t.blocks(stmt)):
+        for stmt in syntax.statements(path.before):
+            if any(syntax.blocks(stmt)):
                 continue
             for dividend, divisor in _divisions(stmt):
-                if path.scores in t.reads(dividend) | (
-                    t.binds(stmt) if isinstance(stmt, ast.Assign) else set()
+                if path.scores in syntax.reads(dividend) | (
+                    syntax.binds(stmt) if isinstance(stmt, ast.Assign) else set()
                 ):
                     yield self._site(path, stmt, divisor)
 
     def _site(self, path: ScorePath, stmt: ast.stmt, divisor: ast.expr) -> Site:
         span = (stmt.lineno, stmt.end_lineno, path.where)
-        name = t.call_name(divisor)
+        name = syntax.call_name(divisor)
         if name not in _MAKERS:
             problem = _not_number(path, divisor)
             if problem:
@@ -122,27 +122,31 @@ def _divisions(stmt: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
     """(dividend, divisor) of each division in one simple statement."""
     if isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div):
         yield stmt.target, stmt.value
-    for node in t.walk(stmt):
+    for node in syntax.walk(stmt):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             yield node.left, node.right
-        elif isinstance(node, ast.Call) and t.last_name(node.func) in {"div", "div_", "true_divide"}:
-            operands = [*([] if t.on_torch(node) else [node.func.value]), *node.args]  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Call) and syntax.last_name(node.func) in {"div", "div_", "true_divide"}:
+            operands = [*([] if syntax.on_torch(node) else [node.func.value]), *node.args]  # type: ignore[attr-defined]
             if len(operands) == 2:
                 yield operands[0], operands[1]
 
 
 def _not_number(path: ScorePath, divisor: ast.expr, depth: int = 0) -> str:
     """Why ``divisor`` is not shown to be a Python number; empty when it is."""
-    for node in t.walk(divisor):
-        if isinstance(node, ast.Call) and t.last_name(node.func) not in _NUMBERS:
+    for node in syntax.walk(divisor):
+        if isinstance(node, ast.Call) and syntax.last_name(node.func) not in _NUMBERS:
             return f"the divisor calls {ast.unparse(node.func)}: not a number in a form known here"
-        if isinstance(node, ast.Call) and t.last_name(node.func) in {"sqrt", "pow"} and t.on_torch(node):
+        if (
+            isinstance(node, ast.Call)
+            and syntax.last_name(node.func) in {"sqrt", "pow"}
+            and syntax.on_torch(node)
+        ):
             return f"the divisor calls {ast.unparse(node.func)}, which makes a tensor"
         if isinstance(node, (ast.NamedExpr, ast.IfExp, ast.Lambda, ast.Await)):
             return "the divisor is not a plain expression"
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and depth < 4:
-            for bound, value in t.assignments(path.function.body, node.id):
-                tensor = value is not None and any(t.calls(value, maker) for maker in _MAKERS)
+            for bound, value in syntax.assignments(path.function.body, node.id):
+                tensor = value is not None and any(syntax.calls(value, maker) for maker in _MAKERS)
                 if tensor and divisor is node:
                     return f"the divisor `{node.id}` is bound to a tensor on line {bound.lineno}"
     return ""
@@ -150,9 +154,9 @@ def _not_number(path: ScorePath, divisor: ast.expr, depth: int = 0) -> str:
 
 def _filled(path: ScorePath, call: ast.Call) -> tuple[ast.expr | None, str]:
     """The number a zero-dimensional constructor is filled with, or None and the reason."""
-    name = t.last_name(call.func)
+    name = syntax.last_name(call.func)
     wanted = 2 if name == "full" else 1
-    if name not in {"full", "tensor"} or not t.on_torch(call) or len(call.args) > wanted:
+    if name not in {"full", "tensor"} or not syntax.on_torch(call) or len(call.args) > wanted:
         return None, f"the divisor is made by {ast.unparse(call.func)} in a form not known"
     extra = [k.arg for k in call.keywords if k.arg not in {"size", "fill_value", "data", "dtype", "device"}]
     if extra:
@@ -160,14 +164,18 @@ def _filled(path: ScorePath, call: ast.Call) -> tuple[ast.expr | None, str]:
     value = (
         call.args[wanted - 1]
         if len(call.args) == wanted
-        else t.keyword(call, "fill_value" if wanted == 2 else "data")
+        else syntax.keyword(call, "fill_value" if wanted == 2 else "data")
     )
     if name == "full":
-        size = call.args[0] if call.args else t.keyword(call, "size")
+        size = call.args[0] if call.args else syntax.keyword(call, "size")
         if not (isinstance(size, (ast.List, ast.Tuple)) and not size.elts):
             return None, "the divisor is not a zero-dimensional tensor"
-    dtype = t.keyword(call, "dtype")
-    own = isinstance(dtype, ast.Attribute) and dtype.attr == "dtype" and t.is_name(dtype.value, path.scores)
+    dtype = syntax.keyword(call, "dtype")
+    own = (
+        isinstance(dtype, ast.Attribute)
+        and dtype.attr == "dtype"
+        and syntax.is_name(dtype.value, path.scores)
+    )
     if dtype is not None and not own:
         return None, f"the divisor has a dtype of its own, {ast.unparse(dtype)}"
     if value is None or isinstance(value, (ast.List, ast.Tuple)):

@@ -12,10 +12,10 @@ import ast
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.effects import effects, is_in_place
 from codemods.analysis.handed import MASK, carries, mask_problem, tampered, unwrapped
-from codemods.analysis.source import Source
+from codemods.analysis.source import Source, kept_on_source
 
 UPCAST = "_upcast_and_reordered_attn"
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "zeros", "empty", "dequantize_cache_torch"))
@@ -55,13 +55,13 @@ class Attention:
         """Every ``self.method(...)`` in the class: calling method, statement, call."""
         found = []
         for function in self.methods.values():
-            for stmt in t.statements(function.body):
-                if any(t.blocks(stmt)):
+            for stmt in syntax.statements(function.body):
+                if any(syntax.blocks(stmt)):
                     continue
                 found += [
                     (function, stmt, call)
-                    for call in t.calls(stmt, method)
-                    if isinstance(call.func, ast.Attribute) and t.is_name(call.func.value, "self")
+                    for call in syntax.calls(stmt, method)
+                    if isinstance(call.func, ast.Attribute) and syntax.is_name(call.func.value, "self")
                 ]
         return found
 
@@ -117,17 +117,17 @@ class ScorePath:
 
     def _upsets(self, stmt: ast.stmt, masked: bool) -> bool:
         """A statement that may write the scores besides binding them, or keeps masked ones for later."""
-        simple = not any(t.blocks(stmt)) and self.scores in t.binds(stmt)
+        simple = not any(syntax.blocks(stmt)) and self.scores in syntax.binds(stmt)
         if simple or not (masked or self._masked_in_place):
             return False  # what happens to them before a mask is the same with and without it
         flow = effects(self.attention.source)
         lines = range(stmt.lineno, (stmt.end_lineno or stmt.lineno) + 1)
         if any(w.line in lines for w in flow.written(self.function, [self.scores])):
             return True
-        bound = t.binds(stmt) - {self.scores}
+        bound = syntax.binds(stmt) - {self.scores}
         later = [s for s in self.function.body if s.lineno > stmt.lineno and not _looks(s)]
-        kept = bool(bound & frozenset().union(*(t.reads(s) for s in later)))
-        return self._looks_into(stmt) and (kept or any(_gives_away(s) for s in t.walk(stmt)))
+        kept = bool(bound & frozenset().union(*(syntax.reads(s) for s in later)))
+        return self._looks_into(stmt) and (kept or any(_gives_away(s) for s in syntax.walk(stmt)))
 
     @cached_property
     def _masked_in_place(self) -> bool:
@@ -136,26 +136,26 @@ class ScorePath:
         if not self.masks:
             return False
         after = [s for s in self.before if s.lineno > self.masks[0].stmt.lineno]
-        written = (n for s in after for n in t.walk(s) if isinstance(n, ast.AugAssign))
-        return any(t.is_name(n.target, self.scores) for n in written) or any(
-            t.calls(mask.stmt, "masked_fill_") for mask in self.masks
+        written = (n for s in after for n in syntax.walk(s) if isinstance(n, ast.AugAssign))
+        return any(syntax.is_name(n.target, self.scores) for n in written) or any(
+            syntax.calls(mask.stmt, "masked_fill_") for mask in self.masks
         )
 
     def _looks_into(self, stmt: ast.stmt) -> bool:
         """The values of the scores are read, not only their shape, dtype or device."""
         described = {
             id(n.value)
-            for n in t.walk(stmt)
+            for n in syntax.walk(stmt)
             if isinstance(n, ast.Attribute) and n.attr in {"shape", "dtype", "device", "size", "dim", "ndim"}
         }
-        return any(t.is_name(n, self.scores) and id(n) not in described for n in t.walk(stmt))
+        return any(syntax.is_name(n, self.scores) and id(n) not in described for n in syntax.walk(stmt))
 
     @property
     def _softmaxes(self) -> list[ast.stmt]:
         """Top-level statements with a softmax; calls in one must be of the same scores to count as one."""
         found = []
         for stmt in self.function.body:
-            calls = t.calls(stmt, "softmax")
+            calls = syntax.calls(stmt, "softmax")
             names = {_softmax_of(call) for call in calls}
             found += [stmt] if names else []
             odd = len(names) > 1 or _in_a_row(stmt) > 1 or not all(map(_over_keys, calls))
@@ -174,7 +174,7 @@ class ScorePath:
     def dead(self) -> bool:
         """True when nothing in the file calls this method; upstream never calls its upcast variant."""
         name = self.function.name
-        return name != "forward" and not t.calls(self.attention.source.tree, name)
+        return name != "forward" and not syntax.calls(self.attention.source.tree, name)
 
     @cached_property
     def before(self) -> list[ast.stmt]:
@@ -192,16 +192,16 @@ class ScorePath:
         """For a method nothing calls: one that is called and takes as many parameters."""
         if self.calls:
             return None
-        count = len(t.parameters(self.function))
+        count = len(syntax.parameters(self.function))
         alike = (p for p in self.attention.paths if p is not self and p.calls)
-        return next((p for p in alike if len(t.parameters(p.function)) == count), None)
+        return next((p for p in alike if len(syntax.parameters(p.function)) == count), None)
 
     def counterpart(self, name: str) -> str | None:
         """The stand-in's parameter at the place of this method's parameter ``name``."""
-        names = t.parameters(self.function)
+        names = syntax.parameters(self.function)
         if self.stand_in is None or name not in names:
             return None
-        return t.parameters(self.stand_in.function)[names.index(name)]
+        return syntax.parameters(self.stand_in.function)[names.index(name)]
 
     @cached_property
     def mask_parameter(self) -> str | None:
@@ -211,11 +211,11 @@ class ScorePath:
         parameter of that name, or the one at the same place as in the stand-in.
         """
         for caller, stmt, call in self.calls:
-            bound = t.arguments(call, self.function) or {}
+            bound = syntax.arguments(call, self.function) or {}
             for name, value in bound.items():
                 if carries(caller, value, MASK, stmt):
                     return name
-        names = t.parameters(self.function)
+        names = syntax.parameters(self.function)
         if self.calls or "attention_mask" in names:
             return None if self.calls else "attention_mask"
         wanted = self.stand_in.mask_parameter if self.stand_in is not None else None
@@ -229,12 +229,14 @@ class ScorePath:
         if self.function.name != "forward" and not carries(self.function, ast.Name(name, ast.Load()), name):
             return f"`{name}` is given another value inside the method"
         for caller, stmt, call in self.calls:
-            value = (t.arguments(call, self.function) or {}).get(name)
+            value = (syntax.arguments(call, self.function) or {}).get(name)
             if not carries(caller, value, MASK, stmt):
                 bound = [
-                    s for s, _ in t.assignments(caller.body, MASK) if not t.exclusive(caller.body, s, stmt)
+                    s
+                    for s, _ in syntax.assignments(caller.body, MASK)
+                    if not syntax.exclusive(caller.body, s, stmt)
                 ]
-                if t.is_name(value, MASK) and bound:
+                if syntax.is_name(value, MASK) and bound:
                     return f"attention_mask is given another value on line {bound[0].lineno}, before the call"
                 return f"the call on line {call.lineno} passes something else as `{name}`"
         return self._mask_written(name) or self._mask_handed()
@@ -262,29 +264,31 @@ class ScorePath:
             return mask
         if self._adds(stmt):
             return "add"
-        if self.scores not in t.binds(stmt):
+        if self.scores not in syntax.binds(stmt):
             return "write" if self._mutates(stmt) else "keep"
-        inner = [s for s in t.statements([stmt]) if self.scores in t.binds_itself(s)]
+        inner = [s for s in syntax.statements([stmt]) if self.scores in syntax.binds_itself(s)]
         if not all(self._harmless(s) for s in inner):
             return "unknown"
         return "make" if any(self._makes(s) for s in inner) else "keep"
 
     def _makes(self, stmt: ast.stmt) -> bool:
         """The scores are made anew: by a product, or from something else than themselves."""
-        calls = [n for n in t.walk(stmt) if isinstance(n, ast.Call) and t.last_name(n.func) in PRODUCTS]
-        return bool(calls) or self.scores not in t.reads(stmt)
+        calls = [
+            n for n in syntax.walk(stmt) if isinstance(n, ast.Call) and syntax.last_name(n.func) in PRODUCTS
+        ]
+        return bool(calls) or self.scores not in syntax.reads(stmt)
 
     def _mutates(self, stmt: ast.stmt) -> bool:
         """In-place methods and subscript stores on the scores, which no plain assignment shows."""
-        for node in t.walk(stmt):
+        for node in syntax.walk(stmt):
             if (
                 isinstance(node, ast.Call)
-                and t.is_method_of(node, self.scores)
-                and is_in_place(t.last_name(node.func))
+                and syntax.is_method_of(node, self.scores)
+                and is_in_place(syntax.last_name(node.func))
             ):
                 return True
             stored = isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)
-            if stored and t.is_name(node.value, self.scores):  # type: ignore[attr-defined]
+            if stored and syntax.is_name(node.value, self.scores):  # type: ignore[attr-defined]
                 return True
         return False
 
@@ -292,12 +296,12 @@ class ScorePath:
         """A product, a scale by something that is not a mask, a cast or a reshape of the scores."""
         if isinstance(stmt, ast.AugAssign):
             return isinstance(stmt.op, (ast.Div, ast.Mult)) and not self._maskish(stmt.value)
-        if not isinstance(stmt, ast.Assign) or not t.is_name(stmt.targets[0], self.scores):
+        if not isinstance(stmt, ast.Assign) or not syntax.is_name(stmt.targets[0], self.scores):
             return False
         return self._keeps(stmt.value)
 
     def _keeps(self, value: ast.expr) -> bool:
-        if t.is_name(unwrapped(value), self.scores):
+        if syntax.is_name(unwrapped(value), self.scores):
             return True
         if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Div, ast.Mult)):
             return self._keeps(value.left) and not self._maskish(value.right)
@@ -305,11 +309,11 @@ class ScorePath:
             return True
         if not isinstance(value, ast.Call):
             return False
-        name = t.last_name(value.func)
+        name = syntax.last_name(value.func)
         if name in PRODUCTS:
             return True
         if name == "div" and value.args:
-            operands = [*([] if t.on_torch(value) else [value.func.value]), *value.args]  # type: ignore[attr-defined]
+            operands = [*([] if syntax.on_torch(value) else [value.func.value]), *value.args]  # type: ignore[attr-defined]
             return self._keeps(operands[0]) and not any(self._maskish(o) for o in operands[1:])
         if name in CASTS | SHAPES and isinstance(value.func, ast.Attribute):
             return self._keeps(value.func.value)
@@ -317,10 +321,10 @@ class ScorePath:
 
     def _maskish(self, node: ast.expr) -> bool:
         """Whether a factor or divisor could carry a mask: comparisons, tril, where, or a mask's name."""
-        for child in t.walk(node):
+        for child in syntax.walk(node):
             if isinstance(child, (ast.Compare, ast.IfExp)):
                 return True
-            if isinstance(child, ast.Call) and t.last_name(child.func) in {
+            if isinstance(child, ast.Call) and syntax.last_name(child.func) in {
                 "tril",
                 "triu",
                 "where",
@@ -339,21 +343,21 @@ class ScorePath:
         if isinstance(stmt, ast.If):
             others = self._beside(stmt)
             guarded = is_not_none(stmt.test, name) and not stmt.orelse and len(stmt.body) == len(others) + 1
-            return guarded and not any(self.scores in t.binds(s) for s in others)
+            return guarded and not any(self.scores in syntax.binds(s) for s in others)
         if isinstance(stmt, ast.AugAssign):
-            plus = isinstance(stmt.op, ast.Add) and t.is_name(stmt.target, self.scores)
+            plus = isinstance(stmt.op, ast.Add) and syntax.is_name(stmt.target, self.scores)
             return plus and self._is_mask_value(stmt.value)
         if (
             not isinstance(stmt, ast.Assign)
-            or not t.is_name(stmt.targets[0], self.scores)
+            or not syntax.is_name(stmt.targets[0], self.scores)
             or len(stmt.targets) != 1
         ):
             return False
         value = stmt.value
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
             pair = (value.left, value.right)
-        elif t.call_name(value) == "add" and isinstance(value, ast.Call):
-            own = [] if t.on_torch(value) else [value.func.value]  # type: ignore[attr-defined]
+        elif syntax.call_name(value) == "add" and isinstance(value, ast.Call):
+            own = [] if syntax.on_torch(value) else [value.func.value]  # type: ignore[attr-defined]
             operands = [*own, *value.args]
             if len(operands) != 2 or value.keywords:
                 return False
@@ -361,7 +365,7 @@ class ScorePath:
         else:
             return False
         return any(
-            t.is_name(uncast(a), self.scores) and self._is_mask_value(b) for a, b in (pair, pair[::-1])
+            syntax.is_name(uncast(a), self.scores) and self._is_mask_value(b) for a, b in (pair, pair[::-1])
         )
 
     def _beside(self, stmt: ast.stmt) -> list[ast.stmt]:
@@ -385,15 +389,15 @@ class ScorePath:
         if (
             isinstance(stmt, ast.Assign)
             and len(stmt.targets) == 1
-            and t.is_name(stmt.targets[0], self.scores)
-        ) or (isinstance(stmt, ast.Expr) and t.call_name(stmt.value) == "masked_fill_"):
+            and syntax.is_name(stmt.targets[0], self.scores)
+        ) or (isinstance(stmt, ast.Expr) and syntax.call_name(stmt.value) == "masked_fill_"):
             value = stmt.value
         else:
             return None
-        name = t.call_name(value)
+        name = syntax.call_name(value)
         if not isinstance(value, ast.Call) or name not in {"where", "masked_fill", "masked_fill_"}:
             return None
-        if name == "where" and t.on_torch(value) and len(value.args) == 3:
+        if name == "where" and syntax.on_torch(value) and len(value.args) == 3:
             condition, kept, fill = value.args
             problem = (
                 ""
@@ -414,33 +418,31 @@ class ScorePath:
         return Mask(stmt, value, value, "a mask call in a form not known")
 
     def _is_scores(self, node: ast.expr) -> bool:
-        return t.is_name(uncast(node), self.scores)
+        return syntax.is_name(uncast(node), self.scores)
 
 
+@kept_on_source
 def attentions(source: Source) -> list[Attention]:
     """The attention classes of a file: those whose ``__init__`` makes ``c_attn`` and ``c_proj`` and has
     a forward."""
-    known = source.memo.get("attentions")
-    if known is None:
-        known = [Attention(source, node) for node in source.tree.body if _is_attention(node)]  # type: ignore[arg-type]
-        source.memo["attentions"] = known
-    return known  # type: ignore[return-value]
+    classes = (node for node in source.tree.body if isinstance(node, ast.ClassDef))
+    return [Attention(source, node) for node in classes if _is_attention(node)]
 
 
-def _is_attention(node: ast.stmt) -> bool:
-    if not isinstance(node, ast.ClassDef):
-        return False
+def _is_attention(node: ast.ClassDef) -> bool:
     names = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
     if not {"__init__", "forward"} <= names:
         return False
-    made = {n.attr for n in t.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    made = {
+        n.attr for n in syntax.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
     return {"c_attn", "c_proj"} <= made
 
 
 def uncast(node: ast.expr) -> ast.expr:
     """``x`` of ``x.to(...)``, ``x.float()``, ``x.type(...)``: casts and device moves change no position."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        if node.func.attr not in CASTS | {"bool"} or t.on_torch(node):
+        if node.func.attr not in CASTS | {"bool"} or syntax.on_torch(node):
             break
         node = node.func.value
     return node
@@ -450,7 +452,7 @@ def is_not_none(test: ast.expr, name: str) -> bool:
     """``name is not None``."""
     return (
         isinstance(test, ast.Compare)
-        and t.is_name(test.left, name)
+        and syntax.is_name(test.left, name)
         and len(test.ops) == 1
         and isinstance(test.ops[0], ast.IsNot)
         and isinstance(test.comparators[0], ast.Constant)
@@ -462,7 +464,7 @@ def _gives_away(node: ast.AST) -> bool:
     """A return, a store into something that has no name, a call for its effect."""
     if isinstance(node, (ast.Attribute, ast.Subscript)):
         return isinstance(node.ctx, ast.Store)
-    effect = isinstance(node, ast.Expr) and not t.is_pure(node)
+    effect = isinstance(node, ast.Expr) and not syntax.is_pure(node)
     return effect or isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom))
 
 
@@ -476,8 +478,8 @@ def _inverse(node: ast.expr) -> ast.expr | None:
     node = uncast(node)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         return node.operand
-    if isinstance(node, ast.Call) and t.last_name(node.func) == "logical_not":
-        return node.args[0] if t.on_torch(node) and node.args else node.func.value  # type: ignore[attr-defined]
+    if isinstance(node, ast.Call) and syntax.last_name(node.func) == "logical_not":
+        return node.args[0] if syntax.on_torch(node) and node.args else node.func.value  # type: ignore[attr-defined]
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
         zero = node.comparators[0]
         return node.left if isinstance(zero, ast.Constant) and zero.value in (0, False) else None
@@ -487,7 +489,7 @@ def _inverse(node: ast.expr) -> ast.expr | None:
 def _softmax(function: ast.FunctionDef) -> tuple[str, ast.stmt] | None:
     """The scores' name and the top-level statement of the first softmax in a method, if there is one."""
     for stmt in function.body:
-        for call in t.calls(stmt, "softmax"):
+        for call in syntax.calls(stmt, "softmax"):
             name = _softmax_of(call)
             if name is not None:
                 return name, stmt
@@ -497,14 +499,14 @@ def _softmax(function: ast.FunctionDef) -> tuple[str, ast.stmt] | None:
 def _in_a_row(stmt: ast.stmt) -> int:
     """How many softmaxes run one after the other in a statement; of two arms only one runs."""
     if not isinstance(stmt, ast.If):
-        return len(t.calls(stmt, "softmax"))
+        return len(syntax.calls(stmt, "softmax"))
     return max(sum(map(_in_a_row, arm)) for arm in (stmt.body, stmt.orelse))
 
 
 def _over_keys(call: ast.Call) -> bool:
     """Whether a softmax is taken over the last axis of four, that of the keys, and says so."""
-    place = 1 if t.on_torch(call) or isinstance(call.func, ast.Name) else 0
-    given = t.keyword(call, "dim") or (call.args[place] if len(call.args) > place else None)
+    place = 1 if syntax.on_torch(call) or isinstance(call.func, ast.Name) else 0
+    given = syntax.keyword(call, "dim") or (call.args[place] if len(call.args) > place else None)
     try:
         return given is not None and ast.literal_eval(given) in (-1, 3)
     except ValueError:
@@ -513,10 +515,10 @@ def _over_keys(call: ast.Call) -> bool:
 
 def _softmax_of(call: ast.Call) -> str | None:
     """The name a softmax is taken of, casts aside; None when it is not a name."""
-    given: ast.expr | None = t.keyword(call, "input")
-    if t.on_torch(call) and call.args:
+    given: ast.expr | None = syntax.keyword(call, "input")
+    if syntax.on_torch(call) and call.args:
         given = call.args[0]
-    elif isinstance(call.func, ast.Attribute) and not t.on_torch(call):
+    elif isinstance(call.func, ast.Attribute) and not syntax.on_torch(call):
         given = call.func.value
     name = uncast(given) if given is not None else None
     return name.id if isinstance(name, ast.Name) else None

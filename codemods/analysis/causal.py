@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.attention import ScorePath, uncast
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import Found, changed_buffer, passed_on
@@ -31,19 +31,19 @@ def not_negative(path: ScorePath, node: ast.expr, depth: int = 0, above: frozens
     node = uncast(node)
     if depth > 6:
         return "the fill value cannot be followed"
-    if isinstance(node, ast.Attribute) and node.attr == "min" and t.call_name(node.value) == "finfo":
+    if isinstance(node, ast.Attribute) and node.attr == "min" and syntax.call_name(node.value) == "finfo":
         return ""
-    if isinstance(node, ast.Attribute) and node.attr == "masked_bias" and t.is_name(node.value, "self"):
+    if isinstance(node, ast.Attribute) and node.attr == "masked_bias" and syntax.is_name(node.value, "self"):
         return ""
-    if isinstance(node, ast.Call) and t.last_name(node.func) in {"full", "tensor"} and node.args:
+    if isinstance(node, ast.Call) and syntax.last_name(node.func) in {"full", "tensor"} and node.args:
         return not_negative(path, node.args[-1], depth + 1, above)
     if isinstance(node, ast.Name) and node.id in above:
         return ""
     if isinstance(node, ast.Name):
         for write in effects(path.attention.source).written(path.function, [node.id]):
             return f"the fill value `{node.id}` may be changed in place on line {write.line}"
-        found = list(t.assignments(path.function.body, node.id))
-        if not found or node.id in t.parameters(path.function):
+        found = list(syntax.assignments(path.function.body, node.id))
+        if not found or node.id in syntax.parameters(path.function):
             return f"the fill value `{node.id}` is not made in this method"
         for _, value in found:
             if value is None:
@@ -59,19 +59,19 @@ def not_negative(path: ScorePath, node: ast.expr, depth: int = 0, above: frozens
 
 
 def _at_most(node: ast.expr, bound: float) -> bool:
-    value = t.constant(node)
+    value = syntax.constant(node)
     return isinstance(value, (int, float)) and value <= bound
 
 
 def _is_minus_infinity(node: ast.expr) -> bool:
-    if t.call_name(node) == "float" and isinstance(node, ast.Call) and node.args:
-        return t.constant(node.args[0]) in ("-inf", "-Infinity")
+    if syntax.call_name(node) == "float" and isinstance(node, ast.Call) and node.args:
+        return syntax.constant(node.args[0]) in ("-inf", "-Infinity")
     return (
         isinstance(node, ast.UnaryOp)
         and isinstance(node.op, ast.USub)
         and (
             (isinstance(node.operand, ast.Attribute) and node.operand.attr in {"inf", "infty"})
-            or (t.call_name(node.operand) == "float" and t.constant(node.operand.args[0]) == "inf")  # type: ignore[attr-defined]
+            or (syntax.call_name(node.operand) == "float" and syntax.constant(node.operand.args[0]) == "inf")  # type: ignore[attr-defined]
         )
     )
 
@@ -84,7 +84,7 @@ def _in_function(path: ScorePath, function: ast.FunctionDef, node: ast.expr, abo
         return _slice_problem(path, function, node) or _in_function(path, function, node.value, above)
     if is_triangle(node):
         return ""
-    if isinstance(node, ast.Attribute) and t.is_name(node.value, "self"):
+    if isinstance(node, ast.Attribute) and syntax.is_name(node.value, "self"):
         return _buffer_problem(path, node.attr)
     if isinstance(node, ast.Name):
         return _name_problem(path, function, node.id, above)
@@ -96,7 +96,9 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, above: 
         return ""
     above |= {(function.name, name)}
     found = [
-        (s, v) for s, v in t.assignments(function.body, name) if v is None or not t.is_name(uncast(v), name)
+        (s, v)
+        for s, v in syntax.assignments(function.body, name)
+        if v is None or not syntax.is_name(uncast(v), name)
     ]
     for write in effects(path.attention.source).written(function, [name]):
         return f"`{name}` may be changed in place on line {write.line}"
@@ -109,21 +111,21 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, above: 
             problem = _in_function(path, function, value, above)
         if problem:
             return problem
-    if found and name not in t.parameters(function):
+    if found and name not in syntax.parameters(function):
         return ""
-    if name not in t.parameters(function):
+    if name not in syntax.parameters(function):
         return f"`{name}` is not made in {function.name} nor passed to it"
     if function.name == "forward":
         return _model_buffer_problem(path, name)
     if not path.calls:  # dead code upstream (the upcast path): its parameters mean what the called path's do
         forward, twin = path.attention.forward, path.counterpart(name)
-        if forward is not None and name in t.parameters(forward):
+        if forward is not None and name in syntax.parameters(forward):
             return _model_buffer_problem(path, name)
         if path.stand_in is None or twin is None:
             return f"`{name}` cannot be followed: nothing calls {function.name}"
         return _name_problem(path.stand_in, path.stand_in.function, twin, above)
     for caller, _, call in path.calls:
-        value = (t.arguments(call, function) or {}).get(name)
+        value = (syntax.arguments(call, function) or {}).get(name)
         if value is None:
             return f"the call on line {call.lineno} does not pass `{name}`"
         problem = _in_function(path, caller, value, above)
@@ -134,7 +136,7 @@ def _name_problem(path: ScorePath, function: ast.FunctionDef, name: str, above: 
 
 def _none_problem(function: ast.FunctionDef, stmt: ast.stmt, name: str) -> str:
     """``None`` in place of a mask is right only where query and key lengths differ (a decode step)."""
-    around = t.path_to(function.body, stmt)
+    around = syntax.path_to(function.body, stmt)
     choices = [(node, arm) for node, arm in around if isinstance(node, ast.If)]
     for node, arm in choices[::-1]:
         test = node.test
@@ -158,7 +160,7 @@ def _length_of(function: ast.FunctionDef, node: ast.expr, depth: int = 0) -> str
         return None
     if (
         isinstance(node, ast.Call)
-        and t.last_name(node.func) == "size"
+        and syntax.last_name(node.func) == "size"
         and isinstance(node.func, ast.Attribute)
     ):
         return _root(node.func.value) if _is_sequence_axis(function, node.func.value, node.args) else None
@@ -176,7 +178,7 @@ def _length_of(function: ast.FunctionDef, node: ast.expr, depth: int = 0) -> str
     if isinstance(node, ast.Name):
         found = {
             _length_of(function, value, depth + 1) if value is not None else None
-            for _, value in t.assignments(function.body, node.id)
+            for _, value in syntax.assignments(function.body, node.id)
         }
         return found.pop() if len(found) == 1 else None
     return None
@@ -187,22 +189,24 @@ def _is_sequence_axis(function: ast.FunctionDef, tensor: ast.expr, index: list[a
 
     ``forward`` has the first order until it permutes; what it calls is given the second.
     """
-    axis = t.constant(index[0]) if len(index) == 1 else None
+    axis = syntax.constant(index[0]) if len(index) == 1 else None
     if axis not in (1, 2, -2) or not isinstance(tensor, ast.Name):  # a part of the quantised cache
         return axis in (1, 2, -2)
     permuted = function.name != "forward" or any(
         stmt.lineno < tensor.lineno
         and (
-            t.call_name(value) in {"permute", "transpose"} if value is not None else t.calls(stmt, "permute")
+            syntax.call_name(value) in {"permute", "transpose"}
+            if value is not None
+            else syntax.calls(stmt, "permute")
         )
-        for stmt, value in t.assignments(function.body, tensor.id)
+        for stmt, value in syntax.assignments(function.body, tensor.id)
     )
     return permuted == (axis != 1)
 
 
 def _root(node: ast.expr) -> str | None:
     """``key`` of ``key`` and of ``key[0]`` (the quantised cache is a tuple that starts with the data)."""
-    if isinstance(node, ast.Subscript) and t.constant(node.slice) == 0:
+    if isinstance(node, ast.Subscript) and syntax.constant(node.slice) == 0:
         node = node.value
     return node.id if isinstance(node, ast.Name) else None
 
@@ -219,10 +223,13 @@ def _slice_problem(path: ScorePath, function: ast.FunctionDef, node: ast.Subscri
     start = rows.lower
     if not isinstance(start, ast.BinOp) or not isinstance(start.op, ast.Sub) or columns.lower is not None:
         return shown
-    if not (t.same(start.left, rows.upper) and t.same(rows.upper, columns.upper)) or rows.upper is None:
+    if (
+        not (syntax.same(start.left, rows.upper) and syntax.same(rows.upper, columns.upper))
+        or rows.upper is None
+    ):
         return shown
     key, query = _length_of(function, start.left), _length_of(function, start.right)
-    names = t.parameters(function)
+    names = syntax.parameters(function)
     if function.name == "forward":
         return "" if key and query and key != query else shown
     ordered = key in names and query in names and names.index(query or "") < names.index(key or "")
@@ -232,21 +239,21 @@ def _slice_problem(path: ScorePath, function: ast.FunctionDef, node: ast.Subscri
 def is_triangle(node: ast.expr) -> bool:
     """``torch.tril(torch.ones((n, n), ...))``, viewed or unsqueezed: true on and below the diagonal."""
     node = uncast(node)
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not t.on_torch(node):
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not syntax.on_torch(node):
         if node.func.attr not in {"view", "reshape", "unsqueeze"}:
             return False
         node = uncast(node.func.value)
-    if t.call_name(node) != "tril" or not isinstance(node, ast.Call):
+    if syntax.call_name(node) != "tril" or not isinstance(node, ast.Call):
         return False
-    diagonal = t.keyword(node, "diagonal") or (node.args[1] if len(node.args) > 1 else ast.Constant(0))
-    if t.constant(diagonal) != 0 or not node.args:
+    diagonal = syntax.keyword(node, "diagonal") or (node.args[1] if len(node.args) > 1 else ast.Constant(0))
+    if syntax.constant(diagonal) != 0 or not node.args:
         return False
     ones = uncast(node.args[0])
-    if t.call_name(ones) != "ones" or not isinstance(ones, ast.Call) or not ones.args:
+    if syntax.call_name(ones) != "ones" or not isinstance(ones, ast.Call) or not ones.args:
         return False
     first = ones.args[0]
     shape = first.elts if isinstance(first, (ast.Tuple, ast.List)) else ones.args
-    return len(shape) == 2 and t.same(shape[0], shape[1])
+    return len(shape) == 2 and syntax.same(shape[0], shape[1])
 
 
 def _buffer_problem(path: ScorePath, name: str) -> str:
@@ -282,9 +289,9 @@ def _model_buffer_problem(path: ScorePath, parameter: str) -> str:
 
 def _registered(scope: ast.AST, name: str) -> list[ast.expr]:
     found = []
-    for call in t.calls(scope, "register_buffer"):
-        label = call.args[0] if call.args else t.keyword(call, "name")
-        value = call.args[1] if len(call.args) > 1 else t.keyword(call, "tensor")
-        if t.constant(label) == name and value is not None:
+    for call in syntax.calls(scope, "register_buffer"):
+        label = call.args[0] if call.args else syntax.keyword(call, "name")
+        value = call.args[1] if len(call.args) > 1 else syntax.keyword(call, "tensor")
+        if syntax.constant(label) == name and value is not None:
             found.append(value)
     return found

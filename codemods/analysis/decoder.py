@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.source import Source, read
 
 
@@ -20,7 +20,7 @@ def stage(source: bytes, layer_class: str) -> str:
     forward = method(layer, "forward") if layer else None
     if forward is None:
         return ""
-    if "position_embeddings" not in t.parameters(forward):
+    if "position_embeddings" not in syntax.parameters(forward):
         return "rotary-inside"
     return "attention-interface" if function(parsed, "eager_attention_forward") else "attention-classes"
 
@@ -45,6 +45,8 @@ def body(function: ast.FunctionDef) -> list[ast.stmt]:
 
 def is_swapped(node: ast.AST) -> bool:
     """Whether *node* is ``x.transpose(1, 2)``."""
-    if not (isinstance(node, ast.Call) and t.call_name(node) == "transpose" and not t.on_torch(node)):
+    if not (
+        isinstance(node, ast.Call) and syntax.call_name(node) == "transpose" and not syntax.on_torch(node)
+    ):
         return False
-    return [t.constant(argument) for argument in node.args] == [1, 2] and not node.keywords
+    return [syntax.constant(argument) for argument in node.args] == [1, 2] and not node.keywords

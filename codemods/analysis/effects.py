@@ -15,8 +15,8 @@ import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from codemods.analysis import tree as t
-from codemods.analysis.source import Source
+from codemods.analysis import syntax
+from codemods.analysis.source import Source, kept_on_source
 
 
 def words(text: str) -> frozenset[str]:
@@ -187,7 +187,7 @@ class Effects:
     def whole(self, function: Function) -> Flow:
         """The names and writes of ``function``, its branch with torch's fused attention read too."""
         if id(function) not in self._whole:
-            fused = t.calls(function, "scaled_dot_product_attention")
+            fused = syntax.calls(function, "scaled_dot_product_attention")
             known = _Reader(self, function, whole=True).flow if fused else self.flows[id(function)]
             self._whole[id(function)] = known
         return self._whole[id(function)]
@@ -209,12 +209,10 @@ class Effects:
         return flow.same({name}) if flow is not None else {name}
 
 
+@kept_on_source
 def effects(source: Source) -> Effects:
-    """The effects of ``source``, computed once."""
-    known = source.memo.get("effects")
-    if known is None:
-        known = source.memo["effects"] = Effects(source)
-    return known  # type: ignore[return-value]
+    """The effects of ``source``."""
+    return Effects(source)
 
 
 def _parameters(function: Function) -> list[str]:
@@ -226,13 +224,17 @@ def _parameters(function: Function) -> list[str]:
 def _made_modules(tree: ast.Module) -> dict[str, set[str]]:
     """Attribute -> what is stored there anywhere in the file: names of called constructors, or ``?``."""
     found: dict[str, set[str]] = {}
-    setters = [n for n in t.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.endswith("_embeddings")]
-    passed = {id(n) for setter in setters for n in t.walk(setter)}
-    for node in t.walk(tree):
+    setters = [
+        n for n in syntax.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.endswith("_embeddings")
+    ]
+    passed = {id(n) for setter in setters for n in syntax.walk(setter)}
+    for node in syntax.walk(tree):
         if isinstance(node, ast.Assign) and id(node) not in passed:
             for target in node.targets:
                 if isinstance(target, ast.Attribute):
-                    made = t.call_name(node.value) or ("" if t.constant(node.value) is None else "?")
+                    made = syntax.call_name(node.value) or (
+                        "" if syntax.constant(node.value) is None else "?"
+                    )
                     harmless = "" if _in_place_constructor(node.value) else made
                     found.setdefault(target.attr, set()).add(harmless or "?")
     return found
@@ -243,28 +245,32 @@ def _passed(node: ast.AST, function: Function) -> list[ast.stmt]:
     ``if isinstance(module, nn.Linear):`` where ``_init_weights`` fills such a layer's weights and no more."""
     if not isinstance(node, ast.If):
         return []
-    if any(t.calls(stmt, "scaled_dot_product_attention") for stmt in node.body if not any(t.blocks(stmt))):
+    if any(
+        syntax.calls(stmt, "scaled_dot_product_attention")
+        for stmt in node.body
+        if not any(syntax.blocks(stmt))
+    ):
         return node.body
     return node.body if function.name == "_init_weights" and _fills_weights(node) else []
 
 
 def _fills_weights(choice: ast.If) -> bool:
-    asked = [call for call in t.calls(choice.test, "isinstance") if len(call.args) == 2]
-    kinds = [t.last_name(n) for call in asked for n in t.walk(call.args[1])]
-    modules = {t.last_name(call.args[0]) for call in asked}
+    asked = [call for call in syntax.calls(choice.test, "isinstance") if len(call.args) == 2]
+    kinds = [syntax.last_name(n) for call in asked for n in syntax.walk(call.args[1])]
+    modules = {syntax.last_name(call.args[0]) for call in asked}
     if not {"Linear", "Embedding", "RMSNorm"} & set(kinds):
         return False
-    used = [n for stmt in choice.body for n in t.walk(stmt) if isinstance(n, ast.Attribute)]
+    used = [n for stmt in choice.body for n in syntax.walk(stmt) if isinstance(n, ast.Attribute)]
     return all(
-        n.attr in ({"config"} if t.is_name(n.value, "self") else {"weight", "bias", "padding_idx"})
+        n.attr in ({"config"} if syntax.is_name(n.value, "self") else {"weight", "bias", "padding_idx"})
         for n in used
-        if t.last_name(n.value) in modules | {"self"} and isinstance(n.value, ast.Name)
+        if syntax.last_name(n.value) in modules | {"self"} and isinstance(n.value, ast.Name)
     )
 
 
 def _imported(tree: ast.Module) -> set[str]:
     """Names of modules, classes and functions from elsewhere, but for those known to write no tensor."""
-    found = [n for n in t.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    found = [n for n in syntax.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = {(alias.asname or alias.name).split(".")[0] for node in found for alias in node.names}
     return names - _STANDARD - {"torch", "F", "nn"}
 
@@ -272,7 +278,7 @@ def _imported(tree: ast.Module) -> set[str]:
 def _strange(tree: ast.Module) -> set[str]:
     """Names imported from files that nobody here has read; a class among them may do anything."""
     found = set()
-    for node in t.walk(tree):
+    for node in syntax.walk(tree):
         if isinstance(node, ast.ImportFrom):
             package = (node.module or "").partition(".")[0]
             if node.level or package not in _KNOWN_PACKAGES:
@@ -282,8 +288,8 @@ def _strange(tree: ast.Module) -> set[str]:
 
 def _registered(tree: ast.Module) -> set[str]:
     labels = (
-        t.constant(call.args[0] if call.args else t.keyword(call, "name"))
-        for call in t.calls(tree, "register_buffer")
+        syntax.constant(call.args[0] if call.args else syntax.keyword(call, "name"))
+        for call in syntax.calls(tree, "register_buffer")
     )
     return {label for label in labels if isinstance(label, str)}
 
@@ -296,7 +302,7 @@ def _root(node: ast.AST) -> str:
 
 
 def _in_place_constructor(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and t.keyword(node, "inplace") is not None
+    return isinstance(node, ast.Call) and syntax.keyword(node, "inplace") is not None
 
 
 class _Reader:
@@ -305,16 +311,16 @@ class _Reader:
     def __init__(self, file: Effects, function: Function, *, whole: bool = False) -> None:
         self.file = file
         self.flow = Flow(function)
-        nodes = [n for n in t.walk(function) if isinstance(n, _READ)]
+        nodes = [n for n in syntax.walk(function) if isinstance(n, _READ)]
         below = [n for n in nodes if isinstance(n, ast.FunctionDef)]
         self.nested = {n.name: _parameters(n) for n in below if n is not function}
-        self.bound = t.binds(function) | {name for n in below for name in _parameters(n)}
+        self.bound = syntax.binds(function) | {name for n in below for name in _parameters(n)}
         self.containers = {name for n in nodes for name in _filled_later(n)}
         self.known: dict[int, Roots] = {}
         self.cut = {id(call) for call, value in _cut_up(function) if not self.roots(value)}
         self.paired = {id(c.generators[0]) for c in _paired(nodes) if not self._writes_in(c.elt)}
         left_out = [] if whole else [part for branch in nodes for part in _passed(branch, function)]
-        passed = {id(n) for part in left_out for n in t.walk(part)}
+        passed = {id(n) for part in left_out for n in syntax.walk(part)}
         for node in nodes:
             if id(node) not in passed:
                 self._node(node)
@@ -377,14 +383,14 @@ class _Reader:
     def _writes_in(self, node: ast.expr) -> bool:
         before = len(self.flow.writes)
         self.roots(node)
-        for call in (n for n in t.walk(node) if isinstance(n, ast.Call)):
+        for call in (n for n in syntax.walk(node) if isinstance(n, ast.Call)):
             self.roots(call)
         return len(self.flow.writes) > before
 
     def _store(self, target: ast.expr, given: Roots) -> None:
         if isinstance(target, ast.Subscript):
             if _of_buffers(target):  # the attribute has another tensor from here on
-                self.flow.join((f"@{t.constant(target.slice)}", *sorted(given)))
+                self.flow.join((f"@{syntax.constant(target.slice)}", *sorted(given)))
                 return
             held = self.roots(target.value)
             self._write(target, held)
@@ -435,7 +441,7 @@ class _Reader:
             own = self.roots(node.value) if isinstance(node.value, ast.Name) else NOTHING
             return own | {f"@{node.attr}"}
         if _of_buffers(node):
-            return frozenset((f"@{t.constant(node.slice)}",))  # type: ignore[attr-defined]
+            return frozenset((f"@{syntax.constant(node.slice)}",))  # type: ignore[attr-defined]
         if isinstance(node, (ast.Subscript, ast.Starred, ast.NamedExpr, ast.Await)):
             return self.roots(node.value)
         if isinstance(node, ast.IfExp):
@@ -466,11 +472,11 @@ class _Reader:
         for item in call.keywords:
             if item.arg == "out":
                 self._write(call, self.roots(item.value))
-            if item.arg == "inplace" and t.constant(item.value) is not False:
+            if item.arg == "inplace" and syntax.constant(item.value) is not False:
                 self._write(call, given)
-        if t.last_name(call.func) in _SECOND_INPLACE and t.on_torch(call) and call.args[1:]:
+        if syntax.last_name(call.func) in _SECOND_INPLACE and syntax.on_torch(call) and call.args[1:]:
             self._write(call, given)
-        name, function = t.last_name(call.func), call.func
+        name, function = syntax.last_name(call.func), call.func
         if isinstance(function, ast.Name):
             return self._called_by_name(call, name, given)
         if not isinstance(function, ast.Attribute):
@@ -481,7 +487,7 @@ class _Reader:
         own = self.roots(function.value)
         if name in self.file.functions:
             return self._summed(call, self.file.functions[name], own)
-        if t.is_name(function.value, "self") and name in self.file.modules:
+        if syntax.is_name(function.value, "self") and name in self.file.modules:
             return self._module(call, self.file.modules[name], given)
         return self._method(call, name, own, given)
 
@@ -493,10 +499,10 @@ class _Reader:
         if name in self.file.functions:
             return self._summed(call, self.file.functions[name], NOTHING)
         if name in {"setattr", "delattr"} and call.args:
-            self._write(call, self.roots(call.args[0]) | {f"@{t.constant(a)}" for a in call.args[1:2]})
+            self._write(call, self.roots(call.args[0]) | {f"@{syntax.constant(a)}" for a in call.args[1:2]})
             return NOTHING
         if name == "getattr" and call.args:
-            return self.roots(call.args[0]) | {f"@{t.constant(a)}" for a in call.args[1:2]}
+            return self.roots(call.args[0]) | {f"@{syntax.constant(a)}" for a in call.args[1:2]}
         if name in _BUILTINS or name in _KERNELS:
             return NOTHING
         if name in self.file.strange:
@@ -528,12 +534,12 @@ class _Reader:
             self._write(call, own)
             return own | given
         if name == "register_buffer":
-            self.flow.join((f"@{t.constant(call.args[0] if call.args else None)}", *sorted(given)))
+            self.flow.join((f"@{syntax.constant(call.args[0] if call.args else None)}", *sorted(given)))
             return NOTHING
         if name in {"buffers", "named_buffers"}:
             return self.file.buffers
         if name in {"get_buffer", "get_parameter"} and call.args:
-            return frozenset((f"@{t.constant(call.args[0])}",))
+            return frozenset((f"@{syntax.constant(call.args[0])}",))
         root = _root(call.func)
         if root in self.file.imported - _QUANTISED_KERNELS:  # not a tensor's method, whatever its name
             self._write(call, own | given)
@@ -546,14 +552,14 @@ class _Reader:
         if name in _READS:
             return NOTHING
         receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
-        if t.is_name(receiver) and receiver.id in _STANDARD:  # type: ignore[union-attr]
+        if syntax.is_name(receiver) and receiver.id in _STANDARD:  # type: ignore[union-attr]
             return given
         if (
-            t.last_name(receiver or call) in _QUANTISED_KERNELS
+            syntax.last_name(receiver or call) in _QUANTISED_KERNELS
         ):  # the third argument is where their result goes
             self._write(call, self.roots(call.args[2]) if len(call.args) > 2 else given)
             return NOTHING
-        if isinstance(receiver, ast.Call) and t.is_name(receiver.func, "super"):
+        if isinstance(receiver, ast.Call) and syntax.is_name(receiver.func, "super"):
             return given
         if name[:1].isupper():
             return given
@@ -578,7 +584,7 @@ class _Reader:
             c
             for n, c in self.file.classes.items()
             for o in [self.file.owners.get(id(self.flow.function))]
-            if o is not None and t.calls(o, n)
+            if o is not None and syntax.calls(o, n)
         ]
         functions = [f for c in made for f in _methods(c, "forward")] or self.file.functions.get(
             "forward", []
@@ -623,7 +629,7 @@ def _bound_arguments(call: ast.Call, function: Function) -> dict[str, list[ast.e
 
 def _on_class(function: ast.expr) -> bool:
     """``Class.method``, which is given its ``self``."""
-    return isinstance(function, ast.Attribute) and t.last_name(function.value)[:1].isupper()
+    return isinstance(function, ast.Attribute) and syntax.last_name(function.value)[:1].isupper()
 
 
 def _methods(node: ast.ClassDef, name: str) -> list[Function]:
@@ -633,11 +639,11 @@ def _methods(node: ast.ClassDef, name: str) -> list[Function]:
 def _cut_up(function: Function) -> Iterator[tuple[ast.Call, ast.expr]]:
     """Calls that cut a local up into parts, ``x.split(...)``, where nothing else of the function reads x,
     each with the one value that x is given."""
-    for call in (n for name in ("split", "chunk", "unbind") for n in t.calls(function, name)):
+    for call in (n for name in ("split", "chunk", "unbind") for n in syntax.calls(function, name)):
         owner = call.func.value if isinstance(call.func, ast.Attribute) else None
         if isinstance(owner, ast.Name) and owner.id not in _parameters(function):
-            uses = [n for n in t.walk(function) if isinstance(n, ast.Name) and n.id == owner.id]
-            values = [value for _, value in t.assignments(function.body, owner.id)]
+            uses = [n for n in syntax.walk(function) if isinstance(n, ast.Name) and n.id == owner.id]
+            values = [value for _, value in syntax.assignments(function.body, owner.id)]
             if len(uses) == 2 and len(values) == 1 and values[0] is not None:
                 yield call, values[0]
 
@@ -661,7 +667,7 @@ def _filled_later(node: ast.AST) -> Iterator[str]:
     """The names that are bound to a list or a dictionary."""
     if isinstance(node, ast.Assign) and (
         isinstance(node.value, (ast.List, ast.Dict, ast.ListComp, ast.DictComp))
-        or t.call_name(node.value) in {"list", "dict"}
+        or syntax.call_name(node.value) in {"list", "dict"}
     ):
         yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
@@ -672,7 +678,7 @@ def _of_buffers(node: ast.AST) -> bool:
         isinstance(node, ast.Subscript)
         and isinstance(node.value, ast.Attribute)
         and node.value.attr == "_buffers"
-        and isinstance(t.constant(node.slice), str)
+        and isinstance(syntax.constant(node.slice), str)
     )
 
 
@@ -692,6 +698,6 @@ def _of_torch(function: ast.Attribute) -> bool:
 def _holds(node: ast.BinOp) -> bool:
     """A sum of tuples or lists, as far as it can be seen."""
     return any(
-        isinstance(part, (ast.Tuple, ast.List)) or t.call_name(part) in {"tuple", "list"}
+        isinstance(part, (ast.Tuple, ast.List)) or syntax.call_name(part) in {"tuple", "list"}
         for part in (node.left, node.right)
     ) or any(isinstance(part, ast.BinOp) and _holds(part) for part in (node.left, node.right))

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis import values as v
 from codemods.analysis.effects import words
 from codemods.analysis.handed import Found
@@ -119,7 +119,9 @@ class Expressions:
 
     def _drawn(self, node: ast.expr, env: Env) -> Value:
         """What a loop goes over: a list of the values that its variable takes."""
-        name = t.call_name(node) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        name = (
+            syntax.call_name(node) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        )
         if isinstance(node, ast.Call) and name in {"zip", "enumerate", "range"}:
             parts = [self.value(a, env) for a in node.args]
             if name == "range":
@@ -265,7 +267,9 @@ class Expressions:
         made = self.value(node.value, {"self": v.ITSELF})
         owner = self.classes.get(made.name) if isinstance(made, v.Built) else None
         for stmt in (
-            t.statements(methods(owner)["__init__"].body) if owner and "__init__" in methods(owner) else ()
+            syntax.statements(methods(owner)["__init__"].body)
+            if owner and "__init__" in methods(owner)
+            else ()
         ):
             if isinstance(stmt, ast.Assign) and ast.unparse(stmt.targets[0]) == f"self.{node.attr}":
                 return self.value(stmt.value, {})
@@ -292,14 +296,14 @@ class Expressions:
             return self._some_layers(node, index, env)
         if held in (v.GIVEN, v.BODY):
             first = v.OUT_OF if held == v.GIVEN else v.NORMED
-            return first if t.constant(at) == 0 else self._rest(node, at)
+            return first if syntax.constant(at) == 0 else self._rest(node, at)
         if held in (v.NORMED, v.LOGITS) and ast.unparse(at).strip("()") in {":, -1:", ":, -1:, :"}:
             return held  # a row a token: the last one's is as it was
         return self._unknown(node, [node.value], env)
 
     def _rest(self, node: ast.Subscript, at: ast.expr) -> Value:
-        lower = t.constant(at.lower) if isinstance(at, ast.Slice) else None
-        number = isinstance(at, ast.IfExp) or isinstance(t.constant(at), int)
+        lower = syntax.constant(at.lower) if isinstance(at, ast.Slice) else None
+        number = isinstance(at, ast.IfExp) or isinstance(syntax.constant(at), int)
         return PLAIN if number or (isinstance(lower, int) and lower > 0) else self._odd(node)
 
     def _some_layers(self, node: ast.Subscript, index: Value | None, env: Env) -> Value:
@@ -319,10 +323,10 @@ class Expressions:
         if isinstance(held, v.Each):
             return held if isinstance(at, ast.Slice) else held.item
         if isinstance(at, ast.Slice):
-            bounds = [None if b is None else t.constant(b) for b in (at.lower, at.upper, at.step)]
+            bounds = [None if b is None else syntax.constant(b) for b in (at.lower, at.upper, at.step)]
             if all(b is None or isinstance(b, int) for b in bounds):
                 return Group(held.items[slice(*bounds)])  # type: ignore[arg-type]
-        place = t.constant(at)
+        place = syntax.constant(at)
         if isinstance(place, int) and -len(held.items) <= place < len(held.items):
             return held.items[place]
         return v.element(held)
@@ -345,7 +349,7 @@ class Expressions:
 
     def _Call(self, node: ast.Call, env: Env) -> Value:
         function = node.func
-        if isinstance(function, ast.Attribute) and not t.on_torch(node):
+        if isinstance(function, ast.Attribute) and not syntax.on_torch(node):
             owner = self.value(function.value, env)
             if owner == v.ITSELF:
                 return self._of_itself(node, function.attr, env)
@@ -363,7 +367,7 @@ class Expressions:
 
     def _of_library(self, node: ast.Call, env: Env) -> Value:
         """torch, math, and what else is imported."""
-        name = t.last_name(node.func)
+        name = syntax.last_name(node.func)
         given = [self.value(a, env) for a in node.args]
         if name.endswith("dropout") and given and self._is_off(node, env):
             return given[0]
@@ -373,7 +377,7 @@ class Expressions:
         return found if found != PLAIN else self._unknown(node, _arguments(node), env)
 
     def _is_off(self, node: ast.Call, env: Env) -> bool:
-        off = (t.keyword(node, "training"), t.keyword(node, "p"))
+        off = (syntax.keyword(node, "training"), syntax.keyword(node, "p"))
         return any(part is not None and v.truth(self.value(part, env)) is False for part in off)
 
     def _method(self, node: ast.Call, name: str, owner: Value, env: Env) -> Value | None:
@@ -439,7 +443,7 @@ class Expressions:
     def _output(self, node: ast.Call, env: Env) -> Value:
         """One of transformers' classes of outputs; hidden states and the like in it are not read."""
         name = "logits" if self.model.head else "last_hidden_state"
-        first = t.keyword(node, name) or (node.args[0] if node.args else None)
+        first = syntax.keyword(node, name) or (node.args[0] if node.args else None)
         return v.Returned(self.value(first, env)) if first is not None else PLAIN
 
     def _of_itself(self, node: ast.Call, name: str, env: Env) -> Value:
@@ -487,7 +491,7 @@ class Expressions:
         """The head's call of the model: it hands on ids, cache and mask as they are."""
         inner = next((m.forward for m in models(self.source) if not m.head), None)
         named = {k.arg: k.value for k in node.keywords if k.arg}
-        bound = named if inner is None else t.arguments(_without_rest(node), inner)
+        bound = named if inner is None else syntax.arguments(_without_rest(node), inner)
         wanted: Env = {"input_ids": v.IDS, "past_key_values": v.CACHE if self.decoding else v.NONE}
         for name, value in wanted.items():
             part = (bound or {}).get(name)
@@ -523,9 +527,9 @@ class Expressions:
         """Argument name -> what a layer is given; None where that cannot be told."""
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
             return None
-        blocks = [c for c in self.classes.values() if t.calls(self.model.node, c.name)]
+        blocks = [c for c in self.classes.values() if syntax.calls(self.model.node, c.name)]
         forwards = [methods(c)["forward"] for c in blocks if "hidden_states" in _forward_names(c)]
-        names = t.parameters(forwards[0])[1:] if forwards else ["hidden_states"]
+        names = syntax.parameters(forwards[0])[1:] if forwards else ["hidden_states"]
         if len(node.args) > len(names):
             return None
         return {**dict(zip(names, node.args, strict=False)), **{k.arg or "": k.value for k in node.keywords}}
@@ -545,11 +549,11 @@ class Expressions:
 
     def _inlined(self, function: ast.FunctionDef, node: ast.Call, env: Env, itself: Value) -> Value:
         """The result of a function of this file."""
-        static = any(t.last_name(d) == "staticmethod" for d in function.decorator_list)
+        static = any(syntax.last_name(d) == "staticmethod" for d in function.decorator_list)
         decorated = bool(function.decorator_list) and not static
         if len(self.frames) > _DEEPEST or decorated or tells(node):
             return self._unknown(node, _arguments(node), env)
-        own = t.parameters(function)[0 if static or itself == PLAIN else 1 :]
+        own = syntax.parameters(function)[0 if static or itself == PLAIN else 1 :]
         inner: Env = {**dict.fromkeys(own, PLAIN), "self": itself}
         inner |= {name: self.value(a, env) for name, a in zip(own, node.args, strict=False)}
         inner |= {k.arg: self.value(k.value, env) for k in node.keywords if k.arg}
@@ -579,23 +583,24 @@ def tells(node: ast.Call) -> bool:
     root = node.func
     while isinstance(root, ast.Attribute):
         root = root.value
-    return t.is_name(root, "print") or (isinstance(root, ast.Name) and root.id in _TELLS)
+    return syntax.is_name(root, "print") or (isinstance(root, ast.Name) and root.id in _TELLS)
 
 
 def _none_or_zero(node: ast.expr | None) -> bool:
-    return node is None or t.constant(node) == 0
+    return node is None or syntax.constant(node) == 0
 
 
 def _forward_names(node: ast.ClassDef) -> list[str]:
     forward = methods(node).get("forward")
-    return t.parameters(forward) if forward is not None else []
+    return syntax.parameters(forward) if forward is not None else []
 
 
 def _constants(source: Source) -> Iterator[tuple[str, Value]]:
     """The names of numbers and flags at the top of the file that nothing else binds."""
     for stmt in source.tree.body:
-        value = t.constant(stmt.value) if isinstance(stmt, ast.Assign) else None
-        if isinstance(stmt, ast.Assign) and value is not None and len(t.binds(stmt)) == 1:
-            (name,) = t.binds(stmt)
-            if sum(t.is_name(n, name) and not isinstance(n.ctx, ast.Load) for n in t.walk(source.tree)) == 1:  # type: ignore[attr-defined]
+        value = syntax.constant(stmt.value) if isinstance(stmt, ast.Assign) else None
+        if isinstance(stmt, ast.Assign) and value is not None and len(syntax.binds(stmt)) == 1:
+            (name,) = syntax.binds(stmt)
+            named = (n for n in syntax.walk(source.tree) if isinstance(n, ast.Name) and n.id == name)
+            if sum(not isinstance(n.ctx, ast.Load) for n in named) == 1:
                 yield name, v.constant(value)

@@ -13,7 +13,7 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis import values as v
 from codemods.analysis.effects import effects
 from codemods.analysis.expressions import Expressions, Frame, tells
@@ -54,9 +54,9 @@ def read(source: Source, model: ModelClass, sizes: ModelSizes) -> ForwardReading
 
 def _written(source: Source, model: ModelClass, entered: set[int], known: list[Found]) -> Iterator[Found]:
     """Calls that may write into the states by another name. (What a layer does, its net does too.)"""
-    names = {"hidden_states", "inputs_embeds", "lm_logits", "logits"} & t.binds(model.forward)
-    body = list(t.statements(model.forward.body))
-    drawn = frozenset(name for s in body if isinstance(s, ast.For) for name in t.binds(s.target))
+    names = {"hidden_states", "inputs_embeds", "lm_logits", "logits"} & syntax.binds(model.forward)
+    body = list(syntax.statements(model.forward.body))
+    drawn = frozenset(name for s in body if isinstance(s, ast.For) for name in syntax.binds(s.target))
     passed = {
         line
         for stmt in body
@@ -95,7 +95,7 @@ class Statements(Expressions):
         made = self.methods.get("__init__")
         if made is None:
             return
-        env: Env = dict.fromkeys(t.parameters(made), PLAIN)
+        env: Env = dict.fromkeys(syntax.parameters(made), PLAIN)
         env |= {"self": v.ITSELF, "config": v.CONFIG}
         self.constructing = True
         self._block(made.body, env)
@@ -109,7 +109,7 @@ class Statements(Expressions):
     def run(self) -> None:
         """Read ``__init__`` and forward, and hold what that returns against what should come out."""
         self._construct()
-        env: Env = {name: self._parameter(name) for name in t.parameters(self.model.forward)}
+        env: Env = {name: self._parameter(name) for name in syntax.parameters(self.model.forward)}
         for rest in (self.model.forward.args.vararg, self.model.forward.args.kwarg):
             env |= {rest.arg: PLAIN} if rest is not None else {}
         self._block(self.model.forward.body, env)
@@ -169,7 +169,7 @@ class Statements(Expressions):
             return self._with(stmt, env)
         elif isinstance(stmt, (ast.FunctionDef, ast.ClassDef)):
             env[stmt.name] = PLAIN
-        elif any(t.blocks(stmt)):
+        elif any(syntax.blocks(stmt)):
             self._unread(stmt, env)
         return env
 
@@ -183,9 +183,9 @@ class Statements(Expressions):
     def _unread(self, stmt: ast.stmt, env: Env) -> None:
         """A loop or a try that is not read: what it binds is odd."""
         odd = self._odd(stmt, f"what this {type(stmt).__name__.lower()} does is not read")
-        for name in t.binds(stmt):
+        for name in syntax.binds(stmt):
             env[name] = odd
-        if any(isinstance(n, ast.Return) for n in t.walk(stmt)):
+        if any(isinstance(n, ast.Return) for n in syntax.walk(stmt)):
             self._report(odd)
 
     def _assign(self, stmt: ast.Assign | ast.AnnAssign | ast.AugAssign, env: Env) -> None:
@@ -250,7 +250,7 @@ class Statements(Expressions):
             return 0
         reads = (
             n.lineno
-            for n in t.walk(self.source.tree)
+            for n in syntax.walk(self.source.tree)
             if isinstance(n, ast.Attribute) and n.attr == target.attr and isinstance(n.ctx, ast.Load)
         )
         return next(reads, 0)
@@ -407,13 +407,13 @@ def _complains(stmt: ast.stmt) -> bool:
 def _stored_elsewhere(source: Source, node: ast.ClassDef, made: ast.FunctionDef) -> Iterator[str]:
     """Attributes of a ``node`` that something else than ``made`` and ``set_..._embeddings`` may set."""
     setters = [m for m in methods(node).values() if m.name.endswith("_embeddings")]
-    for n in t.walk(source.tree):
+    for n in syntax.walk(source.tree):
         if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load):
-            own = t.is_name(n.value, "self")
+            own = syntax.is_name(n.value, "self")
             if own != _inside(node, n) or any(_inside(one, n) for one in (made, *setters)):
                 continue
             yield n.attr
 
 
 def _inside(function: ast.AST, node: ast.AST) -> bool:
-    return any(node is inner for inner in t.walk(function))
+    return any(node is inner for inner in syntax.walk(function))

@@ -15,12 +15,12 @@ import ast
 import builtins
 from typing import Any
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.effects import effects
 from codemods.analysis.handed import unwrapped
 from codemods.analysis.raising import NONE as _NONE
 from codemods.analysis.raising import Raising, Term
-from codemods.analysis.source import Source
+from codemods.analysis.source import Source, kept_on_source
 
 SDPA = "scaled_dot_product_attention"
 #: What a name stands for where some way to it does not set it.
@@ -36,8 +36,8 @@ class _Unknown(Exception):
 def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -> str:
     """Why the branches of ``choice``, which tests ``flag``, are not shown to compute the same; or nothing."""
     methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)}
-    given = [part for part in t.conjuncts(choice.test) if not t.is_name(part, flag)]
-    around = next(m for m in methods.values() if choice in t.walk(m))
+    given = [part for part in syntax.conjuncts(choice.test) if not syntax.is_name(part, flag)]
+    around = next(m for m in methods.values() if choice in syntax.walk(m))
     try:
         fused = _Branch(source, methods, given, around, choice).names(choice.body)
         other = _Branch(source, methods, given, around, choice)
@@ -65,8 +65,8 @@ def difference(source: Source, owner: ast.ClassDef, choice: ast.If, flag: str) -
 
 def lost_fill(choice: ast.If) -> int | None:
     """The line of the fused branch that fills a mask and throws the result away."""
-    for stmt in t.statements(choice.body):
-        if isinstance(stmt, ast.Expr) and t.call_name(stmt.value) == "masked_fill":
+    for stmt in syntax.statements(choice.body):
+        if isinstance(stmt, ast.Expr) and syntax.call_name(stmt.value) == "masked_fill":
             return stmt.lineno
     return None
 
@@ -75,10 +75,10 @@ def _read_later(source: Source, choice: ast.If, name: str) -> bool:
     end = choice.end_lineno or choice.lineno
     owners = [
         n
-        for n in t.walk(source.tree)
+        for n in syntax.walk(source.tree)
         if isinstance(n, ast.FunctionDef) and n.lineno <= choice.lineno <= (n.end_lineno or 0)
     ]
-    later = (n for o in owners[-1:] for n in t.walk(o) if isinstance(n, ast.Name) and n.lineno > end)
+    later = (n for o in owners[-1:] for n in syntax.walk(o) if isinstance(n, ast.Name) and n.lineno > end)
     return any(n.id == name and isinstance(n.ctx, ast.Load) for n in later)
 
 
@@ -102,7 +102,7 @@ class _Branch:
         }
         self.steps = 0
         self.function = around  #: whose statements are being followed
-        self.set = t.surely_bound(around.body, choice) | set(t.parameters(around))
+        self.set = syntax.surely_bound(around.body, choice) | set(syntax.parameters(around))
         self.own: set[str] = set()  #: attributes of self that were read
         self.met: list[tuple[int, Term]] = []  #: what was evaluated, each with its line
         self.extents: dict[int, tuple[int, int]] = {}  #: by the identity of terms
@@ -186,7 +186,7 @@ class _Branch:
     def _rewritten(self, line: int, names: frozenset[str], env: dict[str, Term]) -> None:
         """As :meth:`_writes`, for a write to ``names``; raises where it reaches beyond this branch."""
         for name in effects(self.source).whole(self.function).same(names):
-            if name[0] == "@" or name in t.parameters(self.function) or name in self.set:
+            if name[0] == "@" or name in syntax.parameters(self.function) or name in self.set:
                 raise _Unknown(f"line {line} may change a tensor in place")
             if name in env:
                 env[name] = ("written", line, env[name])
@@ -204,10 +204,12 @@ class _Branch:
     def _unread(self, target: ast.Attribute) -> bool:
         """``self.NAME``, where the file has that name nowhere else."""
         named = [
-            n for n in t.walk(self.source.tree) if isinstance(n, ast.Attribute) and n.attr == target.attr
+            n for n in syntax.walk(self.source.tree) if isinstance(n, ast.Attribute) and n.attr == target.attr
         ]
-        others = {n.name for n in t.walk(self.source.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        return t.is_name(target.value, "self") and named == [target] and target.attr not in others
+        others = {
+            n.name for n in syntax.walk(self.source.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+        }
+        return syntax.is_name(target.value, "self") and named == [target] and target.attr not in others
 
     def _if(self, stmt: ast.If, env: dict[str, Term]) -> None:
         known = self._known(stmt.test)
@@ -279,7 +281,7 @@ class _Branch:
 
     def _before(self, name: str) -> Term:
         """What a name stands for that the statements followed so far have not set."""
-        local = name in t.binds(self.function) or name in t.parameters(self.function)
+        local = name in syntax.binds(self.function) or name in syntax.parameters(self.function)
         known = name in self.set if local else name in _globals(self.source)
         return ("name", name) if known else _UNSET
 
@@ -289,7 +291,7 @@ class _Branch:
         if isinstance(node, ast.Constant):
             return ("constant", node.value)
         if isinstance(node, ast.Attribute):
-            if t.is_name(node.value, "self"):
+            if syntax.is_name(node.value, "self"):
                 self.own.add(node.attr)
             return ("attribute", self._term(node.value, env), node.attr)
         if isinstance(node, ast.BinOp):
@@ -315,7 +317,7 @@ class _Branch:
             )
         if isinstance(node, ast.Subscript):
             whole, index = self._term(node.value, env), self._index(node.slice, env)
-            at = t.constant(node.slice)
+            at = syntax.constant(node.slice)
             starred = whole[0] != "tuple" or any(part[0] == "starred" for part in whole[1])
             if not starred and isinstance(at, int) and 0 <= at < len(whole[1]):
                 return whole[1][at]
@@ -337,14 +339,14 @@ class _Branch:
         return self._term(node, env)
 
     def _call(self, call: ast.Call, env: dict[str, Term]) -> Term:
-        name = t.last_name(call.func)
+        name = syntax.last_name(call.func)
         args = tuple(self._term(a, env) for a in call.args)
         keywords = tuple(sorted((k.arg or "**", self._term(k.value, env)) for k in call.keywords))
         if not isinstance(call.func, ast.Attribute):
             return ("builtin" if name in dir(builtins) else "call", name, args, keywords)
-        if t.on_torch(call):
+        if syntax.on_torch(call):
             return ("call", name, args, keywords)
-        if t.is_name(call.func.value, "self"):
+        if syntax.is_name(call.func.value, "self"):
             self.own.add(name)
             method = self.methods.get(name)
             if method is not None and name not in {"_merge_heads", "_split_heads"}:
@@ -353,7 +355,7 @@ class _Branch:
         return ("call", name, (self._term(call.func.value, env), *args), keywords)
 
     def _inline(self, call: ast.Call, method: ast.FunctionDef, env: dict[str, Term]) -> Term:
-        bound = t.arguments(call, method)
+        bound = syntax.arguments(call, method)
         if bound is None:
             raise _Unknown(f"line {call.lineno} is not followed")
         inner = {name: self._term(value, env) for name, value in bound.items()}
@@ -442,8 +444,8 @@ def _fills_itself(stmt: ast.Assign) -> bool:
     target = stmt.targets[0]
     return (
         isinstance(target, ast.Name)
-        and t.call_name(stmt.value) == "masked_fill_"
-        and t.is_method_of(stmt.value, target.id)
+        and syntax.call_name(stmt.value) == "masked_fill_"
+        and syntax.is_method_of(stmt.value, target.id)
     )
 
 
@@ -528,24 +530,22 @@ def _is_lowest(term: Term) -> bool:
     return term[0] == "attribute" and term[2] == "min" and term[1][:2] == ("call", "finfo")
 
 
+@kept_on_source
 def _globals(source: Source) -> frozenset[str]:
     """Names that are set at the top of the file, and those of the language."""
-    known = source.memo.get("globals")
-    if known is None:
-        names = t.binds_at_top(source.tree) | set(dir(builtins))
-        for node in t.statements(source.tree.body):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names.add(node.name)
-        known = source.memo["globals"] = frozenset(names)
-    return known  # type: ignore[return-value]
+    names = syntax.binds_at_top(source.tree) | set(dir(builtins))
+    for node in syntax.statements(source.tree.body):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+    return frozenset(names)
 
 
 def _always_set(owner: ast.ClassDef, name: str) -> bool:
     """Whether every instance has ``name``: a method, an attribute of the class, or set by __init__ always."""
     of_class = {n.name for n in owner.body if isinstance(n, ast.FunctionDef)} | {"training"}
-    if name in of_class.union(*(t.binds(n) for n in owner.body if isinstance(n, ast.Assign))):
+    if name in of_class.union(*(syntax.binds(n) for n in owner.body if isinstance(n, ast.Assign))):
         return True
     made = [n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
     return any(_sets(function.body, name) for function in made)
@@ -560,14 +560,14 @@ def _sets(block: list[ast.stmt], name: str) -> bool:
         elif isinstance(stmt, (ast.Assign, ast.AnnAssign)):
             targets = stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]
             if any(
-                isinstance(n, ast.Attribute) and n.attr == name and t.is_name(n.value, "self")
+                isinstance(n, ast.Attribute) and n.attr == name and syntax.is_name(n.value, "self")
                 for target in targets
-                for n in t.walk(target)
+                for n in syntax.walk(target)
             ):
                 return True
         elif isinstance(stmt, ast.Expr):
-            calls = t.calls(stmt, "register_buffer")
-            if any(call.args and t.constant(call.args[0]) == name for call in calls):
+            calls = syntax.calls(stmt, "register_buffer")
+            if any(call.args and syntax.constant(call.args[0]) == name for call in calls):
                 return True
     return False
 
@@ -576,7 +576,7 @@ def _always_true(owner: ast.ClassDef, name: str) -> bool:
     """Every store of ``self.NAME`` is the constant True, or the config's value of that name."""
     values = [
         stmt.value
-        for stmt in t.walk(owner)
+        for stmt in syntax.walk(owner)
         if isinstance(stmt, ast.Assign)
         for target in stmt.targets
         if isinstance(target, ast.Attribute) and target.attr == name

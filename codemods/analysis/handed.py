@@ -11,9 +11,9 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.effects import effects, words
-from codemods.analysis.source import Source
+from codemods.analysis.source import Source, kept_on_source
 
 MASK = "attention_mask"
 #: Methods that give the same values again.
@@ -40,7 +40,7 @@ def unwrapped(node: ast.expr) -> ast.expr:
     """``x`` of ``x.clone()``, ``x.to(...)``, ``x + 0``, ``x * 1``: the same values."""
     while True:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr not in _SAME or t.on_torch(node):
+            if node.func.attr not in _SAME or syntax.on_torch(node):
                 return node
             node = node.func.value
         elif isinstance(node, ast.BinOp) and _changes_nothing(node):
@@ -52,7 +52,7 @@ def unwrapped(node: ast.expr) -> ast.expr:
 def _changes_nothing(node: ast.BinOp) -> bool:
     neutral = 0 if isinstance(node.op, (ast.Add, ast.Sub)) else 1
     known = isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div))
-    value = t.constant(node.right)
+    value = syntax.constant(node.right)
     return known and isinstance(value, (int, float)) and not isinstance(value, bool) and value == neutral
 
 
@@ -73,18 +73,19 @@ def _carries(
     node = unwrapped(node)
     if isinstance(node, ast.IfExp):
         return all(
-            (t.is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
+            (syntax.is_none(arm) and _tests_none(node.test, name)) or _carries(function, arm, name, at, above)
             for arm in (node.body, node.orelse)
         )
     if not isinstance(node, ast.Name):
         return False
     if node.id in above:
         return True
-    own = node.id in t.parameters(function)
+    own = node.id in syntax.parameters(function)
     bound = [
         value
-        for stmt, value in t.assignments(function.body, node.id)
-        if at is None or not (t.exclusive(function.body, stmt, at) or t.after(function.body, stmt, at))
+        for stmt, value in syntax.assignments(function.body, node.id)
+        if at is None
+        or not (syntax.exclusive(function.body, stmt, at) or syntax.after(function.body, stmt, at))
     ]
     if own != (node.id == name) or not (own or bound):
         return False
@@ -92,7 +93,11 @@ def _carries(
 
 
 def _tests_none(test: ast.expr, name: str) -> bool:
-    return isinstance(test, ast.Compare) and t.is_name(test.left, name) and t.is_none(test.comparators[0])
+    return (
+        isinstance(test, ast.Compare)
+        and syntax.is_name(test.left, name)
+        and syntax.is_none(test.comparators[0])
+    )
 
 
 # -- the classes of the way ----------------------------------------------------------------------------------
@@ -109,15 +114,13 @@ class Holder:
     level: int  #: 0 for what makes attention (the block), 1 for what makes that (the model), and so on
 
 
+@kept_on_source
 def way(source: Source, attention: ast.ClassDef) -> list[Holder]:
     """The classes that hold ``attention``, from the block upwards; none where nothing makes one.
 
     What makes one of them without a forward of its own is not here; :func:`tampered` finds it.
     """
-    known: dict[str, list[Holder]] = source.memo.setdefault("ways", {})  # type: ignore[assignment]
-    if attention.name not in known:
-        known[attention.name] = list(_way(source, attention))
-    return known[attention.name]
+    return list(_way(source, attention))
 
 
 def _way(source: Source, attention: ast.ClassDef) -> Iterator[Holder]:
@@ -154,7 +157,7 @@ def _classes(source: Source) -> list[ast.ClassDef]:
 
 def _subclasses(source: Source, name: str) -> list[ast.ClassDef]:
     """The classes that have the class ``name`` above them."""
-    found = [c for c in _classes(source) if any(t.last_name(base) == name for base in c.bases)]
+    found = [c for c in _classes(source) if any(syntax.last_name(base) == name for base in c.bases)]
     return found + [below for c in found if c.name != name for below in _subclasses(source, c.name)]
 
 
@@ -164,7 +167,7 @@ def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
 
 
 def _makes(node: ast.ClassDef, names: set[str]) -> bool:
-    return any(t.calls(node, name) for name in names)
+    return any(syntax.calls(node, name) for name in names)
 
 
 def _handing(
@@ -173,20 +176,20 @@ def _handing(
     """The calls of ``forward`` that run what was made of ``names``, by attribute or out of a list."""
     held = {
         target.attr
-        for stmt in t.walk(node)
-        if isinstance(stmt, ast.Assign) and any(t.calls(stmt.value, name) for name in names)
+        for stmt in syntax.walk(node)
+        if isinstance(stmt, ast.Assign) and any(syntax.calls(stmt.value, name) for name in names)
         for target in stmt.targets
         if isinstance(target, ast.Attribute)
     }
-    for stmt in t.statements(forward.body):
+    for stmt in syntax.statements(forward.body):
         for part in (
             [stmt]
-            if not any(t.blocks(stmt))
+            if not any(syntax.blocks(stmt))
             else [c for c in ast.iter_child_nodes(stmt) if isinstance(c, ast.expr)]
         ):
-            for call in (n for n in t.walk(part) if isinstance(n, ast.Call)):
+            for call in (n for n in syntax.walk(part) if isinstance(n, ast.Call)):
                 function = call.func
-                if isinstance(function, ast.Attribute) and t.is_name(function.value, "self"):
+                if isinstance(function, ast.Attribute) and syntax.is_name(function.value, "self"):
                     if function.attr in held:
                         yield stmt, call
                 elif isinstance(function, ast.Subscript) or (
@@ -197,18 +200,18 @@ def _handing(
 
 def _drawn(forward: ast.FunctionDef, name: str, held: set[str]) -> bool:
     """A loop's variable, where the loop goes over something in ``held``."""
-    for node in t.walk(forward):
-        if isinstance(node, ast.For) and name in t.binds(node.target):
-            return any(isinstance(n, ast.Attribute) and n.attr in held for n in t.walk(node.iter))
+    for node in syntax.walk(forward):
+        if isinstance(node, ast.For) and name in syntax.binds(node.target):
+            return any(isinstance(n, ast.Attribute) and n.attr in held for n in syntax.walk(node.iter))
     return False
 
 
 def given(call: ast.Call, inner: ast.FunctionDef, name: str) -> ast.expr | None:
     """What ``call`` hands on as the parameter ``name`` of ``inner``; None where that cannot be told."""
-    value = t.keyword(call, name)
+    value = syntax.keyword(call, name)
     if value is not None:
         return value
-    names = t.parameters(inner)[1:]
+    names = syntax.parameters(inner)[1:]
     at = names.index(name) if name in names else len(call.args)
     if any(isinstance(a, ast.Starred) for a in call.args[: at + 1]) or at >= len(call.args):
         return None
@@ -228,7 +231,7 @@ def mask_problem(source: Source, attention: ast.ClassDef, upto: int | None = Non
         written = effects(source).written(holder.forward, [MASK])
         if written:
             return Found(f"{MASK} may be changed in place in {holder.node.name}", written[0].line)
-        if MASK not in t.parameters(holder.forward):
+        if MASK not in syntax.parameters(holder.forward):
             return Found(f"{holder.node.name}.forward takes no {MASK}", holder.forward.lineno)
         if not holder.calls:
             return Found(f"it is not seen how {holder.node.name} runs its layers", holder.forward.lineno)
@@ -264,20 +267,20 @@ def cache_problem(source: Source, attention: ast.ClassDef) -> Found | None:
 
 def _zipped(forward: ast.FunctionDef, name: str) -> bool:
     """The variable of one loop over the layers and past_key_values, the caller's own or made of None."""
-    bound = list(t.assignments(forward.body, name))
+    bound = list(syntax.assignments(forward.body, name))
     if len(bound) != 1 or not isinstance(bound[0][0], ast.For):
         return False
-    found = t.calls(bound[0][0].iter, "zip")
+    found = syntax.calls(bound[0][0].iter, "zip")
     pairs = found[0] if len(found) == 1 else None
-    if pairs is None or len(pairs.args) != 2 or not t.is_name(pairs.args[1], "past_key_values"):
+    if pairs is None or len(pairs.args) != 2 or not syntax.is_name(pairs.args[1], "past_key_values"):
         return False
-    for stmt, value in t.assignments(forward.body, "past_key_values"):
+    for stmt, value in syntax.assignments(forward.body, "past_key_values"):
         tests = [
-            n.test for n, arm in t.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"
+            n.test for n, arm in syntax.path_to(forward.body, stmt) if isinstance(n, ast.If) and arm == "body"
         ]
         if value is None or not any(_is_absent(test) for test in tests):
             return False
-        if {n.id for n in t.walk(value) if isinstance(n, ast.Name)} - {
+        if {n.id for n in syntax.walk(value) if isinstance(n, ast.Name)} - {
             "self",
             "len",
             "tuple",
@@ -304,14 +307,14 @@ def passed_on(source: Source, attention: ast.ClassDef, name: str) -> Found | str
     for level in sorted({holder.level for holder in holders}):
         found: set[str | None] = set()  # of every call at this level: an attribute, or None for the parameter
         for holder in (h for h in holders if h.level == level):
-            if name in t.parameters(holder.forward) and (
+            if name in syntax.parameters(holder.forward) and (
                 written := effects(source).written(holder.forward, [name])
             ):
                 return Found(f"{name} may be changed in place in {holder.node.name}", written[0].line)
             for stmt, call in holder.calls:
                 value = given(call, holder.inner, name)
                 bare = unwrapped(value) if value is not None else None
-                own = isinstance(bare, ast.Attribute) and t.is_name(bare.value, "self")
+                own = isinstance(bare, ast.Attribute) and syntax.is_name(bare.value, "self")
                 found.add(bare.attr if own else None)  # type: ignore[union-attr]
                 if len(found) > 1 or not (own or carries(holder.forward, value, name, stmt)):
                     return Found(f"{holder.node.name} hands on something else as {name}", call.lineno)
@@ -335,36 +338,34 @@ def changed_buffer(source: Source, name: str) -> Found | None:
         return Found(f"the buffer {name} may be changed in place", line)
     emptied = {  # or given its own values again
         id(target)
-        for node in t.walk(source.tree)
+        for node in syntax.walk(source.tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if t.is_none(node.value) or t.same(unwrapped(node.value), target)
+        if syntax.is_none(node.value) or syntax.same(unwrapped(node.value), target)
     }
     stored = {
         id(n)
-        for n in t.walk(source.tree)
+        for n in syntax.walk(source.tree)
         if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load) and id(n) not in emptied
     }
-    for node in t.walk(source.tree):
+    for node in syntax.walk(source.tree):
         if isinstance(node, ast.Attribute) and node.attr == name and id(node) in stored:
             return Found(f"the buffer {name} is replaced", node.lineno)
         if _spoken(source).get(id(node)) == name:
             return Found(f"the buffer {name} may be replaced", node.lineno)  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and node.attr == "_buffers" and id(node) not in _spoken(source):
             return Found(f"_buffers may replace the buffer {name}", node.lineno)
-        if isinstance(node, ast.Call) and t.call_name(node) in {"setattr", "delattr"}:
-            label = t.constant(node.args[1]) if len(node.args) > 1 else None
+        if isinstance(node, ast.Call) and syntax.call_name(node) in {"setattr", "delattr"}:
+            label = syntax.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(label, str) or label == name:
                 return Found(f"setattr may replace the buffer {name}", node.lineno)
     return None
 
 
+@kept_on_source
 def tampered(source: Source, attention: ast.ClassDef) -> Found | None:
     """Something that makes a class of the way act otherwise than its methods say."""
-    known: dict[str, Found | None] = source.memo.setdefault("tampered", {})  # type: ignore[assignment]
-    if attention.name not in known:
-        known[attention.name] = next(_tampering(source, attention), None)
-    return known[attention.name]
+    return next(_tampering(source, attention), None)
 
 
 #: Methods that call the model's forward from outside and that no forward calls: a runtime stands in for them.
@@ -378,7 +379,7 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
         for sub in _subclasses(source, node.name):
             if any(
                 not isinstance(n, (ast.Expr, ast.Pass))
-                and (t.binds(n) | {getattr(n, "name", "")}) & methods
+                and (syntax.binds(n) | {getattr(n, "name", "")}) & methods
                 and not _only_passes_on(n)
                 for n in sub.body
             ):
@@ -386,9 +387,9 @@ def _tampering(source: Source, attention: ast.ClassDef) -> Iterator[Found]:
         for method in (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in methods):
             for decorator in method.decorator_list:
                 if (
-                    t.last_name(decorator) not in {"staticmethod", "classmethod", "property"}
-                    and t.call_name(decorator) not in {"no_grad"}
-                    and not t.last_name(decorator).endswith("docstrings")
+                    syntax.last_name(decorator) not in {"staticmethod", "classmethod", "property"}
+                    and syntax.call_name(decorator) not in {"no_grad"}
+                    and not syntax.last_name(decorator).endswith("docstrings")
                 ):
                     yield Found(f"{node.name}.{method.name} is decorated", decorator.lineno)
     for node in nodes:
@@ -402,7 +403,7 @@ def _only_passes_on(node: ast.stmt) -> bool:
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return False
     shape, done = node.args, [s for s in node.body if not isinstance(s, ast.Pass)]
-    if t.parameters(node) != ["self"] or shape.vararg is None or shape.kwarg is None or len(done) != 1:
+    if syntax.parameters(node) != ["self"] or shape.vararg is None or shape.kwarg is None or len(done) != 1:
         return False
     wanted = f"return super().{node.name}(*{shape.vararg.arg}, **{shape.kwarg.arg})"
     return ast.unparse(done[0]) == wanted
@@ -414,11 +415,11 @@ def _unfollowed(source: Source, node: ast.ClassDef) -> Iterator[Found]:
     for maker in makers:
         if _method(maker, "forward") is None or _method(node, "forward") is None:
             yield Found(f"it is not seen how {maker.name} runs its {node.name}", maker.lineno)
-    made = {id(call.func) for maker in makers for name in names for call in t.calls(maker, name)}
+    made = {id(call.func) for maker in makers for name in names for call in syntax.calls(maker, name)}
     bases = {id(base) for c in _classes(source) for base in c.bases}
-    tests = [c for name in ("isinstance", "super") for c in t.calls(source.tree, name)]
-    followed = made | bases | _noted(source) | {id(n) for test in tests for n in t.walk(test)}
-    for n in t.walk(source.tree):
+    tests = [c for name in ("isinstance", "super") for c in syntax.calls(source.tree, name)]
+    followed = made | bases | _noted(source) | {id(n) for test in tests for n in syntax.walk(test)}
+    for n in syntax.walk(source.tree):
         if (
             isinstance(n, ast.Name)
             and n.id in names
@@ -428,44 +429,39 @@ def _unfollowed(source: Source, node: ast.ClassDef) -> Iterator[Found]:
             yield Found(f"it is not seen what uses {n.id} here", n.lineno)
 
 
+@kept_on_source
 def _noted(source: Source) -> set[int]:
     """Names in annotations."""
-    notes = source.memo.get("annotations")
-    if notes is None:
-        kept = (getattr(n, "annotation", None) or getattr(n, "returns", None) for n in t.walk(source.tree))
-        notes = source.memo["annotations"] = {
-            id(n) for note in kept if note is not None for n in t.walk(note)
-        }
-    return notes  # type: ignore[return-value]
+    nodes = syntax.walk(source.tree)
+    notes = (getattr(n, "annotation", None) or getattr(n, "returns", None) for n in nodes)
+    return {id(n) for note in notes if note is not None for n in syntax.walk(note)}
 
 
+@kept_on_source
 def _spoken(source: Source) -> dict[int, str]:
     """``vars(x)["name"]``, ``x.__dict__["name"]`` and the like: what reaches an attribute by its name, as
     the nodes that do, each with the name."""
-    known = source.memo.get("spoken")
-    if known is None:
-        known = source.memo["spoken"] = {
-            id(inner): label
-            for node in t.walk(source.tree)
-            if isinstance(node, ast.Subscript) and isinstance(label := t.constant(node.slice), str)
-            if label not in _HIDDEN | {"_buffers"}
-            for inner in (node.value, getattr(node.value, "func", None))
-            if t.call_name(node.value) == "vars" or t.last_name(node.value) in {"__dict__", "_buffers"}
-            if inner is not None
-        }
-    return known  # type: ignore[return-value]
+    return {
+        id(inner): label
+        for node in syntax.walk(source.tree)
+        if isinstance(node, ast.Subscript) and isinstance(label := syntax.constant(node.slice), str)
+        if label not in _HIDDEN | {"_buffers"}
+        for inner in (node.value, getattr(node.value, "func", None))
+        if syntax.call_name(node.value) == "vars" or syntax.last_name(node.value) in {"__dict__", "_buffers"}
+        if inner is not None
+    }
 
 
 def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Found]:
     """What the rest of the file does to the classes called ``names`` and their ``methods``."""
-    for node in t.walk(source.tree):
+    for node in syntax.walk(source.tree):
         label = _spoken(source).get(id(node))
         if label is not None and label in methods:
             yield Found(f"the method {label} is replaced", node.lineno)  # type: ignore[attr-defined]
         elif label is not None:
             continue  # an attribute that has a name: a buffer among them is looked after by its own rule
-        if isinstance(node, (ast.Name, ast.Attribute)) and t.last_name(node) in _HIDDEN:
-            yield Found(f"{t.last_name(node)} reaches what cannot be followed", node.lineno)
+        if isinstance(node, (ast.Name, ast.Attribute)) and syntax.last_name(node) in _HIDDEN:
+            yield Found(f"{syntax.last_name(node)} reaches what cannot be followed", node.lineno)
         if isinstance(node, ast.FunctionDef) and node.name in {
             "__call__",
             "__getattr__",
@@ -477,8 +473,8 @@ def _reached(source: Source, names: set[str], methods: set[str]) -> Iterator[Fou
             yield Found(f"{node.id} is given another value", node.lineno)
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and node.attr in methods:
             yield Found(f"the method {node.attr} is replaced", node.lineno)
-        if isinstance(node, ast.Call) and t.call_name(node) == "setattr":
-            name = t.constant(node.args[1]) if len(node.args) > 1 else None
+        if isinstance(node, ast.Call) and syntax.call_name(node) == "setattr":
+            name = syntax.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(name, str) or name in methods:
                 yield Found("setattr may replace a method", node.lineno)
 
@@ -502,15 +498,15 @@ def _expanded(forward: ast.FunctionDef, value: ast.expr | None, at: ast.stmt) ->
     """Whether ``value`` is ``(1 - mask)[:, None, None, :] * lowest`` of the parameter, made once."""
     states: dict[str, _State | None] = {MASK: _State()}
     lowest: set[str] = set()
-    for stmt in t.statements(forward.body):
-        bound = t.binds_itself(stmt) & (set(states) | {MASK})
+    for stmt in syntax.statements(forward.body):
+        bound = syntax.binds_itself(stmt) & (set(states) | {MASK})
         if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and isinstance(stmt.targets[0], ast.Name):
             name = stmt.targets[0].id
             if _is_lowest(stmt.value, lowest):
                 lowest.add(name)
                 continue
             state = _state(stmt.value, states, lowest)
-            around = t.path_to(forward.body, stmt)
+            around = syntax.path_to(forward.body, stmt)
             guarded = all(isinstance(n, ast.If) and arm == "body" and _present(n.test) for n, arm in around)
             if name == MASK and state is not None and state == states.get(MASK):
                 continue
@@ -528,9 +524,9 @@ def _expanded(forward: ast.FunctionDef, value: ast.expr | None, at: ast.stmt) ->
 def _present(test: ast.expr) -> bool:
     return (
         isinstance(test, ast.Compare)
-        and t.is_name(test.left, MASK)
+        and syntax.is_name(test.left, MASK)
         and isinstance(test.ops[0], ast.IsNot)
-        and t.is_none(test.comparators[0])
+        and syntax.is_none(test.comparators[0])
     )
 
 
@@ -542,14 +538,19 @@ def _state(node: ast.expr, states: dict[str, _State | None], lowest: set[str]) -
         return _with_axes(
             _state(node.value, states, lowest), ast.unparse(node.slice).strip("()") == ":, None, None, :", 2
         )
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not t.on_torch(node):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not syntax.on_torch(node):
         below = _state(node.func.value, states, lowest)
-        if node.func.attr in {"view", "reshape"} and len(node.args) == 2 and t.constant(node.args[1]) == -1:
+        if (
+            node.func.attr in {"view", "reshape"}
+            and len(node.args) == 2
+            and syntax.constant(node.args[1]) == -1
+        ):
             return below if below is not None and below.axes == 0 else None
-        if node.func.attr == "unsqueeze" and len(node.args) == 1 and t.constant(node.args[0]) in (1, 2):
-            return _with_axes(below, below is not None and below.axes + 1 >= int(t.constant(node.args[0])), 1)  # type: ignore[call-overload]
+        if node.func.attr == "unsqueeze" and len(node.args) == 1 and syntax.constant(node.args[0]) in (1, 2):
+            axis = 1 if syntax.constant(node.args[0]) == 1 else 2
+            return _with_axes(below, below is not None and below.axes + 1 >= axis, 1)
         return None
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and t.constant(node.left) == 1:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and syntax.constant(node.left) == 1:
         below = _state(node.right, states, lowest)
         return _State(below.axes, True) if below is not None and below == _State(below.axes) else None
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -568,9 +569,9 @@ def _with_axes(state: _State | None, right: bool, more: int) -> _State | None:
 
 def _is_lowest(node: ast.expr, known: set[str]) -> bool:
     """The lowest number of a dtype, a name bound to it, or a number so low that softmax gives zero."""
-    value = t.constant(node)
+    value = syntax.constant(node)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value <= -1e4
     if isinstance(node, ast.Name):
         return node.id in known
-    return isinstance(node, ast.Attribute) and node.attr == "min" and t.call_name(node.value) == "finfo"
+    return isinstance(node, ast.Attribute) and node.attr == "min" and syntax.call_name(node.value) == "finfo"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from enum import Enum
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.attention import Attention, attentions
 from codemods.analysis.causal import is_triangle
 from codemods.analysis.source import Source, SourceError, read
@@ -59,31 +59,33 @@ def _refusal(source: Source) -> str:
         return "no class in it makes c_attn and c_proj and has a forward: not Qwen v1 attention"
     if not any(_is_linear(a, "c_attn") for a in found):
         return "c_attn is not a linear layer (GPT-2 style attention): not Qwen v1"
-    names = {n.name for n in t.walk(source.tree) if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
-    used = {t.last_name(n) for n in t.walk(source.tree) if isinstance(n, (ast.Name, ast.Attribute))}
+    names = {n.name for n in syntax.walk(source.tree) if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    used = {syntax.last_name(n) for n in syntax.walk(source.tree) if isinstance(n, (ast.Name, ast.Attribute))}
     if not any("rotary" in name.lower() for name in names | used):
         return "no rotary position embedding in it: not Qwen v1"
     if not any("rmsnorm" in name.lower().replace("_", "") for name in names | used):
         return "no RMSNorm in it: not Qwen v1"
     if not any(
-        {"w1", "w2", "c_proj"} <= _made(n) for n in t.walk(source.tree) if isinstance(n, ast.ClassDef)
+        {"w1", "w2", "c_proj"} <= _made(n) for n in syntax.walk(source.tree) if isinstance(n, ast.ClassDef)
     ):
         return "no gated MLP of w1, w2 and c_proj in it: not Qwen v1"
     return ""
 
 
 def _made(node: ast.ClassDef) -> set[str]:
-    return {n.attr for n in t.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return {
+        n.attr for n in syntax.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
 
 
 def _is_linear(attention: Attention, name: str) -> bool:
-    for node in t.walk(attention.node):
+    for node in syntax.walk(attention.node):
         if (
             isinstance(node, ast.Assign)
             and isinstance(node.targets[0], ast.Attribute)
             and node.targets[0].attr == name
         ):
-            return "linear" in t.call_name(node.value).lower()
+            return "linear" in syntax.call_name(node.value).lower()
     return False
 
 
@@ -92,11 +94,11 @@ def era_of(source: Source) -> Era | None:
     if _refusal(source):
         return None
     attention = attentions(source)[0]
-    names = set(t.parameters(attention.forward)) if attention.forward else set()
-    attributes = {n.attr for n in t.walk(attention.node) if isinstance(n, ast.Attribute)}
-    registers = bool(t.calls(attention.node, "register_buffer"))
+    names = set(syntax.parameters(attention.forward)) if attention.forward else set()
+    attributes = {n.attr for n in syntax.walk(attention.node) if isinstance(n, ast.Attribute)}
+    registers = bool(syntax.calls(attention.node, "register_buffer"))
     own_triangle = registers and any(
-        len(c.args) > 1 and is_triangle(c.args[1]) for c in t.calls(attention.node, "register_buffer")
+        len(c.args) > 1 and is_triangle(c.args[1]) for c in syntax.calls(attention.node, "register_buffer")
     )
     if own_triangle:
         return Era.BIAS_BUFFER
@@ -107,8 +109,8 @@ def era_of(source: Source) -> Era | None:
             return Era.KV_QUANT
         return Era.REGISTERED_MASK_LIST if "rotary_pos_emb_list" in names else Era.REGISTERED_MASK
     inner = attention.methods.get("_attn")
-    if inner is not None and "registered_causal_mask" in t.parameters(inner):
+    if inner is not None and "registered_causal_mask" in syntax.parameters(inner):
         return Era.TRIL_FORWARD
-    if inner is not None and "causal_mask" in t.parameters(inner):
+    if inner is not None and "causal_mask" in syntax.parameters(inner):
         return Era.LATE
     return Era.DERIVED

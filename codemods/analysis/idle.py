@@ -11,7 +11,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 
 #: ``a = b`` to the end of a statement, as it is mostly written.
 _COPY = re.compile(r"(?<![\w.])([^\W\d]\w*) *= *([^\W\d]\w*) *(?=[;#\r\n]|$)")
@@ -26,7 +26,7 @@ def settle(text: str, tree: ast.Module) -> None:
     if not any((value, name) in copies for name, value in copies):
         return
     for function in reversed(list(_functions(tree))):  # those inside first
-        if any(_copied(stmt) for stmt in t.statements(function.body)):
+        if any(_copied(stmt) for stmt in syntax.statements(function.body)):
             inside = list(ast.walk(function))
             if not any(isinstance(n, (ast.Global, ast.Nonlocal)) for n in inside):
                 _settle(function.body, _bound_otherwise(inside))
@@ -34,7 +34,7 @@ def settle(text: str, tree: ast.Module) -> None:
 
 def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Every function below ``node``, those in functions and classes too."""
-    for block in t.blocks(node):
+    for block in syntax.blocks(node):
         for stmt in block:
             if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield stmt
@@ -54,7 +54,7 @@ def _settle(block: list[ast.stmt], names: set[str]) -> None:
     for i, stmt in enumerate(block):
         if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue  # functions are settled on their own
-        for inner in t.blocks(stmt):
+        for inner in syntax.blocks(stmt):
             _settle(inner, names)
         copied = _copied(stmt)
         if copied is not None:
@@ -62,7 +62,7 @@ def _settle(block: list[ast.stmt], names: set[str]) -> None:
             if name in names and (value == name or copies.get(value) == name):
                 block[i] = ast.copy_location(ast.Expr(stmt.value), stmt)  # type: ignore[attr-defined]
                 continue
-        bound = t.binds(stmt)
+        bound = syntax.binds(stmt)
         copies = {k: v for k, v in copies.items() if k not in bound and v not in bound}
         if copied is not None:
             copies[copied[0]] = copied[1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis import values as v
 from codemods.analysis.source import Source
 from codemods.analysis.values import PLAIN, Value
@@ -50,7 +50,7 @@ def models(source: Source) -> Iterator[ModelClass]:
     """The classes of the file that make ``wte`` and ``h``, or ``transformer`` and ``lm_head``."""
     for node in (n for n in source.tree.body if isinstance(n, ast.ClassDef)):
         stored = {
-            n.attr for n in t.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+            n.attr for n in syntax.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
         }
         forward = methods(node).get("forward")
         for wanted, head in (({"wte", "h"}, False), ({"transformer", "lm_head"}, True)):

@@ -12,8 +12,10 @@ import io
 import re
 import tokenize
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from codemods.analysis.idle import settle
 
@@ -22,6 +24,8 @@ LARGEST = 4 << 20
 #: Levels of nesting; upstream's trees are 25 deep. Beyond a few thousand, parsers run out of stack.
 DEEPEST = 250
 _NEWLINE = re.compile("\r\n|\r|\n")
+Question = ParamSpec("Question")
+Answer = TypeVar("Answer")
 _SKIP = re.compile(r"qwen-surgery:\s*skip\[([^\]]*)\]")
 
 
@@ -49,7 +53,7 @@ class Source:
     tree: ast.Module
     encoding: str = "utf-8"
     bom: bytes = b""
-    memo: dict[str, object] = field(default_factory=dict)  #: facts computed once, by the rules' helpers
+    kept: dict[object, Any] = field(default_factory=dict, repr=False)  #: answers of :func:`kept_on_source`
 
     @cached_property
     def lines(self) -> list[str]:
@@ -87,6 +91,23 @@ class Source:
         if data is None:
             raise SourceError(f"the edited text cannot be written in the file's encoding, {self.encoding}")
         return self.bom + data
+
+
+def kept_on_source(
+    ask: Callable[Concatenate[Source, Question], Answer],
+) -> Callable[Concatenate[Source, Question], Answer]:
+    """*ask*, which answers a question about a source, run once for each source and further arguments: rules
+    ask again and again, and no source changes."""
+
+    @wraps(ask)
+    def asked(source: Source, *about: Question.args, **named: Question.kwargs) -> Answer:
+        key = (ask, about, tuple(named.items()))
+        if key not in source.kept:
+            source.kept[key] = ask(source, *about, **named)
+        answer: Answer = source.kept[key]
+        return answer
+
+    return asked
 
 
 def parse(text: str) -> Source:

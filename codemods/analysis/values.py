@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _ordered(operator: ast.cmpop, a: Number, b: Number) -> bool | None:
 def said(test: ast.AST, value: Callable[[ast.expr], Value]) -> str:
     """The numbers that a test compares, for people: ``kv_seq_len is 1 to 512``."""
     parts = []
-    for node in t.walk(test):
+    for node in syntax.walk(test):
         for side in (node.left, *node.comparators) if isinstance(node, ast.Compare) else ():
             found = value(side)
             if isinstance(found, Number) and not isinstance(side, ast.Constant):

@@ -13,7 +13,7 @@ from typing import Any
 
 import libcst as cst
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.analysis.source import Source
 from codemods.framework.base import Drop, Edit, EditError, Insert, Move, Rewrite
 
@@ -22,7 +22,7 @@ def apply(source: Source, edits: Sequence[Edit]) -> str:
     """The text with ``edits`` made; raises :class:`EditError` where a statement shares its line."""
     replaced = {}
     for first, last, group in _top_level(source):
-        inside = {id(s) for s in t.statements(group)} | _nested(group)
+        inside = {id(s) for s in syntax.statements(group)} | _nested(group)
         mine = [e for e in edits if id(_target(e)) in inside]
         if mine:
             text = "".join(source.lines[first - 1 : last])
@@ -31,7 +31,7 @@ def apply(source: Source, edits: Sequence[Edit]) -> str:
 
 
 def _nested(group: Sequence[ast.stmt]) -> set[int]:
-    return {id(n) for stmt in group for n in t.walk(stmt) if isinstance(n, ast.stmt)}
+    return {id(n) for stmt in group for n in syntax.walk(stmt) if isinstance(n, ast.stmt)}
 
 
 def _target(edit: Edit) -> ast.stmt:
@@ -141,7 +141,7 @@ class _Worker:
         stmt = stmts[0]
         if id(stmt) in self.rewritten:
             return self.rewritten[id(stmt)].make(node)
-        inside = (s for s in t.walk(stmt) if s is not stmt)
+        inside = (s for s in syntax.walk(stmt) if s is not stmt)
         if isinstance(node, cst.SimpleStatementLine) or not any(id(s) in self.touched for s in inside):
             return node
         for name, (inner, block) in zip(_block_names(node), _paired_blocks(node, stmt), strict=True):

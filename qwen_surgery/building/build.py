@@ -147,14 +147,16 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     from qwen_surgery.exporting.cleaning import chosen_passes
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.verification.cases import longest_prompt
+    from qwen_surgery.weights import Release
 
     checkout = Checkout.open(request.checkout)
     geometry = checkout.geometry(request.seq_length)
-    options = request.options.resolved(geometry)
+    release = Release.of(request.checkout)
+    options = request.options.resolved(geometry, release)
     toolchain = _find_toolchain(request.toolchain, lacking)
     sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
     index = _find_weights(request.checkout, lacking)
-    builder = Builder(request.out, geometry, options, toolchain, running)
+    builder = Builder(request.out, geometry, options, toolchain, running, release)
     version = toolchain.version if toolchain.version != "unknown" else None
     needed = needed_passes(options)
     passes = chosen_passes(skip=request.skip, toolchain=version, also=needed) if request.clean else ()
@@ -177,7 +179,7 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
         exporting=tuple(exporting),
         sampling=(sample_task(inputs, exports[-1], request),) if depth == "sample" else (),
         verifying=tuple(verify_task(inputs, cores, task, exports, request, depth) for cores, task in made),
-        weights=tuple(ref for _, ref in index.items()),
+        weights=tuple(part for ref in index.values() for part in ref.parts),
         depth=depth,
     )
 
@@ -189,8 +191,9 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
     folder = request.onnx.absolute()
     manifest = Manifest.load(folder)
     manifest.check(folder)
-    options = request.options.resolved(manifest.geometry)
-    builder = Builder(request.out, manifest.geometry, options, Toolchain.find(request.toolchain), running)
+    options = request.options.resolved(manifest.geometry, manifest.release)
+    toolchain = Toolchain.find(request.toolchain)
+    builder = Builder(request.out, manifest.geometry, options, toolchain, running, manifest.release)
     refuse_uncleaned(options, manifest.passes)
     have = {net.name: net.kind for net in manifest.nets}
     for net in options.nets(manifest.geometry.layers):

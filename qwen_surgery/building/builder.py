@@ -20,9 +20,11 @@ from qwen_surgery.building.step_compile import combine_task, compile_tasks
 from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
 from qwen_surgery.building.step_prove import Prove, prove_task, refused
 from qwen_surgery.compiling.one import refuse_unsupported
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import QUANTIZERS, CompileOptions
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.weights.quantised import Release
 
 Items = list[Task | Expansion]
 Early = Callable[[], Mapping[Identity, str]]
@@ -44,9 +46,20 @@ class BuildResult:
     def passed(self) -> bool:
         return self.report is None or bool(self.report["passed"])
 
+    @property
+    def integers(self) -> str:
+        """A line on the integers that the bmodels hold; empty where there are none, or no side file."""
+        from qwen_surgery.packing import sidefile
+
+        if not sidefile.path_for(self.bmodels[0]).is_file():
+            return ""
+        side = sidefile.load(self.bmodels[0])
+        return sidefile.integers_line(side.integers(), side.notes)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "bmodels": [str(path) for path in self.bmodels],
+            "integers": self.integers,
             "passed": self.passed,
             "verified": self.depth,
             "unpacked": self.unpacked,
@@ -104,6 +117,7 @@ class Packing:
     def _proven(self, narrow: Collection[NetKind], answers: Mapping[str, Answer]) -> Items:
         """All is proven that can be: compile every layer of the other kinds, and write the bmodels."""
         reasons = refused(answer.info for answer in answers.values())
+        self._refuse_rounding(reasons)
         for kind, why in reasons.items():
             then = "every layer of it is compiled instead" if kind.per_layer else "refit will not be possible"
             self.say(f"{kind.value}: packing is not proven ({why}); {then}")
@@ -117,6 +131,22 @@ class Packing:
             items += [compare_task(self.inputs, net, cores) for net in packed]
         return items
 
+    def _refuse_rounding(self, reasons: Mapping[NetKind, str]) -> None:
+        """A net that cannot be packed would get the compiler's integers, where others are wanted."""
+        for kind, why in reasons.items():
+            if not self.inputs.chosen(kind):
+                continue
+            stored = f"how TPU-MLIR stores those of {kind.value} is not proven ({why})"
+            if self.inputs.release is not None and kind.per_layer:
+                raise Refused(
+                    f"the integers of this checkpoint ({self.inputs.release}) cannot be kept: {stored}",
+                    hint="start from the bf16 or fp16 checkpoint",
+                )
+            quantizer = self.inputs.options.quantizer
+            raise Refused(
+                f"--quantizer {quantizer} cannot place its integers: {stored}", hint="use --quantizer rtn"
+            )
+
     def _prove(self, nets: list[Net]) -> list[Task]:
         return [prove_task(self.inputs, net, cores) for cores in self.inputs.options.cores for net in nets]
 
@@ -126,31 +156,63 @@ def _names(tasks: list[Task]) -> tuple[str, ...]:
 
 
 class Builder:
-    """Builds of a model of *geometry* into *out*. *options* must be resolved.
+    """Builds of a model of *geometry* into *out*. *options* must be resolved; *release* says how its
+    checkpoint is quantised, where it is.
 
     Raises Usage and ToolFailed when *toolchain* cannot do what they ask for.
     """
 
     def __init__(
-        self, out: Path, geometry: Geometry, options: CompileOptions, toolchain: Toolchain, running: Running
+        self,
+        out: Path,
+        geometry: Geometry,
+        options: CompileOptions,
+        toolchain: Toolchain,
+        running: Running,
+        release: Release | None = None,
     ) -> None:
         refuse_unsupported(options, toolchain)
+        self.release = release
         self.geometry, self.options, self.toolchain, self.running = geometry, options, toolchain, running
         self.outputs = Outputs(out, json.dumps([asdict(options), toolchain.identity], sort_keys=True))
         self.pack = running.request.pack and options.num_device == 1
         if self.pack != running.request.pack:
             running.say("several chips share every net: layers are compiled one by one, not packed")
+        self._refuse_compiled_layers()
+
+    def _refuse_compiled_layers(self) -> None:
+        """Raise Usage where layers would be compiled whose integers are not the compiler's."""
+        wrong = "--prove" if self.running.request.prove else "" if self.pack else "--no-pack"
+        if wrong and self.release is not None:
+            raise Usage(
+                f"{wrong} does not go with this checkpoint ({self.release}): compiling rounds again",
+                hint="leave it out",
+            )
+        if wrong and self.options.quantizer != QUANTIZERS[0]:
+            raise Usage(
+                f"{wrong} does not go with --quantizer {self.options.quantizer}: compiled layers are rounded "
+                "by TPU-MLIR",
+                hint="leave one of them out",
+            )
 
     def inputs(self, folder: Path, passes: tuple[str, ...], early: Early | None = None) -> Inputs:
         """The nets in *folder* as what is compiled; without *early*, before they are exported. Reads the
         weights once to know what they are, but for those whose digests *early* has."""
         from qwen_surgery.exporting.manifest import Manifest
 
-        planned = Inputs(folder, self.geometry, passes, self.options, self.toolchain, self.outputs.logs)
+        planned = Inputs(
+            folder,
+            self.geometry,
+            passes,
+            self.options,
+            self.toolchain,
+            self.outputs.logs,
+            release=self.release,
+        )
         if early is None:
             return planned
         manifest = Manifest.load(folder)
-        refs = {ref for net in manifest.nets for ref in net.weights.values()}
+        refs = {part for net in manifest.nets for ref in net.weights.values() for part in ref.parts}
         digests = tensor_digests(refs, self.outputs.digests, self.running.progress, early())
         return planned.exported(manifest, digests)
 

@@ -22,6 +22,7 @@ from qwen_surgery.building.resources import cores
 from qwen_surgery.building.step import decode, encode
 from qwen_surgery.files import write_whole
 from qwen_surgery.parsing import DATA_ERRORS
+from qwen_surgery.weights import QuantisedRef
 
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef
@@ -64,6 +65,13 @@ def reading_early(refs: Iterable[TensorRef]) -> Iterator[Callable[[], dict[Ident
             yield found
         finally:
             stop.set()
+
+
+def digest_of(ref: TensorRef, digests: Mapping[TensorRef, str]) -> str:
+    """Of the content of *ref*, whose parts have *digests*."""
+    if not isinstance(ref, QuantisedRef):
+        return digests[ref]
+    return " ".join([str(ref.release), str(ref.release.less_one), *(digests[part] for part in ref.parts)])
 
 
 def _digest(ref: TensorRef) -> str:

@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qwen_surgery.building.digests import digest_of
 from qwen_surgery.compiling.one import NetJob
-from qwen_surgery.compiling.options import CompileOptions
+from qwen_surgery.compiling.options import QUANTIZERS, CompileOptions
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.weights.quantised import Release, release_of
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
@@ -37,6 +39,7 @@ class Inputs:
 
     ``weights`` holds per net a digest of the content of all its weights, ``templates`` per kind one of the
     graph and its tables. In a plan made before the export both are empty. ``logs`` is where tools log to.
+    ``release`` says how the checkpoint is quantised, where it is.
     """
 
     folder: Path
@@ -47,6 +50,12 @@ class Inputs:
     logs: Path
     weights: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[NetKind, str] = field(default_factory=dict)
+    release: Release | None = None
+
+    def chosen(self, kind: NetKind) -> bool:
+        """Whether the integers of nets of *kind* are others than the compiler's."""
+        own = self.release is not None and kind.per_layer
+        return own or (self.options.quantizer != QUANTIZERS[0] and self.options.integer(kind))
 
     @property
     def nets(self) -> tuple[Net, ...]:
@@ -77,7 +86,10 @@ class Inputs:
     def exported(self, manifest: Manifest, digests: Mapping[TensorRef, str]) -> Inputs:
         """The same with what was exported; *digests* are those of the weights' tensors."""
         tables = "".join(sorted(manifest.constants.values()))
-        slots = {net.name: {slot: digests[ref] for slot, ref in net.weights.items()} for net in manifest.nets}
+        slots = {
+            net.name: {slot: digest_of(ref, digests) for slot, ref in net.weights.items()}
+            for net in manifest.nets
+        }
         return replace(
             self,
             weights={name: _digest(json.dumps(held, sort_keys=True))[:32] for name, held in slots.items()},
@@ -106,7 +118,8 @@ def _digest(text: str) -> str:
 
 
 def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str, str]:
-    """Of all files that decide the export, and of where the weights are (their content is read later)."""
+    """Of all files that decide the export, of where the weights are (their content is read later) and how
+    they are to be read."""
     digests = {
         f"{which}/{name}": hashlib.sha256(content).hexdigest()
         for which, files in (("reference", sources.reference), ("patched", sources.patched))
@@ -114,9 +127,12 @@ def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str
     }
     places = [
         [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
-        for name, ref in sorted(index.items())
+        for name, whole in sorted(index.items())
+        for ref in whole.parts
         for stat in [ref.file.stat()]
     ]
+    if release := release_of(index.values()):
+        places.append([str(release), release.less_one])
     digests["weights"] = _digest(json.dumps(places))
     if home := sources.family.home:
         digests["home"] = f"{home} {version(home.partition('.')[0])}"

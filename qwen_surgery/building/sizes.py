@@ -29,8 +29,8 @@ def packed_bytes(kind: NetKind, g: Geometry, options: CompileOptions) -> int:
         mode = options.lm_head_mode or mode
     elif not kind.per_layer:
         mode = "bf16"
-    group = 3.0 / (options.q_group_size or 64)
-    per_weight = {"int4": 0.5 + group, "int8": 1.0, "bf16": 2.0, "f16": 2.0}[mode]
+    group = 3.0 / options.q_group_size if options.q_group_size else 0.0
+    per_weight = {"int4": 0.5 + group, "int8": 1.0 + group, "bf16": 2.0, "f16": 2.0}[mode]
     activations = 2 * g.seq_length * g.seq_length if kind.per_layer else 0
     return int(weights_of(kind, g) * per_weight) + activations + 6 * MB
 

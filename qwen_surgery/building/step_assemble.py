@@ -18,6 +18,7 @@ from qwen_surgery.building.step_prove import load_plan
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
+from qwen_surgery.packing.sidefile import RELEASE
 
 if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
@@ -33,7 +34,8 @@ CREATED = "Thu Jan  1 00:00:00 1970\n"
 @dataclass(frozen=True)
 class Row:
     """A net of the bmodel: the task and file it comes from, its name there, whether its weights are still to
-    be packed, a digest of them, and the task that has the plan of them ('' for none)."""
+    be packed, a digest of them, the task that has the plan of them, and the one that chose their integers
+    ('' for none)."""
 
     net: str
     task: str
@@ -42,6 +44,7 @@ class Row:
     pack: bool
     weights: str
     plan: str
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Assemble(Step):
     config: dict[str, Any]
     notes: dict[str, str]
     packer: str
+    quantizer: str
     export: Path = field(metadata=PLACE)
     previous: Previous | None = field(metadata=PLACE)
 
@@ -70,7 +74,7 @@ class Assemble(Step):
 
         manifest = Manifest.load(self.export)
         plans = {task: load_plan(needs[task]) for task in {row.plan for row in self.nets} if task}
-        signed = {row.net: _signature(row, needs) for row in self.nets}
+        signed = {row.net: _signature(row, self.quantizer, needs) for row in self.nets}
         pieces = [self._piece(row, signed[row.net], manifest, plans, needs) for row in self.nets]
         target, threads = work / self.file, resources.cores() + 1  # one of them hashes
         written = expand.write(target, pieces, created=CREATED, workers=threads, progress=_say_net)
@@ -90,6 +94,8 @@ class Assemble(Step):
         needs: Needs,
     ) -> Piece:
         from qwen_surgery.packing.expand import Piece
+        from qwen_surgery.quantising import by_name
+        from qwen_surgery.weights.quantised import own_integers
 
         entry, old = manifest.net(row.net), self.previous
         plan = plans.get(row.plan)
@@ -98,7 +104,16 @@ class Assemble(Step):
             return Piece(row.net, old.file, row.net, plan, tensors)
         if row.pack and plan is None:
             raise RuntimeError(f"{row.net} has no pack plan and was not compiled")
-        return Piece(row.net, needs[row.task] / row.file, row.source, plan, tensors, row.pack)
+        return Piece(
+            row.net,
+            needs[row.task] / row.file,
+            row.source,
+            plan,
+            tensors,
+            row.pack,
+            own_integers(entry.weights),
+            by_name(self.quantizer),
+        )
 
     def _predictions(self, manifest: Manifest, needs: Needs) -> dict[str, Prediction]:
         from qwen_surgery.packing.sidefile import Prediction
@@ -113,9 +128,10 @@ class Assemble(Step):
         return found
 
 
-def _signature(row: Row, needs: Needs) -> str:
-    """Of what decides the net's bytes: its tasks (a folder's name is its task's key) and its weights."""
-    keys = [needs[task].name for task in (row.task, row.plan) if task]
+def _signature(row: Row, quantizer: str, needs: Needs) -> str:
+    """Of what decides the net's bytes: its tasks (a folder's name is its task's key), its weights, and who
+    chooses their integers."""
+    keys = [quantizer, *(needs[task].name for task in (row.task, row.plan, row.chosen) if task)]
     return hashlib.sha256(json.dumps([*keys, row.weights]).encode()).hexdigest()[:32]
 
 
@@ -213,17 +229,19 @@ def assemble_task(
         "target": options.target,
         "tpu_mlir": inputs.toolchain.version,
         "runtime": options.runtime or "",
+        **({"quantizer": options.quantizer} if options.integers else {}),
+        **({RELEASE: str(inputs.release)} if inputs.release else {}),
         **{f"unpacked {kind.value}": why for kind, why in unproven.items()},
     }
     rows = _rows(inputs, cores, narrow, unproven)
-    packer = code_digest("qwen_surgery.packing")
+    packer = code_digest("qwen_surgery.packing", "qwen_surgery.quantising")
     packed = sum(row.pack for row in rows) // 2
     weights = packed * weights_of(NetKind.BLOCK, inputs.geometry)
     total = bmodel_bytes(inputs.geometry, options)
     return Task(
         task_name("assemble", file),
-        Assemble(file, rows, dict(config), notes, packer, inputs.folder, previous),
-        needs=tuple(sorted({task for row in rows for task in (row.task, row.plan) if task})),
+        Assemble(file, rows, dict(config), notes, packer, options.quantizer, inputs.folder, previous),
+        needs=tuple(sorted({task for row in rows for task in (row.task, row.plan, row.chosen) if task})),
         cost=Cost(600 * MB, total, 0.5 + weights * 1.5e-8 + total / 1e9),
         keep=True,
         command=f"pack {packed} layers and write {file}",
@@ -238,12 +256,13 @@ def _rows(
     for net in inputs.nets:
         extended = net.kind in narrow
         compiled = net.layer in (None, 0) or net.kind in unproven
+        packed = extended or not compiled or (net.kind not in unproven and inputs.chosen(net.kind))
         source = net if compiled else first[net.kind]
         task = task_name("narrow" if extended else "deploy", source.name, cores)
         file, digest = inputs.job(source).bmodel(cores), inputs.weights.get(net.name, "")
         proof = "" if net.kind.chooses else first[net.kind].name
         plan = proof and task_name("narrow" if extended else "prove", proof, cores)
-        rows.append(Row(net.name, task, file, source.name, extended or not compiled, digest, plan))
+        rows.append(Row(net.name, task, file, source.name, packed, digest, plan))
     return tuple(rows)
 
 

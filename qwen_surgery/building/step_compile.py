@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,9 +49,12 @@ class Transform(NetStep):
 
         from graph_passes.mlir import apply
         from qwen_surgery.exporting.cleaning import refuse_unfit
+        from qwen_surgery.exporting.plain import plain_net
 
-        refuse_unfit(onnx.load(str(self.onnx), load_external_data=False), self.net.name)
-        result = transform(self.job, self.toolchain, work, self.logs)
+        with TemporaryDirectory(dir=work) as scratch:
+            job = replace(self.job, onnx=plain_net(self.onnx, Path(scratch)))
+            refuse_unfit(onnx.load(str(job.onnx), load_external_data=False), self.net.name)
+            result = transform(job, self.toolchain, work, self.logs)
         sites: dict[str, int] = {}
         # Heads end in TopK, whose two results the passes' reader does not take; no pass has work there.
         if self.passes and self.net.kind.per_layer:

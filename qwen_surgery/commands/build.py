@@ -63,13 +63,14 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building.request import BuildRequest, RunRequest
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.exporting.remote_code import require_trust
+    from qwen_surgery.weights import Release
 
     if not given["dry_run"]:  # which runs nothing
         require_trust(given["trust_remote_code"], "build", lent=Checkout.open(checkout).lent)
     request = BuildRequest(
         checkout=checkout,
         out=out,
-        options=options_from(given, checkout.absolute().name.lower()),
+        options=options_from(given, checkout.absolute().name.lower(), Release.of(checkout)),
         seq_length=given["seq_length"],
         recipe=given["recipe"],
         skip=given["skip"],
@@ -107,6 +108,8 @@ def _show(result: BuildResult, as_json: bool) -> None:
     for compared in (found, found.get("sampled", {})):
         if "levels" in compared:
             _show_compared(compared)
+    if result.integers:
+        console.out().print(result.integers, soft_wrap=True)
     for path in result.bmodels:
         console.out().print(f"{path} ({size(path.stat().st_size)})")
 

@@ -29,8 +29,9 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
     from qwen_surgery.building.request import CompileRequest, RunRequest
     from qwen_surgery.exporting.manifest import Manifest
 
-    name = Path(Manifest.load(onnx_dir).checkout).name.lower() or "qwen"
-    options = options_from(given, name)
+    manifest = Manifest.load(onnx_dir)
+    name = Path(manifest.checkout).name.lower() or "qwen"
+    options = options_from(given, name, manifest.release)
     request = CompileRequest(onnx_dir, out, options, given["toolchain"], RunRequest.of(given))
     if given["dry_run"]:
         session.show_plan(build.plan(request), given["as_json"])
@@ -45,5 +46,7 @@ def command(onnx_dir: Path, out: Path, **given: Any) -> None:
             }
         )
         return
+    if result.integers:
+        console.out().print(result.integers, soft_wrap=True)
     for path in result.bmodels:
         console.out().print(f"{path} ({size(path.stat().st_size)})")

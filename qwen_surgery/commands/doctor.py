@@ -11,9 +11,11 @@ import click
 from qwen_surgery import console
 from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH
 from qwen_surgery.compiling.flags import compile_options, options_from
+from qwen_surgery.errors import Refused
 
 if TYPE_CHECKING:
     from qwen_surgery.doctor.remarks import Remark
+    from qwen_surgery.weights import Release
 
 _WIDTH, _NAMES = 80, 19
 
@@ -48,7 +50,7 @@ def command(
     version = given["toolchain"]
     parts, plan = {"machine": list(machine.remarks(version))}, None
     if checkout is not None:
-        options = options_from(given, checkout.absolute().name.lower())
+        options = options_from(given, checkout.absolute().name.lower(), _release(checkout))
         request = BuildRequest(checkout, out, options, seq_length, recipe, toolchain=version)
         parts["build"], plan = model.remarks(request)
     well = all(remark.health is not Health.FAIL for part in parts.values() for remark in part)
@@ -58,6 +60,16 @@ def command(
     else:
         _show(parts, checkout)
     return 0 if well else 3
+
+
+def _release(checkout: Path) -> Release | None:
+    """How *checkout* is quantised; what cannot be kept is said of its weights."""
+    from qwen_surgery.weights import Release
+
+    try:
+        return Release.of(checkout)
+    except Refused:
+        return None
 
 
 def _show(parts: dict[str, list[Remark]], checkout: Path | None) -> None:

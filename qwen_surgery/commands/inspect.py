@@ -54,6 +54,8 @@ def _nets(report: BmodelReport, every: bool) -> Iterator[str]:
 
 
 def _print(report: BmodelReport, every: bool) -> None:
+    from qwen_surgery.packing.sidefile import integers_line
+
     out = console.out()
     out.print(
         f"{report.path}: {_size(report.size)}, {report.chip}, {report.devices} device(s), "
@@ -69,6 +71,8 @@ def _print(report: BmodelReport, every: bool) -> None:
         )
     else:
         out.print("no predicted speed was recorded for it")
+    if report.integers:
+        out.print(integers_line(report.integers, report.notes), soft_wrap=True)
     for name, text in report.notes.items():
         out.print(f"{name}: {text}")
     out.print(f"can be refitted: {report.refit}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qwen_surgery import console, extras
-from qwen_surgery.quantising import QUANTIZERS
+from qwen_surgery.compiling.options import QUANTIZERS
 
 
 @click.command(name="refit", help="Put the weights of CHECKOUT into MODEL.bmodel, without TPU-MLIR.")

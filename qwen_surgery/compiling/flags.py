@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import click
 
 from qwen_surgery.chips import CHIPS, DEFAULT_CHIP, with_ability
-from qwen_surgery.compiling.options import ADDR_MODES, QUANTIZE, RUNTIMES, CompileOptions
+from qwen_surgery.compiling.options import (
+    ADDR_MODES,
+    QUANTIZE,
+    QUANTIZERS,
+    RUNTIMES,
+    CompileOptions,
+    release_mode,
+)
+from qwen_surgery.weights.quantised import Release
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,9 +41,8 @@ _COMPILE = (
     click.option(
         "--mode",
         type=click.Choice(list(QUANTIZE)),
-        default="int4",
-        show_default=True,
-        help="Weights of blocks.",
+        default=None,
+        help="Weights of blocks.  [default: int4, or as the checkpoint is quantised]",
     ),
     click.option(
         "--target",
@@ -78,14 +85,26 @@ _COMPILE = (
         help=f"Prefill at each prompt's own length ({with_ability('dynamic')}).",
     ),
     click.option(
-        "--q-group-size", type=int, default=None, help="Input features per scale of int4.  [default: 64]"
+        "--q-group-size",
+        type=int,
+        default=None,
+        help="Input features per scale of int4.  [default: 64, or as the checkpoint is quantised]",
     ),
     click.option("--symmetric", is_flag=True, help="Symmetric int4, without zero points."),
     click.option(
         "--lm-head-mode",
         type=click.Choice(list(QUANTIZE)),
         default=None,
-        help="Keep the lm_head at a higher precision.  [default: as --mode]",
+        help="Keep the lm_head at a higher precision.  [default: as --mode; int8 where the checkpoint is "
+        "quantised]",
+    ),
+    click.option(
+        "--quantizer",
+        type=click.Choice(QUANTIZERS),
+        default=QUANTIZERS[0],
+        show_default=True,
+        help="How integers are chosen: rtn rounds as TPU-MLIR does; search takes for each group of weights "
+        "the scale that loses least.",
     ),
     click.option("--name", default=None, help="First part of the file name.  [default: the folder's name]"),
     click.option("--toolchain", metavar="VERSION", default=None, help="TPU-MLIR version to use."),
@@ -143,8 +162,12 @@ def run_options(command: Command) -> Command:
     return command
 
 
-def options_from(given: dict[str, Any], name: str) -> CompileOptions:
-    """The compile options of a command's parameters (not yet resolved); *name* where the user gave none."""
-    names = ["mode", "target", "runtime", "num_device", "num_core", "addr_mode", "dynamic", "q_group_size"]
-    names += ["symmetric", "lm_head_mode"]
-    return CompileOptions(name=given["name"] or name, **{key: given[key] for key in names})
+def options_from(given: dict[str, Any], name: str, release: Release | None) -> CompileOptions:
+    """The compile options of a command's parameters (not yet resolved); *name* where the user gave none.
+
+    *release* is how the checkpoint is quantised, where it is.
+    """
+    mode = given["mode"] or ("int4" if release is None else release_mode(release))
+    names = ["target", "runtime", "num_device", "num_core", "addr_mode", "dynamic", "q_group_size"]
+    names += ["symmetric", "lm_head_mode", "quantizer"]
+    return CompileOptions(mode=mode, name=given["name"] or name, **{key: given[key] for key in names})

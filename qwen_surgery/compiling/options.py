@@ -11,14 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_surgery.chips import CHIPS, DEFAULT_CHIP, Chip, with_ability
-from qwen_surgery.errors import Usage
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, Net, NetKind, nets
+from qwen_surgery.weights.quantised import Release
 
 #: --mode -> TPU-MLIR's quantisation of blocks and lm_head.
 QUANTIZE = {"bf16": "BF16", "f16": "F16", "int8": "W8BF16", "int4": "W4BF16"}
 ADDR_MODES = ("io_alone", "basic")
+#: How integers are chosen: as the compiler rounds, or by a search for each group's best scale.
+QUANTIZERS = ("rtn", "search")
 #: Group size the reference scripts give int4; int8 is quantised per output channel, without groups.
 INT4_GROUP = 64
+#: The mode of the lm_head where the checkpoint's own integers are kept, and it has none for the lm_head.
+RELEASE_HEAD = "int8"
+
+
+def release_mode(release: Release) -> str:
+    """The --mode that keeps the integers of *release*."""
+    return f"int{release.bits}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class CompileOptions:
 
     ``num_core`` is for chips of several cores: how many, or None for a file for each count, as the reference
     script makes. ``lm_head_mode`` keeps the lm_head at another precision than the blocks. ``q_group_size``
-    counts input features per scale.
+    counts input features per scale. ``quantizer`` is one of :data:`QUANTIZERS`.
     """
 
     mode: str = "int4"
@@ -77,9 +87,13 @@ class CompileOptions:
     symmetric: bool = False
     lm_head_mode: str | None = None
     runtime: str | None = None
+    quantizer: str = QUANTIZERS[0]
 
-    def resolved(self, geometry: Geometry | None = None) -> CompileOptions:
-        """These options with every default filled in; raises :class:`Usage` for what cannot work."""
+    def resolved(self, geometry: Geometry | None = None, release: Release | None = None) -> CompileOptions:
+        """These options with every default filled in; raises :class:`Usage` for what cannot work.
+
+        *release* says how the checkpoint is quantised, where it is: then its bits and groups are fixed.
+        """
         runtime = self._runtime()
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise Usage(f"--name {self.name!r} is no file name", hint="it is the first part of one")
@@ -96,13 +110,16 @@ class CompileOptions:
                 hint="use --runtime sophon-demo, or --mode bf16",
             )
         self._check_devices(runtime)
-        group = self._group(geometry)
+        if release is not None:
+            self._check_release(release)
+        group = self._group(geometry, release)
         if self.symmetric and self.mode != "int4":
             raise Usage(f"--symmetric has no effect on --mode {self.mode}", hint="it belongs to --mode int4")
         self._check_head()
-        return replace(
-            self, runtime=runtime.name, q_group_size=group, lm_head_mode=self.lm_head_mode or self.mode
-        )
+        # A release keeps its output layer in float16, of which int8 loses next to nothing.
+        head = self.lm_head_mode or (self.mode if release is None else RELEASE_HEAD)
+        self._check_quantizer(head)
+        return replace(self, runtime=runtime.name, q_group_size=group, lm_head_mode=head)
 
     @property
     def chip(self) -> Chip:
@@ -150,7 +167,30 @@ class CompileOptions:
                 f"--runtime {runtime.name} always gives the whole sequence length: --dynamic has no use"
             )
 
-    def _group(self, geometry: Geometry | None) -> int | None:
+    def _check_release(self, release: Release) -> None:
+        """The checkpoint's integers are kept, so what decides integers is decided."""
+        if self.mode != release_mode(release):
+            raise Usage(
+                f"--mode {self.mode} does not go with this checkpoint ({release})",
+                hint=f"leave --mode out, or use --mode {release_mode(release)}",
+            )
+        if self.symmetric:
+            raise Usage("--symmetric has no effect: the checkpoint's own zeros are kept", hint="leave it out")
+        if self.q_group_size not in (None, release.group):
+            raise Usage(
+                f"--q-group-size {self.q_group_size} does not go with this checkpoint ({release})",
+                hint="leave it out",
+            )
+        if self.num_device > 1:
+            raise Refused(
+                f"the integers of this checkpoint ({release}) cannot be kept on several chips: there "
+                "TPU-MLIR splits weights, across groups, and rounds them again",
+                hint="use one chip, or start from the bf16 or fp16 checkpoint",
+            )
+
+    def _group(self, geometry: Geometry | None, release: Release | None) -> int | None:
+        if release is not None and release.group != -1:
+            return release.group
         if self.mode != "int4":
             if self.q_group_size is not None:
                 raise Usage(
@@ -182,7 +222,32 @@ class CompileOptions:
         if order.index(self.lm_head_mode) > order.index(self.mode):
             raise Usage(f"--lm-head-mode {self.lm_head_mode} is a lower precision than --mode {self.mode}")
 
+    def _check_quantizer(self, head: str) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise Usage(
+                f"--quantizer {self.quantizer} is unknown", hint="quantizers: " + ", ".join(QUANTIZERS)
+            )
+        if self.quantizer == QUANTIZERS[0]:
+            return
+        if not replace(self, lm_head_mode=head).integers:
+            raise Usage(f"--quantizer {self.quantizer} has no effect: no weight is kept as integers")
+        if self.num_device > 1:
+            raise Usage(
+                f"--quantizer {self.quantizer} is for one chip: for several, TPU-MLIR rounds every layer"
+            )
+
     # What follows from them, on resolved options:
+
+    def integer(self, kind: NetKind) -> bool:
+        """Whether nets of *kind* keep weights as integers."""
+        head = kind in (NetKind.LM_HEAD, NetKind.LM_HEAD_TOPK)
+        mode = self.mode if kind.per_layer else (self.lm_head_mode or self.mode) if head else ""
+        return mode.startswith("int")
+
+    @property
+    def integers(self) -> bool:
+        """Whether any net keeps weights as integers."""
+        return self.integer(NetKind.BLOCK) or self.integer(NetKind.LM_HEAD)
 
     @property
     def float_mode(self) -> str:
@@ -302,7 +367,7 @@ def _quantize_flags(kind: NetKind, options: CompileOptions) -> list[str]:
         return ["--quantize", QUANTIZE[options.float_mode]]
     mode = options.mode if kind.per_layer else options.lm_head_mode or options.mode
     flags = ["--quantize", QUANTIZE[mode]]
-    if mode == "int4":
+    if mode == "int4" or (kind.per_layer and options.q_group_size is not None):
         flags += ["--q_group_size", str(options.q_group_size)]
         if options.symmetric:
             flags += ["--q_symmetric"]

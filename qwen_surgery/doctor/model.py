@@ -16,6 +16,7 @@ from qwen_surgery.doctor.remarks import Remark, fail, failed, note, ok
 from qwen_surgery.errors import SurgeryError
 from qwen_surgery.files import free_disk
 from qwen_surgery.toolchain.preload import c_compiler
+from qwen_surgery.weights import Release
 from qwen_surgery.weights.index import WeightIndex, quantisation
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _model(checkout: Checkout, request: BuildRequest) -> Iterator[Remark]:
         method = quantisation(checkout.config) or "not quantised"
         yield ok("weights", f"{size(index.total_bytes)} in {len(index.files)} files, {types}, {method}")
     try:
-        options = request.options.resolved(geometry)
+        options = request.options.resolved(geometry, Release.of(request.checkout))
     except SurgeryError as error:
         yield failed("options", error)
     else:

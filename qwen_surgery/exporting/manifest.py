@@ -15,7 +15,8 @@ from typing import Any
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.parsing import build, inner_path, is_plain_name, parsing, read_json, sizes, whole
-from qwen_surgery.weights import TensorRef
+from qwen_surgery.weights import QuantisedRef, Release, TensorRef
+from qwen_surgery.weights.quantised import joined, release_of
 
 FILE_NAME = "manifest.json"
 FORMAT = 3
@@ -66,6 +67,11 @@ class Manifest:
     @property
     def seq_length(self) -> int:
         return self.geometry.seq_length
+
+    @property
+    def release(self) -> Release | None:
+        """How the checkpoint is quantised; None where it is not."""
+        return release_of(ref for net in self.nets for ref in net.weights.values())
 
     def net(self, name: str) -> NetEntry:
         """The entry of net *name*; raises Refused when it was not exported."""
@@ -157,8 +163,8 @@ class Manifest:
             _refuse_unless(folder / name, sha256_file, expected)
         shards: dict[Path, list[TensorRef]] = {}
         for net in self.nets:
-            for ref in net.weights.values():
-                shards.setdefault(ref.file, []).append(ref)
+            for part in (part for ref in net.weights.values() for part in ref.parts):
+                shards.setdefault(part.file, []).append(part)
         for file, refs in shards.items():
             with parsing(folder / FILE_NAME):
                 expected = self.weights["files"][file.name]["fingerprint"]
@@ -172,7 +178,13 @@ def _refuse_unless(path: Path, digest: Any, expected: str) -> None:
         raise Refused(f"{path} is not the file that manifest.json describes", hint="export again")
 
 
+_PARTS = ("codes", "zeros", "scales")
+
+
 def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
+    if isinstance(ref, QuantisedRef):
+        parts = {part: _ref_to_json(getattr(ref, part)) for part in _PARTS}
+        return {"tensor": ref.name, "release": asdict(ref.release), **parts}
     return {
         "tensor": ref.name,
         "file": str(ref.file),
@@ -184,6 +196,9 @@ def _ref_to_json(ref: TensorRef) -> dict[str, Any]:
 
 
 def _ref_from_json(data: dict[str, Any], folder: Path) -> TensorRef:
+    if "release" in data:
+        codes, zeros, scales = (_ref_from_json(data[part], folder) for part in _PARTS)
+        return joined(str(data["tensor"]), codes, zeros, scales, build(Release, data["release"]))
     if not isinstance(data["file"], str) or not data["file"].startswith("/"):
         inner_path(data["file"])
     elif not all(part in ("", "..") or is_plain_name(part) for part in data["file"].split("/")):

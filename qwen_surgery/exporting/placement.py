@@ -30,6 +30,8 @@ class WeightMode(str, Enum):
 class SharedPlacement:
     """Weights stay in files ``weights/<shard>`` of the exported folder (linked or copied, same offsets)."""
 
+    inline = False
+
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self._names = _distinct_names(files)
         self._constants = _ConstantPool(folder / CONSTANTS_FILE)
@@ -49,6 +51,8 @@ class SharedPlacement:
 
 class InlinePlacement:
     """Every net holds its own bytes."""
+
+    inline = True
 
     def weight(self, ref: TensorRef) -> bytes:
         return ref.read_raw().tobytes()

@@ -15,7 +15,8 @@ from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
 from qwen_surgery.files import require_disk
 from qwen_surgery.nets import Geometry, Net
-from qwen_surgery.weights import TensorRef, WeightIndex
+from qwen_surgery.weights import ITEM_SIZE, TensorRef, WeightIndex
+from qwen_surgery.weights.quantised import refuse_half_quantised
 
 if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
@@ -83,6 +84,8 @@ def bind(
         refs[net.name] = resolve(binding, shapes, index)
         bindings.append(binding)
     refuse_extra(bindings, index, family)
+    every_ref = (ref for named in refs.values() for ref in named.values())
+    refuse_half_quantised(every_ref, family.anatomy.every_layer)
     return bindings, refs
 
 
@@ -119,12 +122,14 @@ def plan_weights(
     onnx_path: Path,
 ) -> ExportPlan:
     """Decide how the weights of the nets *kept* reach *onnx_path*, and what that takes (see :func:`plan`)."""
-    files = tuple(dict.fromkeys(ref.file for b in kept for ref in refs[b.net].values()))
+    files = tuple(
+        dict.fromkeys(part.file for b in kept for ref in refs[b.net].values() for part in ref.parts)
+    )
     mode, reason = _choose_mode(mode, files, onnx_path)
     weight_bytes = {
         WeightMode.LINK: 0,
         WeightMode.COPY: sum(file.stat().st_size for file in files),
-        WeightMode.INLINE: sum(ref.nbytes for b in kept for ref in refs[b.net].values()),
+        WeightMode.INLINE: sum(_inline_bytes(refs[b.net]) for b in kept),
     }[mode]
     if mode is WeightMode.INLINE:
         _refuse_too_large_inline(kept, refs, geometry)
@@ -135,6 +140,11 @@ def plan_weights(
     return ExportPlan(
         geometry, kept, {b.net: refs[b.net] for b in kept}, mode, reason, files, weight_bytes, graph_bytes
     )
+
+
+def _inline_bytes(refs: Mapping[str, TensorRef]) -> int:
+    """Bytes of a net's weights inside its file."""
+    return sum(ref.numel * ITEM_SIZE[ref.dtype] for ref in refs.values())
 
 
 def _choose_mode(mode: WeightMode | None, files: tuple[Path, ...], onnx_path: Path) -> tuple[WeightMode, str]:
@@ -159,7 +169,7 @@ def _refuse_too_large_inline(
 ) -> None:
     tables = 2 * 4 * geometry.seq_length * geometry.head_dim
     for binding in bindings:
-        size = sum(ref.nbytes for ref in refs[binding.net].values()) + _GRAPH_BYTES
+        size = _inline_bytes(refs[binding.net]) + _GRAPH_BYTES
         size += tables if binding.kind.per_layer else 0
         if size > PROTOBUF_LIMIT:
             raise Refused(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from qwen_surgery.errors import Refused
 from qwen_surgery.families.family import Anatomy, Family
 from qwen_surgery.nets import Net, NetKind
-from qwen_surgery.weights import ITEM_SIZE, TensorRef
+from qwen_surgery.weights import ITEM_SIZE, QuantisedRef, TensorRef
+from qwen_surgery.weights.quantised import refuse_stray_bias
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +31,7 @@ SHARED_FROM = 1024
 PROTOBUF_LIMIT = 2**31 - 1
 
 _ONNX_TYPES = {"F32": 1, "F16": 10, "BF16": 16}  # onnx.TensorProto's numbers
+_ONNX_BYTES = 2  # uint8
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def refuse_extra(bindings: Iterable[Binding], index: Mapping[str, TensorRef], fa
     """Raise Refused when the checkpoint holds a tensor that no net uses."""
     used = {name for binding in bindings for name in binding.tensors.values()}
     used |= {family.anatomy.head_tensor}  # also stored by some checkpoints whose embeddings are tied
+    used |= refuse_stray_bias(index, used)
     for name, ref in index.items():
         if name not in used and not family.ignored.search(name):
             raise Refused(
@@ -118,7 +121,9 @@ class Location:
 
 
 class Placement(Protocol):
-    """Where bound nets find bytes: a location beside the net, or the bytes themselves to be put inside it."""
+    """Where bound nets find bytes: a location beside the net, or (*inline*) bytes to be put inside it."""
+
+    inline: bool
 
     def weight(self, ref: TensorRef) -> Location | bytes:
         """The place of a checkpoint tensor."""
@@ -155,29 +160,54 @@ def bind(template: Template, refs: Mapping[str, TensorRef], placement: Placement
     for tensor in graph.initializer:
         if len(tensor.raw_data) >= SHARED_FROM:
             _put(tensor, placement.constant(tensor.raw_data))
-    casts = [_add_weight(graph, slot, refs[slot], placement) for slot in weights]
+    made = [_add_weight(graph, slot, refs[slot], placement) for slot in weights]
     body = list(graph.node)
     del graph.node[:]
-    graph.node.extend([cast for cast in casts if cast is not None] + body)
+    graph.node.extend([node for nodes in made for node in nodes] + body)
     return model
 
 
 def _add_weight(
     graph: onnx.GraphProto, slot: str, ref: TensorRef, placement: Placement
-) -> onnx.NodeProto | None:
+) -> list[onnx.NodeProto]:
+    """Put a weight into *graph*; the nodes that make its input of it."""
     import onnx
 
+    if isinstance(ref, QuantisedRef) and not placement.inline:
+        return _add_quantised(graph, slot, ref, placement)
     plain = ref.dtype == "F32"
-    tensor = graph.initializer.add()
-    tensor.name = (WEIGHT_PREFIX if plain else STORED_PREFIX) + slot
-    tensor.data_type = _ONNX_TYPES[ref.dtype]
-    tensor.dims.extend(ref.shape)
-    _put(tensor, placement.weight(ref))
+    name = (WEIGHT_PREFIX if plain else STORED_PREFIX) + slot
+    _add_tensor(graph, name, _ONNX_TYPES[ref.dtype], ref.shape, placement.weight(ref))
     if plain:
-        return None
-    return onnx.helper.make_node(
-        "Cast", [tensor.name], [WEIGHT_PREFIX + slot], name=f"cast/{slot}", to=onnx.TensorProto.FLOAT
+        return []
+    cast = onnx.helper.make_node(
+        "Cast", [name], [WEIGHT_PREFIX + slot], name=f"cast/{slot}", to=onnx.TensorProto.FLOAT
     )
+    return [cast]
+
+
+def _add_quantised(
+    graph: onnx.GraphProto, slot: str, ref: QuantisedRef, placement: Placement
+) -> list[onnx.NodeProto]:
+    """The parts of a weight as the checkpoint stores them, and the nodes that make the weight of them."""
+    from qwen_surgery.exporting.dequantise import bytes_shape, weight_nodes
+
+    shapes = bytes_shape(ref)
+    stored = {part: f"{STORED_PREFIX}{slot}/{part}" for part in (*shapes, "scales")}
+    for part, shape in shapes.items():
+        _add_tensor(graph, stored[part], _ONNX_BYTES, shape, placement.weight(getattr(ref, part)))
+    where = placement.weight(ref.scales)
+    _add_tensor(graph, stored["scales"], _ONNX_TYPES[ref.scales.dtype], ref.scales.shape, where)
+    return weight_nodes(graph, ref, stored, WEIGHT_PREFIX + slot)
+
+
+def _add_tensor(
+    graph: onnx.GraphProto, name: str, type_: int, shape: tuple[int, ...], where: Location | bytes
+) -> None:
+    tensor = graph.initializer.add()
+    tensor.name, tensor.data_type = name, type_
+    tensor.dims.extend(shape)
+    _put(tensor, where)
 
 
 def _put(tensor: onnx.TensorProto, where: Location | bytes) -> None:

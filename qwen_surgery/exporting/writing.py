@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +169,15 @@ def _write_net(
     data = bind(template, refs, placement).SerializeToString()
     file = f"{binding.net}.onnx"
     (folder / file).write_bytes(data)
-    kept = {slot: replace(ref, file=placement.file(ref)) for slot, ref in refs.items()}
+    kept = {slot: ref.moved(placement.file) for slot, ref in refs.items()}
     return NetEntry(binding.net, binding.kind, binding.layer, file, hashlib.sha256(data).hexdigest(), kept)
 
 
 def _shards(todo: ExportPlan) -> dict[str, dict[str, Any]]:
     by_file: dict[Path, list[TensorRef]] = {file: [] for file in todo.files}
     for refs in todo.refs.values():
-        for ref in refs.values():
-            by_file[ref.file].append(ref)
+        for part in (part for ref in refs.values() for part in ref.parts):
+            by_file[part.file].append(part)
     return {
         file.name: {"size": file.stat().st_size, "fingerprint": fingerprint(file, refs)}
         for file, refs in by_file.items()

@@ -15,9 +15,9 @@ from qwen_surgery.weights.index import LAYOUTS
 
 #: Everything but weights that some command reads: config, tokenizer, Python, and a quantiser's settings.
 _CODE = (
-    "config.json", "generation_config.json", "quantize_config.json", "*.py", "*.tiktoken", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "*.py",
+    "*.tiktoken", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _PIECE = 8 << 20
 

@@ -68,25 +68,36 @@ class ElementOrigins:
         return all(np.array_equal(part(one, slot), part(other, slot)) for slot in slots(one[0]))
 
 
-def _whole_rows(
+def whole_rows(
     expression: Expression, rows: np.ndarray, shapes: Mapping[str, Shape]
 ) -> list[tuple[str, np.ndarray]] | None:
-    """Which whole rows of which slots *rows* of a matrix are; None where rows are not kept whole."""
+    """Which whole rows of which slots *rows* of a matrix are, in order; None where one is cut."""
     kind = expression[0]
     if kind == "slot":
         return [(expression[1], rows)]
     if kind == "gather" and expression[1] == 0:
-        return _whole_rows(expression[3], np.take(expression[2], rows), shapes)
+        return whole_rows(expression[3], np.take(expression[2], rows), shapes)
+    if kind == "slice":
+        (start, _, step), *others = expression[1]
+        if all(
+            bounds == [0, size, 1] for bounds, size in zip(others, _columns(expression, shapes), strict=True)
+        ):
+            return whole_rows(expression[2], start + step * rows, shapes)
     if kind == "concat" and expression[1] == 0 and all(part[0] == "slot" for part in expression[2]):
-        found, first = [], 0
-        for _, name in expression[2]:
-            last = first + shapes[name][0]
-            inside = rows[(rows >= first) & (rows < last)]
-            if inside.size:
-                found.append((name, inside - first))
-            first = last
-        return found
+        names = [name for _, name in expression[2]]
+        ends = np.cumsum([shapes[name][0] for name in names])
+        parts = np.searchsorted(ends, rows, side="right")
+        runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(parts)) + 1)
+        return [
+            (names[parts[run[0]]], rows[run] - ends[parts[run[0]]] + shapes[names[parts[run[0]]]][0])
+            for run in runs
+        ]
     return None
+
+
+def _columns(expression: Expression, shapes: Mapping[str, Shape]) -> Shape:
+    """The axes after the first of a matrix that is made by moving rows."""
+    return shapes[min(slots(expression))][1:]
 
 
 class Coverage:
@@ -100,7 +111,7 @@ class Coverage:
 
     def add(self, expression: Expression, start: int, stop: int) -> None:
         """Rows *start* to *stop* of the matrix *expression* are used."""
-        whole = _whole_rows(expression, np.arange(start, stop), self._shapes)
+        whole = whole_rows(expression, np.arange(start, stop), self._shapes)
         if whole is not None:
             for name, rows in whole:
                 self._rows[name][rows] = True

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +31,7 @@ from qwen_surgery.packing.container import (
     write_at,
     write_head,
 )
-from qwen_surgery.packing.plans import PackPlan, Quantise, Tensors, pack
+from qwen_surgery.packing.plans import Given, PackPlan, Quantise, Tensors, pack
 
 _CHUNK = 1 << 22
 #: called with (net's name, weights packed so far, weights to pack in all)
@@ -46,7 +46,8 @@ class Piece:
     instructions and constants are taken over. With ``pack`` the weights are packed from ``tensors`` (slot ->
     TensorRef) by ``plan``; without, the source's own weights are copied: the source was compiled from them.
     ``plan`` and ``tensors`` may be given without ``pack`` too: the side file then records them for a refit.
-    ``quantise`` chooses the integers of weights that are packed.
+    ``given`` has the integers of those weights (by slot) that are chosen already; ``quantise``
+    chooses the others.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Piece:
     plan: PackPlan | None = None
     tensors: Tensors | None = None
     pack: bool = False
+    given: Given = field(default_factory=dict)
     quantise: Quantise = formats.quantise
 
 
@@ -159,7 +161,7 @@ class _Job:
                 for chunk in source.chunks(Region(old.start + offset, size)):
                     write_at(self._file, chunk, position + offset)
                     offset += len(chunk)
-            pack(plan, tensors, sink, self._pool, piece.quantise)
+            pack(plan, tensors, sink, self._pool, piece.given, piece.quantise)
             self._done += plan.weights
             digest = self._pool.submit(_digest, self._file, position, old.size)
             if self._hash_first:
@@ -199,8 +201,10 @@ def _weights_key(piece: Piece, plan: PackPlan, tensors: Tensors, source: Bmodel,
 
 def _tensors_key(plan: PackPlan, tensors: Tensors, piece: Piece) -> str:
     refs = [(slot, str(t.file), t.offset, t.dtype, list(t.shape)) for slot, t in sorted(tensors.items())]
-    chooser = f"{piece.quantise.__module__}.{piece.quantise.__qualname__}"
-    return json.dumps([plan.to_json(), refs, chooser])
+    given = sorted((slot, one.name) for slot, one in piece.given.items())
+    return json.dumps(
+        [plan.to_json(), refs, given, f"{piece.quantise.__module__}.{piece.quantise.__qualname__}"]
+    )
 
 
 def _distinct_weights(pieces: Sequence[Piece]) -> int:

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_surgery.weights.integers import Integers
+
 #: Just below one half: adding it and truncating rounds half away from zero without ever rounding 0.49999997
 #: up.
 _HALF = np.nextafter(np.float32(0.5), np.float32(0))
@@ -137,17 +139,36 @@ def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarr
     return scale, np.clip(zero, 0, top)
 
 
-@dataclass(frozen=True)
-class Integers:
-    """A matrix as integers: each weight is ``(code - zero) * scale`` of its group of columns.
+def fitted(one: Integers, form: Quantisation) -> Integers:
+    """The same weights in the layout of *form*: a group may be stored as several smaller ones of one scale.
 
-    ``codes`` [rows, columns] has one code to an element, also for 4 bits: uint8, or int8 where the format is
-    signed; ``scale`` is float32 and ``zero`` uint8, both [rows, columns / group].
+    Raises ValueError where no integers of *form* are these weights.
     """
+    if one.bits != form.bits:
+        raise ValueError(f"they have {one.bits} bits, the net stores {form.bits}")
+    if one.group % form.group:
+        raise ValueError(f"they are in groups of {one.group}, the net's are of {form.group}")
+    times = one.group // form.group
+    scale, zero = (np.repeat(part, times, axis=1) if times > 1 else part for part in (one.scale, one.zero))
+    if not form.symmetric or one.codes.dtype == np.int8:
+        return Integers(one.codes, scale, zero, one.bits)
+    middle = 1 << (form.bits - 1)
+    if (zero != middle).any():
+        raise ValueError(f"a zero point is not {middle}, and the net has no others")
+    if not form.signed:
+        return Integers(one.codes, scale, zero, one.bits)
+    codes = (one.codes ^ np.uint8(middle)).view(np.int8)  # less the middle, in two's complement
+    return Integers(codes, scale, np.zeros_like(zero), one.bits)
 
-    codes: np.ndarray
-    scale: np.ndarray
-    zero: np.ndarray
+
+def joined(parts: list[Integers]) -> Integers:
+    """The rows of *parts*, all in one format, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale, zero = (
+        np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")
+    )
+    return Integers(codes, scale, zero, parts[0].bits)
 
 
 def quantise(values: np.ndarray, form: Quantisation) -> Integers:
@@ -164,7 +185,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
         np.clip(groups, form.bottom, form.top, out=groups)
         codes = groups.astype(np.int8 if form.signed else np.uint8).reshape(rows, columns)
     count = columns // form.group
-    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count))
+    return Integers(codes, scale.reshape(rows, count), zero.astype(np.uint8).reshape(rows, count), form.bits)
 
 
 def store_codes(codes: np.ndarray, form: Quantisation) -> np.ndarray:

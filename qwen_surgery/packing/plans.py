@@ -10,14 +10,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.packing import formats
+from qwen_surgery.packing.coverage import whole_rows
 from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
 from qwen_surgery.parsing import build, parsing, sizes, whole
+from qwen_surgery.weights.integers import Integers
 
 #: Elements handled at once: small enough to stay in a core's cache through all passes over them.
 _BLOCK = 1 << 17
@@ -38,11 +41,25 @@ class StoredTensor(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]: ...
     def read_raw(self) -> np.ndarray: ...
 
 
+class HasIntegers(Protocol):
+    """A matrix whose integers were chosen elsewhere than in the compiler, and where to read them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def integers(self) -> Integers: ...
+
+
+#: slot -> integers of a weight of one net, for the weights that are not to be rounded as the compiler does
+Given = Mapping[str, HasIntegers]
 #: Chooses the integers of float32 values [rows, columns], in a format.
-Quantise = Callable[[np.ndarray, formats.Quantisation], formats.Integers]
+Quantise = Callable[[np.ndarray, formats.Quantisation], Integers]
 #: slot -> tensor of one net
 Tensors = Mapping[str, StoredTensor]
 #: Takes packed bytes and where they go, counted from the start of the coefficient section.
@@ -116,6 +133,14 @@ class PackPlan:
         """How many weights are packed."""
         return sum((p.stop - p.start) * p.shape[1] for p in self.placements)
 
+    def integers(self) -> str:
+        """Bits and groups of the weights kept as integers, in words; nothing where there are none."""
+        widest: dict[formats.Quantisation, int] = {}
+        for placement in self.placements:
+            if isinstance(placement, Quantised):
+                widest[placement.form] = max(placement.shape[1], widest.get(placement.form, 0))
+        return " and ".join(sorted({_words(form, columns) for form, columns in widest.items()}))
+
     def rest(self) -> list[tuple[int, int]]:
         """(offset, size) of the bytes that are the same for every layer: constants and padding."""
         runs, end = [], 0
@@ -143,6 +168,11 @@ class PackPlan:
             if offset < 0 or size <= 0 or offset + size > plan.size:
                 raise Refused("a pack plan is damaged (it writes outside its section)")
         return plan
+
+
+def _words(form: formats.Quantisation, columns: int) -> str:
+    groups = f"groups of {form.group}" if form.group < columns else "a scale for each row"
+    return f"{form.bits} bits, {groups}{', symmetric' if form.symmetric else ''}"
 
 
 def _placement(data: dict[str, Any]) -> Placement:
@@ -176,7 +206,7 @@ class Matrix:
         self._direct: StoredTensor | None = None
         self._whole: Stored | None = None
         self.shape = shape
-        if expression[0] == "slot":
+        if expression[0] == "slot" and len(tensors[expression[1]].parts) == 1:
             self._direct = tensors[expression[1]]
         else:
             with parsing("a pack plan", "its expression cannot be evaluated"):
@@ -197,6 +227,38 @@ class Matrix:
         if data.size != (stop - start) * columns:
             raise Refused(f"tensor {ref.name}: {ref.file} ends too early", hint="the shard is truncated")
         return Stored(data.reshape(-1, columns), ref.dtype)
+
+
+class Choices:
+    """The integers that placements take of *given*. Keeps the last weight it has read."""
+
+    def __init__(self, given: Given) -> None:
+        self._given = given
+        self._read: dict[str, Integers] = {}
+
+    def of(self, placement: Quantised) -> Integers | None:
+        """Those of its rows, in the layout of its form; None where no weight of it is given.
+
+        Raises Refused, naming the weights, where their rows do not stay whole or the layout cannot hold them.
+        """
+        names = slots(placement.expression)
+        if not names & set(self._given):
+            return None
+        said = ", ".join(sorted(self._given[slot].name for slot in names & set(self._given)))
+        with parsing(said, "its integers cannot be packed"):
+            if missing := sorted(names - set(self._given)):
+                raise ValueError(f"{missing[0]} is stored with them and has none")
+            shapes = {slot: self._given[slot].shape for slot in names}
+            runs = whole_rows(placement.expression, np.arange(placement.start, placement.stop), shapes)
+            if runs is None:
+                raise ValueError("the net does not keep their rows whole")
+            found = [formats.fitted(self._weight(slot).rows(rows), placement.form) for slot, rows in runs]
+            return formats.joined(found)
+
+    def _weight(self, slot: str) -> Integers:
+        if slot not in self._read:
+            self._read = {slot: self._given[slot].integers()}
+        return self._read[slot]
 
 
 def _blocks(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -252,28 +314,36 @@ def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor | None) ->
         result.result()
 
 
+def _rounded(placement: Quantised, matrix: Matrix, quantise: Quantise) -> Callable[[int, int], Integers]:
+    """Gives the integers that *quantise* makes of rows of *placement*."""
+
+    def part(first: int, last: int) -> Integers:
+        block = matrix.rows(placement.start + first, placement.start + last)
+        values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
+        return quantise(values, placement.form)
+
+    return part
+
+
 def _pack_quantised(
     placement: Quantised,
-    matrix: Matrix,
+    part: Callable[[int, int], Integers],
     tensors: Tensors,
     sink: Sink,
     pool: ThreadPoolExecutor | None,
-    quantise: Quantise,
 ) -> None:
+    """Pack *placement*; *part* gives the integers from one of its rows to another."""
     form, columns = placement.form, placement.shape[1]
     rows = placement.stop - placement.start
     scale = np.empty((rows, columns // form.group), np.float32)
     zero = np.empty(scale.shape, np.uint8)
 
     def job(first: int, last: int) -> None:
-        block = matrix.rows(first, last)
-        values = np.ascontiguousarray(formats.to_float32(block.array, block.dtype))
-        a, b = first - placement.start, last - placement.start
-        made = quantise(values, form)
-        scale[a:b], zero[a:b] = made.scale, made.zero
-        sink(placement.offset + a * columns * form.bits // 8, formats.store_codes(made.codes, form))
+        one = part(first, last)
+        scale[first:last], zero[first:last] = one.scale, one.zero
+        sink(placement.offset + first * columns * form.bits // 8, formats.store_codes(one.codes, form))
 
-    _run((lambda a=a, b=b: job(a, b) for a, b in _blocks(placement.start, placement.stop, columns)), pool)  # type: ignore[misc]
+    _run((lambda a=a, b=b: job(a, b) for a, b in _blocks(0, rows, columns)), pool)  # type: ignore[misc]
     _finite(scale, tensors, placement.expression)
     sink(placement.scales, formats.store_scales(scale, form))
     if placement.zeros is not None:
@@ -285,23 +355,31 @@ def pack(
     tensors: Tensors,
     sink: Sink,
     pool: ThreadPoolExecutor | None = None,
+    given: Given = MappingProxyType({}),
     quantise: Quantise = formats.quantise,
 ) -> None:
     """Pack one net's *tensors* by *plan*, giving the bytes to *sink* (from the threads of *pool*, if given).
 
-    *quantise* chooses the integers of quantised weights; by default it rounds as the compiler does. Only the
-    plan's placements are written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is missing or
-    of another shape than the plan was made for, values that are not finite, or a shard that ends too early.
+    Where the plan quantises a weight that *given* has the integers of, those are packed; every other one
+    goes through *quantise*, which by default rounds as the compiler does. Only the plan's placements are
+    written, not :meth:`PackPlan.rest`. Raises Refused for a tensor that is missing or of another shape than
+    the plan was made for, values that are not finite, a shard that ends too early, or integers that the
+    plan's layout cannot hold.
     """
     missing = plan.slots - set(tensors)
     if missing:
         raise Refused(f"no tensor is given for {', '.join(sorted(missing))}")
     matrices: dict[str, Matrix] = {}
+    choices = Choices(given)
     for placement in sorted(plan.placements, key=lambda p: json.dumps(p.expression)):
+        chosen = choices.of(placement) if isinstance(placement, Quantised) else None
+        if isinstance(placement, Quantised) and chosen is not None:
+            _pack_quantised(placement, chosen.run, tensors, sink, pool)
+            continue
         key = json.dumps(placement.expression)
         if key not in matrices:
             matrices = {key: Matrix(placement.expression, placement.shape, tensors)}
         if isinstance(placement, Plain):
             _run(_plain_jobs(placement, matrices[key], sink), pool)
         else:
-            _pack_quantised(placement, matrices[key], tensors, sink, pool, quantise)
+            _pack_quantised(placement, _rounded(placement, matrices[key], quantise), tensors, sink, pool)

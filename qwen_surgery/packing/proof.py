@@ -135,10 +135,19 @@ class _Search:
                     for candidate in tier
                     for start in self._find_grouped(candidate, matmul, form)
                 ]
+            if len({form for _, form in hits}) > 1:
+                hits = [(hit, form) for hit, form in hits if self._fits_all(hit, matmul, form)]
             if hits:
                 hit = self._only([hit for hit, _ in hits], matmul.weight.shape[0])
                 return hit, next(form for other, form in hits if other is hit)
         return None
+
+    def _fits_all(self, hit: _Hit, matmul: GroupedMatMul, form: formats.Quantisation) -> bool:
+        """Whether every code is that of *form*. Where the extremes of each group are as far from zero one way
+        as the other, as in rows of a quantised release, a few rows cannot tell symmetric from not."""
+        codes, values = self.stored(matmul.weight), hit.candidate.values
+        part = values.array[hit.start : hit.start + len(codes)]
+        return bool((_codes(part, values.dtype, form) == codes).all())
 
     def _only(self, hits: list[_Hit], rows: int) -> _Hit:
         """The one explanation; several are accepted only when they read the very same elements."""

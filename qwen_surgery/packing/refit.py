@@ -21,8 +21,15 @@ from qwen_surgery.packing import formats, sidefile
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.expand import Piece, Progress, write
 from qwen_surgery.packing.plans import Quantise, Quantised
-from qwen_surgery.packing.sidefile import NetWeights, SideFile
+from qwen_surgery.packing.sidefile import RELEASE, NetWeights, SideFile
 from qwen_surgery.patching.receipt import Receipt
+from qwen_surgery.weights.quantised import (
+    Release,
+    own_integers,
+    refuse_half_quantised,
+    refuse_stray_bias,
+    release_of,
+)
 
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef
@@ -117,10 +124,11 @@ def refit(
 ) -> Refitted:
     """Write *output*, the nets of *bmodel* with the weights of *index* (*checkout*'s), and its side file.
 
-    *quantise* chooses the integers of quantised weights; *quantizer* is its name, for the side file.
+    Integers of a quantised checkpoint are kept. *quantise* chooses those of all other quantised weights;
+    *quantizer* is its name, for the side file.
     *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
-    missing or belongs to another file, when *bmodel* is damaged, or when the checkout is another model;
-    ToolFailed when the disk fails.
+    missing or belongs to another file, when *bmodel* is damaged, when the checkout is another model, or when
+    its integers do not fit the file's layout; ToolFailed when the disk fails.
     """
     if not bmodel.is_file():
         raise Refused(f"{bmodel}: no such file")
@@ -140,9 +148,12 @@ def refit(
         )
     tensors = {name: _tensors(name, net, index) for name, net in side.nets.items()}
     _refuse_extra_layers(side, index, bmodel, checkout.family.anatomy.every_layer)
+    refs = {ref.name: ref for net in tensors.values() for ref in net.values()}
+    refuse_half_quantised(refs.values(), checkout.family.anatomy.every_layer)
+    refuse_stray_bias(index, refs)
     check_weights(bmodel)
     pieces = [_piece(name, bmodel, side, tensors, quantise) for name in names]
-    side = dataclasses.replace(side, notes={**side.notes, "quantizer": quantizer})
+    side = dataclasses.replace(side, notes=_notes(side, quantizer, release_of(refs.values())))
 
     def record(new: Path) -> None:
         # Both heads are named while the files change places, so that a kill never parts bmodel and side file.
@@ -152,6 +163,12 @@ def refit(
     written = write(output, pieces, workers=workers, progress=progress, before_replace=record)
     dataclasses.replace(side, heads=(sidefile.head_digest(output),)).save(output)
     return Refitted(output, written.size, written.packed, tuple(n for n in names if n not in side.nets))
+
+
+def _notes(side: SideFile, quantizer: str, release: Release | None) -> dict[str, str]:
+    notes = {**side.notes, "quantizer": quantizer}
+    notes.pop(RELEASE, None)
+    return notes if release is None else {**notes, RELEASE: str(release)}
 
 
 def _piece(
@@ -164,7 +181,8 @@ def _piece(
     if name not in side.nets:
         return Piece(name, bmodel, name)
     plan = side.plans[side.nets[name].plan]
-    return Piece(name, bmodel, name, plan=plan, tensors=tensors[name], pack=True, quantise=quantise)
+    given = own_integers(tensors[name])
+    return Piece(name, bmodel, name, plan, tensors[name], pack=True, given=given, quantise=quantise)
 
 
 def _refuse_extra_layers(side: SideFile, index: Mapping[str, TensorRef], bmodel: Path, prefix: str) -> None:

@@ -62,7 +62,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class BmodelReport:
-    """A bmodel. ``contract`` lists every difference from the contract with the runtimes; empty means kept."""
+    """A bmodel. ``contract`` lists every difference from the contract with the runtimes; empty means kept.
+    ``integers`` says by kind of net how its weights are kept, where that is as integers."""
 
     path: str
     size: int
@@ -77,6 +78,7 @@ class BmodelReport:
     speed: Speed | None
     notes: Mapping[str, str]
     refit: str
+    integers: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -254,4 +256,5 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
         else None,
         notes=side.notes if side else {},
         refit=refit,
+        integers=side.integers() if side else {},
     )

@@ -28,6 +28,8 @@ FORMAT = 1
 _LARGEST = 64 << 20
 _LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
+#: The note that says how the checkpoint was quantised, where the layers hold its own integers.
+RELEASE = "release"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class SideFile:
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    def integers(self) -> dict[str, str]:
+        """Kind of net -> bits and groups of the weights that it keeps as integers."""
+        forms = {
+            name.rstrip("0123456789").removesuffix("_"): said
+            for name, net in self.nets.items()
+            if (said := self.plans[net.plan].integers())
+        }
+        return {name: said for name, said in forms.items() if name not in ("block_cache", "embedding_cache")}
+
     def save(self, bmodel: Path) -> Path:
         """Write the side file of *bmodel*, whole or not at all; its path."""
         data = {"format": FORMAT, **asdict(self), "plans": [plan.to_json() for plan in self.plans]}
@@ -72,6 +83,15 @@ class SideFile:
         with replacing(target, len(text)) as file:
             file.write(text)
         return target
+
+
+def integers_line(integers: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    """What :meth:`SideFile.integers` and a side file's notes say, as one line; nothing without integers."""
+    if not integers:
+        return ""
+    kinds = "; ".join(f"{kind} {said}" for kind, said in integers.items())
+    own = f", the blocks' as the checkpoint has them ({notes[RELEASE]})" if RELEASE in notes else ""
+    return f"integers: {kinds}; chosen by {notes.get('quantizer', 'rtn')}{own}"
 
 
 def path_for(bmodel: Path) -> Path:

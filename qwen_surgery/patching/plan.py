@@ -28,6 +28,7 @@ from qwen_surgery.errors import Refused, ToolFailed
 from qwen_surgery.files import digest
 from qwen_surgery.patching import edits
 from qwen_surgery.patching.receipt import FileRecord, Receipt
+from qwen_surgery.weights.quantised import Release
 
 if TYPE_CHECKING:
     from qwen_surgery.checkout import Checkout
@@ -185,8 +186,17 @@ def make(checkout: Checkout, recipe: str, seq_length: int, skip: Sequence[str] =
         result={**current, **done.files},
         outcomes=done.outcomes,
         blocking=done.blocking(),
-        notes=done.notes,
+        notes=(*done.notes, *_of_weights(checkout.path)),
     )
+
+
+def _of_weights(folder: Path) -> tuple[str, ...]:
+    """What is to be known of quantised weights before they are exported."""
+    try:
+        release = Release.of(folder)
+    except Refused as error:
+        return (f"its weights cannot be exported: {error}",)
+    return () if release is None else (f"quantised ({release}): build keeps the integers as they are",)
 
 
 def _origins(

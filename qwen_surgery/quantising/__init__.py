@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwen_surgery.packing.plans import Quantise
 
-QUANTIZERS = ("rtn", "search")
-
 
 def by_name(name: str) -> Quantise:
-    """The quantiser called *name*, one of :data:`QUANTIZERS`."""
+    """The quantiser called *name*, one of :data:`qwen_surgery.compiling.options.QUANTIZERS`."""
     from qwen_surgery.packing import formats
     from qwen_surgery.quantising import search
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from qwen_surgery.packing import formats
-from qwen_surgery.packing.formats import Integers, Quantisation
+from qwen_surgery.packing.formats import Quantisation
+from qwen_surgery.weights.integers import Integers
 
 #: By bits: the shares of the compiler's scale that are tried and fitted. 8 bits have few outliers to give up.
 _SHRINK = {4: (0.95, 0.8), 8: (0.97, 0.9)}
@@ -32,7 +33,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
         with np.errstate(invalid="ignore"):  # packing refuses what is not finite, by its scale
             codes[part] = nearest(values[part], scale[part], zero[part], form)
     with np.errstate(invalid="ignore"):
-        return Integers(codes, scale, zero.astype(np.uint8))
+        return Integers(codes, scale, zero.astype(np.uint8), form.bits)
 
 
 def nearest(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Quantisation) -> np.ndarray:

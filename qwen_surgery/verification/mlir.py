@@ -13,6 +13,7 @@ import numpy as np
 from qwen_surgery import nets
 from qwen_surgery.compiling.one import NetJob, transform
 from qwen_surgery.errors import ToolFailed
+from qwen_surgery.exporting.plain import plain_net
 from qwen_surgery.nets import Geometry, Net
 from qwen_surgery.toolchain.worker import Worker
 
@@ -50,10 +51,10 @@ class MlirEngine:
     def _mlir(self, name: str) -> Path:
         if name not in self._made:
             entry = self._folder.manifest.net(name)
-            onnx = self._folder.folder.absolute() / entry.file
-            job = NetJob(Net(name, entry.kind, entry.layer), onnx, bool(self._folder.manifest.passes))
             work = self._work / name
             work.mkdir()
+            onnx = plain_net(self._folder.folder.absolute() / entry.file, work)
+            job = NetJob(Net(name, entry.kind, entry.layer), onnx, bool(self._folder.manifest.passes))
             transform(job, self._toolchain, work, self._work)
             self._made[name] = work / job.mlir
         return self._made[name]

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_surgery.errors import Refused, SurgeryError
+from qwen_surgery.errors import Refused
 from qwen_surgery.parsing import is_plain_name, parsing, read_json
+from qwen_surgery.weights.quantised import Release, gathered
 from qwen_surgery.weights.refs import TensorRef
 from qwen_surgery.weights.safetensors_header import read_header
 from qwen_surgery.weights.torch_zip import read_torch_zip
@@ -19,7 +20,6 @@ LAYOUTS = (
 )
 _NO_INDEX = "not a weight index"
 _FETCH = "`qwen-surgery fetch` brings what is missing and leaves what is there"
-_QUANTISED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 class NoWeights(Refused):
@@ -41,10 +41,10 @@ class WeightIndex(Mapping[str, TensorRef]):
         Raises Refused, naming the file and, where there is one, the tensor: no weights at all, a shard that
         the index names and that is not there, a git-lfs pointer, a damaged or truncated shard, overlapping
         tensors, a tensor that the index promises and its shard lacks, the same tensor in two shards, and
-        quantised (GPTQ, AWQ) checkpoints.
+        quantised weights that cannot be kept (:mod:`.quantised`). Of those the order and the zeros are read.
         """
         path = Path(path).absolute()
-        _refuse_quantised_config(path)
+        release = Release.of(path)
         for index_name, single_name, reader in LAYOUTS:
             index_file, single_file = path / index_name, path / single_name
             if index_file.is_file():
@@ -53,8 +53,7 @@ class WeightIndex(Mapping[str, TensorRef]):
                 refs, files = reader(single_file), (single_file,)
             else:
                 continue
-            _refuse_quantised_tensors(refs)
-            return cls(path, refs, files)
+            return cls(path, gathered(refs, release, path), files)
         raise NoWeights(
             f"{path}: no weights found",
             hint=f"expected model.safetensors or pytorch_model.bin, whole or with an index.json; {_FETCH}",
@@ -110,32 +109,9 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
     return refs, tuple(files)
 
 
-def _refuse_quantised_config(path: Path) -> None:
-    try:
-        config = read_json(path / "config.json", "not JSON")
-    except SurgeryError:
-        return  # reading config.json is not this module's business
-    method = quantisation(config) if isinstance(config, dict) else ""
-    if method:
-        _refuse_quantised(method, f"{path / 'config.json'}: quantization_config")
-
-
 def quantisation(config: Mapping[str, Any]) -> str:
     """How *config* says the checkpoint is quantised, such as GPTQ; empty when it does not."""
     said = config.get("quantization_config")
     if not said:
         return ""
     return str(said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised").upper()
-
-
-def _refuse_quantised_tensors(refs: Mapping[str, TensorRef]) -> None:
-    for name, ref in refs.items():
-        if name.endswith(_QUANTISED_ENDINGS):
-            _refuse_quantised("GPTQ or AWQ", f"{ref.file}: tensor {name}")
-
-
-def _refuse_quantised(method: str, where: str) -> None:
-    raise Refused(
-        f"{where}: {method} checkpoints are not supported yet",
-        hint="start from the bf16, fp16 or fp32 checkpoint; compile --mode int4 quantises for the chip",
-    )

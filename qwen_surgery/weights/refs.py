@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 #: Bytes of one element, by the dtype names that safetensors uses.
 ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4}
+#: numpy's types of stored elements; BF16 as its bits. I32 is what the fields of quantised weights lie in.
+_STORED = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """One tensor: *nbytes* at *offset* of *file*, row-major, little-endian.
 
-    ``dtype`` is ``BF16``, ``F16`` or ``F32``; ``nbytes`` equals the product of ``shape`` times the item size.
+    ``dtype`` is ``BF16``, ``F16``, ``F32`` or, for parts of quantised weights, ``I32``; ``nbytes`` equals the
+    product of ``shape`` times the item size.
     """
 
     name: str
@@ -45,13 +49,21 @@ class TensorRef:
             return bits.view(np.float32)
         return raw.astype(np.float32, copy=False)
 
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors as they lie in files: this one, unless its values are made of several."""
+        return (self,)
+
+    def moved(self, place: Callable[[TensorRef], Path]) -> TensorRef:
+        """The same tensor in the files that *place* gives for its parts, at the same offsets."""
+        return replace(self, file=place(self))
+
     def read_raw(self) -> np.ndarray:
-        """The stored elements without conversion: uint16 bits for BF16, else float16 or float32."""
+        """The stored elements without conversion: uint16 bits for BF16, else float16, float32 or int32."""
         import numpy as np
 
-        numpy_dtype = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[self.dtype]
         with self.file.open("rb") as stream:
-            data = np.fromfile(stream, dtype=numpy_dtype, count=self.numel, offset=self.offset)
+            data = np.fromfile(stream, dtype=_STORED[self.dtype], count=self.numel, offset=self.offset)
         if data.size != self.numel:
             raise Refused(
                 f"tensor {self.name}: {self.file} ends before byte {self.offset + self.nbytes}",

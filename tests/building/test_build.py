@@ -384,3 +384,24 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_built(checkout: Pa
     )
     assert done.returncode == 2 and "8 steps do not fit in an export length of 8" in done.stderr
     assert not list(tmp_path.rglob("*.bmodel")) and not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.tpu
+def test_a_build_with_another_quantizer_is_the_refit_with_it(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """Layer 0 and the lm_head too, which the compiler has rounded: nothing but integers differs."""
+    rounded = Path(first[0]["bmodels"][0])
+    searched = Path(build(checkout, first[1], "--quantizer", "search")["bmodels"][0])
+    assert searched == rounded
+    refitted = tmp_path / "refitted.bmodel"
+    cli("refit", searched, checkout, "--out", refitted)
+    assert refitted.read_bytes() == searched.read_bytes()
+    plain = tmp_path / "plain.bmodel"
+    cli("refit", searched, checkout, "--quantizer", "rtn", "--out", plain)
+    again = Path(build(checkout, first[1], "--prove", 1)["bmodels"][0])
+    assert again.read_bytes() == plain.read_bytes() != refitted.read_bytes()
+    done = cli("build", checkout, "--out", first[1], "--quantizer", "search", "--no-pack",
+               "--trust-remote-code", check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "--no-pack does not go with --quantizer search" in done.stderr

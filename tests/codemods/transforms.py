@@ -10,7 +10,7 @@ import ast
 import random
 from collections.abc import Callable, Iterator
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 
 NOISE = ("# a note", "# qwen: `key = quantise(key)` was here", "", "#", "# if attention_mask is not None:")
 
@@ -33,7 +33,7 @@ def with_noise(text: str, rng: random.Random) -> str:
     starts = {
         (s.lineno, s.col_offset)
         for m in methods(ast.parse(text))
-        for s in t.statements(m.body)
+        for s in syntax.statements(m.body)
         if _starts(s, lines)
     }
     for line, column in sorted(starts, reverse=True):
@@ -53,9 +53,9 @@ def renamed(text: str, suffix: str = "_r") -> str:
     """Every local name of the attention methods renamed, parameters of all but ``forward`` too."""
     tree = ast.parse(text)
     for method in methods(tree):
-        mine = set(t.binds(method)) - set(t.parameters(method))
+        mine = set(syntax.binds(method)) - set(syntax.parameters(method))
         if method.name.startswith("_") and not method.name.startswith("__"):
-            mine |= set(t.parameters(method)) - {"self"}
+            mine |= set(syntax.parameters(method)) - {"self"}
         for node in ast.walk(method):
             if isinstance(node, ast.Name) and node.id in mine:
                 node.id += suffix
@@ -68,8 +68,8 @@ def reordered(text: str, rng: random.Random) -> str:
     """Neighbouring statements of the attention methods swapped where neither depends on the other."""
     tree = ast.parse(text)
     for method in methods(tree):
-        for owner in [method, *t.statements(method.body)]:
-            for block in t.blocks(owner):
+        for owner in [method, *syntax.statements(method.body)]:
+            for block in syntax.blocks(owner):
                 for i in range(len(block) - 1):
                     if _independent(block[i], block[i + 1]) and rng.random() < 0.5:
                         block[i], block[i + 1] = block[i + 1], block[i]
@@ -78,7 +78,7 @@ def reordered(text: str, rng: random.Random) -> str:
 
 def _independent(a: ast.stmt, b: ast.stmt) -> bool:
     plain = all(isinstance(s, (ast.Assign, ast.If)) and _local(s) for s in (a, b))
-    crossed = (t.binds(a) & (t.reads(b) | t.binds(b))) | (t.binds(b) & t.reads(a))
+    crossed = (syntax.binds(a) & (syntax.reads(b) | syntax.binds(b))) | (syntax.binds(b) & syntax.reads(a))
     return plain and not crossed
 
 
@@ -94,7 +94,10 @@ def _local(stmt: ast.stmt) -> bool:
 def shape(text: str) -> list[str]:
     """The attention methods as sorted statements: equal for two orders of the same statements."""
     return sorted(
-        ast.dump(s) for m in methods(ast.parse(text)) for s in t.statements(m.body) if not any(t.blocks(s))
+        ast.dump(s)
+        for m in methods(ast.parse(text))
+        for s in syntax.statements(m.body)
+        if not any(syntax.blocks(s))
     )
 
 

@@ -17,9 +17,10 @@ from qwen_surgery.compiling.options import (
     refuse_for_runtime,
     refuse_uncleaned,
 )
-from qwen_surgery.errors import Usage
+from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.weights import Release
 
 QWEN_7B = Geometry(32, 4096, 32, 128, 151936, 22016, 512)
 
@@ -188,3 +189,53 @@ def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> 
         refuse_unsupported(CompileOptions().resolved(), old)
     assert "--addr-mode basic" in caught.value.hint
     refuse_unsupported(CompileOptions(addr_mode="basic").resolved(), old)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "bf16"}, "--quantizer search has no effect"),
+        ({"num_device": 2, "runtime": "sophon-demo"}, "--quantizer search is for one chip"),
+        ({"quantizer": "best"}, "--quantizer best is unknown"),
+    ],
+)
+def test_a_quantizer_without_use_is_a_usage_error(given: dict[str, object], said: str) -> None:
+    with pytest.raises(Usage, match=said):
+        CompileOptions(**{"quantizer": "search", **given}).resolved(QWEN_7B)  # type: ignore[arg-type]
+    CompileOptions(mode="int8", quantizer="search").resolved(QWEN_7B)
+
+
+GPTQ4, GPTQ8 = Release("gptq", 4, 128, less_one=True), Release("gptq", 8, 128, less_one=True)
+
+
+def test_a_quantised_checkpoint_decides_bits_and_groups_of_the_blocks() -> None:
+    """Its lm_head has no integers of its own."""
+    for release, mode, quantize in ((GPTQ4, "int4", "W4BF16"), (GPTQ8, "int8", "W8BF16")):
+        options = CompileOptions(mode=mode).resolved(QWEN_7B, release)
+        block = " ".join(deploy_flags(NetKind.BLOCK, options, 1))
+        assert f"--quantize {quantize} --q_group_size 128 --quant_input" in block
+        assert "--quantize W8BF16 --quant_input" in " ".join(deploy_flags(NetKind.LM_HEAD, options, 1))
+    rows = CompileOptions(mode="int8").resolved(QWEN_7B, Release("gptq", 8, -1, less_one=True))
+    assert "--q_group_size" not in deploy_flags(NetKind.BLOCK, rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "int8"}, "--mode int8 does not go with this checkpoint (GPTQ, 4 bits, groups of 128)"),
+        ({"mode": "bf16"}, "--mode bf16 does not go with this checkpoint"),
+        ({"q_group_size": 64}, "--q-group-size 64 does not go with this checkpoint"),
+        ({"symmetric": True}, "--symmetric has no effect"),
+    ],
+)
+def test_options_that_conflict_with_a_quantised_checkpoint_are_usage_errors(
+    given: dict[str, object], said: str
+) -> None:
+    with pytest.raises(Usage, match=re.escape(said)):
+        CompileOptions(**given).resolved(QWEN_7B, GPTQ4)  # type: ignore[arg-type]
+    CompileOptions(q_group_size=128).resolved(QWEN_7B, GPTQ4)
+
+
+def test_several_chips_would_cut_a_quantised_checkpoints_groups() -> None:
+    with pytest.raises(Refused, match="cannot be kept on several chips"):
+        CompileOptions(num_device=2, runtime="sophon-demo").resolved(QWEN_7B, GPTQ4)

@@ -143,15 +143,3 @@ def test_an_index_that_promises_what_no_shard_has(tmp_path: Path) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(Refused, match=r"tensor transformer.h.9.ln_1.weight: .* does not have it"):
         WeightIndex.open(tmp_path)
-
-
-def test_quantised_checkpoints_are_not_supported_yet(shard: Path) -> None:
-    config = shard.parent / "config.json"
-    original = config.read_text()
-    config.write_text(json.dumps({**json.loads(original), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(Refused, match="GPTQ checkpoints are not supported yet"):
-        WeightIndex.open(shard.parent)
-    config.write_text(original)
-    rewrite_header(shard, lambda header: header.update({"h.0.attn.qweight": header.pop("lm_head.weight")}))
-    with pytest.raises(Refused, match="not supported yet"):
-        WeightIndex.open(shard.parent)

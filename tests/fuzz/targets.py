@@ -97,6 +97,39 @@ def _read_all(index: Any) -> None:
             ref.read()
 
 
+_QUANTISED: dict[str, Any] = {
+    "a.qweight": {"dtype": "I32", "shape": [2, 8], "data_offsets": [0, 64]},
+    "a.qzeros": {"dtype": "I32", "shape": [2, 1], "data_offsets": [64, 72]},
+    "a.scales": {"dtype": "F16", "shape": [2, 8], "data_offsets": [72, 104]},
+    "a.g_idx": {"dtype": "I32", "shape": [16], "data_offsets": [104, 168]},
+    "a.bias": {"dtype": "F16", "shape": [8], "data_offsets": [168, 184]},
+}
+_SCHEMES: tuple[dict[str, Any], ...] = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "checkpoint_format": "gptq_v2"},
+    {"bits": 4, "group_size": 8, "desc_act": False, "sym": True},
+    {"quant_method": "awq", "bits": 4, "group_size": 1, "version": "gemm", "zero_point": True},
+)
+
+
+def release(folder: Path) -> tuple[Write, Read]:
+    """A quantised release: what it says of itself, and one layer's integers."""
+    from qwen_surgery.weights import WeightIndex
+
+    valid = json.dumps(_QUANTISED).encode()
+    numbers = (
+        struct.pack("<16I", *range(16)) + bytes(40) + struct.pack("<16I", *[0] * 8, *[1] * 8) + bytes(16)
+    )
+
+    def write(rng: Random) -> None:
+        scheme = rng.choice(_SCHEMES)
+        said = mutate.json_file(scheme, rng) if rng.random() < 0.6 else json.dumps(scheme).encode()
+        (folder / "quantize_config.json").write_bytes(said)
+        header = mutate.json_file(_QUANTISED, rng) if rng.random() < 0.5 else valid
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + numbers)
+
+    return write, lambda: _read_all(WeightIndex.open(folder))
+
+
 def weight_index(folder: Path) -> tuple[Write, Read]:
     from qwen_surgery.weights import WeightIndex
 
@@ -582,6 +615,7 @@ def _modeling_errors() -> tuple[type[Exception], ...]:
 TARGETS: dict[str, Target] = {
     "config": Target(config),
     "safetensors": Target(safetensors),
+    "release": Target(release),
     "weight-index": Target(weight_index),
     "torch-zip": Target(torch_zip),
     "manifest": Target(manifest),

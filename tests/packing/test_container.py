@@ -49,7 +49,7 @@ def _table(name: str, depth: int = 0) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(always, optional=rest)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(_table("NetParameter", 2))
 def test_every_field_of_a_net_survives_writing_and_reading(parameter: dict[str, Any]) -> None:
     model = {
@@ -59,7 +59,7 @@ def test_every_field_of_a_net_survives_writing_and_reading(parameter: dict[str, 
     assert flat.read(flat.write(model)) == model
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_stray_bytes_are_damaged_never_a_crash(data: bytes) -> None:
     with pytest.raises(flat.Damaged):

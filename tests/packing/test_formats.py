@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from qwen_surgery.packing import formats
 from qwen_surgery.packing.formats import Quantisation
+from qwen_surgery.weights.integers import Integers
 
 _NORMAL = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 _USUAL = st.floats(-4, 4, width=32, allow_subnormal=False)
@@ -66,7 +67,7 @@ _FORMS = {
 
 
 @pytest.mark.parametrize("name", _FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_quantise_equals_the_slow_reference(name: str, data: st.DataObject) -> None:
     form = _FORMS[name]
@@ -120,3 +121,42 @@ def test_lanes_put_row_r_into_lane_r_modulo_lanes(lanes: int, blocks: int, group
     assert stored.shape == (lanes, blocks, groups)
     for row in range(lanes * blocks):
         assert (stored[row % lanes, row // lanes] == values[row]).all()
+
+
+def _form(group: int, *, bits: int = 4, signed: bool = False) -> Quantisation:
+    return Quantisation(bits, group, signed, "BF16", 1, signed=signed)
+
+
+def _dequantised(one: Integers) -> np.ndarray:
+    codes = one.codes.astype(np.float32).reshape(len(one.codes), -1, one.group)
+    return ((codes - one.zero[..., None]) * one.scale[..., None]).reshape(one.codes.shape)
+
+
+def test_integers_in_smaller_groups_are_the_same_weights() -> None:
+    values = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    wide = formats.quantise(values.copy(), _form(32))
+    fine = formats.fitted(wide, _form(16))
+    assert fine.group == 16
+    np.testing.assert_array_equal(_dequantised(fine), _dequantised(wide))
+
+
+def test_integers_about_the_middle_are_stored_signed_where_the_net_has_no_zeros() -> None:
+    rng = np.random.default_rng(0)
+    scale, zero = np.ones((3, 1), np.float32), np.full((3, 1), 128, np.uint8)
+    one = Integers(rng.integers(0, 256, (3, 16), np.uint8), scale, zero, 8)
+    signed = formats.fitted(one, _form(16, bits=8, signed=True))
+    assert signed.codes.dtype == np.int8
+    np.testing.assert_array_equal(_dequantised(signed), _dequantised(one))
+    zero[1] = 127
+    with pytest.raises(ValueError, match="zero point is not 128"):
+        formats.fitted(one, _form(16, bits=8, signed=True))
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [(_form(64), "groups of 32, the net's are of 64"), (_form(32, bits=8), "4 bits, the net stores 8")],
+)
+def test_integers_that_a_layout_cannot_hold_are_refused(form: Quantisation, said: str) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    with pytest.raises(ValueError, match=said):
+        formats.fitted(formats.quantise(values, _form(32)), form)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from qwen_surgery.cli import main
 from qwen_surgery.packing import formats, sidefile, write
-from qwen_surgery.packing.formats import Integers, Quantisation
+from qwen_surgery.packing.formats import Quantisation
 from qwen_surgery.quantising import search
+from qwen_surgery.weights.integers import Integers
 from tests.packing.conftest import Bench
 
 FORMS = [
@@ -50,7 +51,7 @@ def _lost(values: np.ndarray, found: Integers, form: Quantisation) -> np.ndarray
     return ((values.reshape(made.shape) - made) ** 2).sum(-1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 9), st.sampled_from([1e-3, 0.02, 3.0]), st.sampled_from(FORMS))
 def test_no_group_loses_more_than_by_rounding(
     seed: int, rows: int, spread: float, form: Quantisation
@@ -69,7 +70,7 @@ def test_it_loses_less_than_rounding(form: Quantisation) -> None:
     assert share < (0.95 if form.bits == 4 else 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from(FORMS))
 def test_codes_fit_their_bits_and_scales_their_type(seed: int, form: Quantisation) -> None:
     values = _weights(seed, 8, 0.02)

@@ -14,7 +14,7 @@ from qwen_surgery.patching import plan
 _SOURCES = {era: modeling_source(era) for era in ERAS}
 # Anything a comment may hold, other planes and odd spaces included; no line ends.
 _COMMENT = st.text(st.characters(blacklist_categories=("Cc", "Cs"), blacklist_characters="\u2028\u2029\x85"))
-_SLOW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+_SLOW = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 def _commented(text: str, comments: list[tuple[float, str]]) -> str:

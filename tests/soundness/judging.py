@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 import codemods
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 from codemods.framework import recipes, registry
 from codemods.framework.base import Status
 from tests.soundness.numbers import LIMIT, NotViable, compute, difference, movement
@@ -114,8 +114,8 @@ def forced(text: str) -> tuple[str, bool]:
     and whether attention_mask had to be added."""
     tree = ast.parse(text)
     added = False
-    for stmt in t.statements(tree.body):
-        if isinstance(stmt, ast.Assign) and "SUPPORT_TORCH2" in t.binds(stmt):
+    for stmt in syntax.statements(tree.body):
+        if isinstance(stmt, ast.Assign) and "SUPPORT_TORCH2" in syntax.binds(stmt):
             stmt.value = ast.Constant(False)
     for owner in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "QWenAttention"]:
         for method in [n for n in owner.body if isinstance(n, ast.FunctionDef)]:
@@ -131,10 +131,10 @@ class _Unmask(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        name = t.call_name(node)
+        name = syntax.call_name(node)
         if (
             name == "where"
-            and t.on_torch(node)
+            and syntax.on_torch(node)
             and len(node.args) == 3
             and "mask" in ast.unparse(node.args[0])
         ):
@@ -150,7 +150,7 @@ def _unmasked(method: ast.FunctionDef) -> bool:
     if "+ attention_mask" in before or "+= attention_mask" in before:
         return False
     for i, stmt in enumerate(method.body):
-        soft = t.calls(ast.parse(ast.unparse(stmt)), "softmax")
+        soft = syntax.calls(ast.parse(ast.unparse(stmt)), "softmax")
         if soft and soft[0].args:
             name = next((n.id for n in ast.walk(soft[0].args[0]) if isinstance(n, ast.Name)), "attn_weights")
             new = f"if attention_mask is not None:\n    {name} = {name} + attention_mask\n"

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from codemods.analysis import tree as t
+from codemods.analysis import syntax
 
 Change = Callable[[ast.Module, random.Random], str]
 
@@ -176,7 +176,7 @@ def _functions(tree: ast.Module, rng: random.Random) -> list[ast.FunctionDef]:
 
 
 def _blocks(function: ast.FunctionDef) -> list[list[ast.stmt]]:
-    return [function.body, *(b for s in t.statements(function.body) for b in t.blocks(s))]
+    return [function.body, *(b for s in syntax.statements(function.body) for b in syntax.blocks(s))]
 
 
 def _place(function: ast.FunctionDef, rng: random.Random) -> tuple[list[ast.stmt], int]:
@@ -187,7 +187,7 @@ def _place(function: ast.FunctionDef, rng: random.Random) -> tuple[list[ast.stmt
 def _known(function: ast.FunctionDef, names: tuple[str, ...]) -> list[str]:
     read = (n for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
     added_to = (n.target for n in ast.walk(function) if isinstance(n, ast.AugAssign))
-    here = {n.id for n in (*read, *added_to) if isinstance(n, ast.Name)} | set(t.parameters(function))
+    here = {n.id for n in (*read, *added_to) if isinstance(n, ast.Name)} | set(syntax.parameters(function))
     return [name for name in names if name in here]
 
 
@@ -238,7 +238,7 @@ def moved(tree: ast.Module, rng: random.Random) -> str:
 def renamed(tree: ast.Module, rng: random.Random) -> str:
     function = _functions(tree, rng)[0]
     stored = (n for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-    locals_ = sorted({n.id for n in stored} - set(t.parameters(function)))
+    locals_ = sorted({n.id for n in stored} - set(syntax.parameters(function)))
     if not locals_:
         return ""
     old = rng.choice(locals_)
@@ -313,8 +313,8 @@ def handed_on(tree: ast.Module, rng: random.Random) -> str:
     function = _functions(tree, rng)[0]
     spots = []
     for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
-        spots += [(call.args, i) for i, a in enumerate(call.args) if t.is_name(a) and a.id in TENSORS]  # type: ignore[attr-defined]
-        spots += [(k, -1) for k in call.keywords if t.is_name(k.value) and k.value.id in TENSORS]  # type: ignore[misc, attr-defined]
+        spots += [(call.args, i) for i, a in enumerate(call.args) if syntax.is_name(a) and a.id in TENSORS]  # type: ignore[attr-defined]
+        spots += [(k, -1) for k in call.keywords if syntax.is_name(k.value) and k.value.id in TENSORS]  # type: ignore[misc, attr-defined]
     if not spots:
         return ""
     owner, i = rng.choice(spots)
@@ -458,7 +458,11 @@ def subclassed(tree: ast.Module, rng: random.Random) -> str:
         for stmt in tree.body:
             if stmt not in new and isinstance(stmt, ast.ClassDef) and stmt is not owner:
                 for node in ast.walk(stmt):
-                    if isinstance(node, ast.Call) and t.is_name(node.func, owner.name) and rng.random() < 0.9:
+                    if (
+                        isinstance(node, ast.Call)
+                        and syntax.is_name(node.func, owner.name)
+                        and rng.random() < 0.9
+                    ):
                         node.func = ast.Name(name, ast.Load())
     return f"{owner.name}.{method.name} {'subclassed' if style < 2 else 'replaced'}: {change}"
 
@@ -469,7 +473,7 @@ def rewritten(tree: ast.Module, rng: random.Random) -> str:
     spots = []
     for block in _blocks(function):
         for i, stmt in enumerate(block):
-            if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and t.is_name(stmt.targets[0]):
+            if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and syntax.is_name(stmt.targets[0]):
                 spots.append((block, i))
     if not spots:
         return ""
@@ -480,7 +484,7 @@ def rewritten(tree: ast.Module, rng: random.Random) -> str:
     if isinstance(value, ast.BinOp):
         op = {ast.Add: "+=", ast.Sub: "-=", ast.Mult: "*=", ast.Div: "/="}.get(type(value.op))
         text = f"{target} = {ast.unparse(value.left)}\n{target} {op} {ast.unparse(value.right)}" if op else ""
-    elif t.call_name(value) == "where":
+    elif syntax.call_name(value) == "where":
         mask, kept, fill = (ast.unparse(a) for a in value.args)  # type: ignore[attr-defined]
         text = f"{target} = {kept}\n{target}.masked_fill_(~({mask}), {fill})"
     else:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
 
 # fmt: off
 #: Calls that have no effect besides their value, by the last part of their name.
@@ -15,54 +19,59 @@ PURE_CALLS = frozenset((
 # fmt: on
 
 
+def kept_on_node(question: Callable[[ast.AST], Answer]) -> Callable[[ast.AST], Answer]:
+    """*question*, answered once for each node: rules ask again and again and change no tree."""
+    key = f"_{question.__name__}"
+
+    @functools.wraps(question)
+    def asked(node: ast.AST) -> Answer:
+        kept = node.__dict__
+        if key not in kept:
+            kept[key] = question(node)
+        answer: Answer = kept[key]
+        return answer
+
+    return asked
+
+
+@kept_on_node
 def walk(node: ast.AST) -> list[ast.AST]:
-    """``node`` and everything below it. Kept on the node: rules ask again and again and change no tree."""
-    known = node.__dict__.get("_below")
-    if known is None:
-        known, at = [node], 0
-        while at < len(known):
-            current = known[at]
-            at += 1
-            for name in current._fields:
-                value = getattr(current, name, None)
-                if isinstance(value, ast.AST):
-                    known.append(value)
-                elif isinstance(value, list):
-                    known.extend(item for item in value if isinstance(item, ast.AST))
-        node.__dict__["_below"] = known
-    return known
+    """``node`` and everything below it."""
+    below, at = [node], 0
+    while at < len(below):
+        current = below[at]
+        at += 1
+        for name in current._fields:
+            value = getattr(current, name, None)
+            if isinstance(value, ast.AST):
+                below.append(value)
+            elif isinstance(value, list):
+                below.extend(item for item in value if isinstance(item, ast.AST))
+    return below
 
 
+@kept_on_node
 def _calls_below(node: ast.AST) -> dict[str, list[ast.Call]]:
-    known = node.__dict__.get("_calls")
-    if known is None:
-        known = {}
-        for call in walk(node):
-            if isinstance(call, ast.Call):
-                known.setdefault(last_name(call.func), []).append(call)
-        node.__dict__["_calls"] = known
-    return known
+    found: dict[str, list[ast.Call]] = {}
+    for call in walk(node):
+        if isinstance(call, ast.Call):
+            found.setdefault(last_name(call.func), []).append(call)
+    return found
 
 
+@kept_on_node
 def reads(node: ast.AST) -> frozenset[str]:
     """Names whose value ``node`` needs; an augmented assignment needs its target, and so does ``del``."""
-    known = node.__dict__.get("_reads")
-    if known is None:
-        found = {n.id for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
-        found |= {
-            n.target.id for n in walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
-        }
-        known = node.__dict__["_reads"] = frozenset(found)
-    return known
+    names = {n.id for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
+    added = (n.target for n in walk(node) if isinstance(n, ast.AugAssign))
+    return frozenset(names.union(target.id for target in added if isinstance(target, ast.Name)))
 
 
+@kept_on_node
 def binds(node: ast.AST) -> frozenset[str]:
     """Names ``node`` gives a new value (or deletes)."""
-    known = node.__dict__.get("_binds")
-    if known is None:
-        stored = (n for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-        known = node.__dict__["_binds"] = frozenset(n.id for n in stored)
-    return known
+    stored = (n for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+    return frozenset(n.id for n in stored)
 
 
 def same(a: ast.AST | None, b: ast.AST | None) -> bool:
