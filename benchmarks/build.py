@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from golden.cycles import LayerSizes
 from golden.eras import make_checkout
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.weights import WeightIndex
@@ -98,7 +99,10 @@ class Memory:
         return self.peak
 
 
-def run(command: list[str], log: Path, **more: Any) -> dict[str, float]:
+Costs = dict[str, float]
+
+
+def run(command: list[str], log: Path, **more: Any) -> Costs:
     """Run *command*: wall and processor seconds, peak RSS, bytes written."""
     started = time.perf_counter()
     with log.open("wb") as stream:
@@ -224,19 +228,17 @@ def change_a_weight(source: Path, layer: int) -> None:
         shard.write(bytes([first ^ 1]))
 
 
-def llm_convert(python: Path, name: str, layers: int, seq_length: int, work: Path) -> dict[str, float]:
+def llm_convert(python: Path, name: str, layers: int, seq_length: int, work: Path) -> Costs:
     """The vendor's newer tool on a Qwen2-shaped checkpoint of the same sizes, int4 in groups of 64.
 
     *python* is that of an environment with tpu-mlir and a torch that it accepts, glibc files moved aside.
     """
-    from peer import make_qwen2
+    from peer import make
 
-    sizes, source, out = GEOMETRIES[name], work / f"qwen2-{name}-{layers}", work / "llm-convert"
-    if not (source / "model.safetensors.index.json").exists():
-        make_qwen2(
-            source, layers=layers, hidden=sizes.hidden, heads=sizes.heads, intermediate=sizes.intermediate,
-            vocab=VOCABULARY.get(name, 151936),
-        )  # fmt: skip
+    own = GEOMETRIES[name]
+    width, vocab = own.intermediate // 2, VOCABULARY.get(name, 151936)
+    sizes = LayerSizes(own.hidden, own.heads, width, vocab, "qwen2")
+    source, out = make(work / f"qwen2-{name}-{layers}", sizes, layers), work / "llm-convert"
     shutil.rmtree(out, ignore_errors=True)
     root = next(python.parent.parent.glob("lib/python3*/site-packages/tpu_mlir"))
     tool = Toolchain(python, root, "unknown")

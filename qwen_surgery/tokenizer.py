@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from golden.eras.vocabulary import CUTS
 from qwen_surgery import parsing
+from qwen_surgery.chat_template import FILE, ChatTemplate
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import read_regular
 
 VOCABULARY = "qwen.tiktoken"
-#: What the vendor's demos load, in the layout of a Hugging Face tokenizer. The last is wanted, not needed.
+#: What the vendor's demos load, in the layout of a Hugging Face tokenizer. The optional ones are wanted, not
+#: needed.
 DEMO_FILES = (VOCABULARY, "tokenization_qwen.py", "tokenizer_config.json")
-OPTIONAL_FILES = ("generation_config.json",)
+OPTIONAL_FILES = ("generation_config.json", FILE)
 #: The same where a model has its tokenizer in one file of the tokenizers library.
 WHOLE = "tokenizer.json"
 WHOLE_FILES = (WHOLE, "tokenizer_config.json")
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+#: Where a model that thinks aloud stops thinking and answers.
+_THOUGHT = "</think>"
 _EXTRAS = 205
 _MOST_EXTRAS = 1 << 16
 _LARGEST = 64 << 20  # bytes of a vocabulary; Qwen's has 2.5 million
@@ -65,27 +70,29 @@ class Tokenizer:
     """A Qwen tokenizer. ``ranks`` are the ordinary tokens; ``special`` ones (name -> id) follow them in id.
 
     ``cuts`` is the expression that cuts text before merging; ``composed`` says that text is brought into
-    Unicode's composed form (NFC) first.
+    Unicode's composed form (NFC) first. ``template`` is the checkpoint's own chat format, where it has one.
     """
 
     ranks: dict[bytes, int]
     special: dict[str, int]
     cuts: str = CUTS
     composed: bool = False
+    template: ChatTemplate | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> Tokenizer:
         """From a folder that holds ``qwen.tiktoken`` or ``tokenizer.json``. Raises Refused when neither is
         there, or the one that is there is damaged."""
         folder = Path(folder)
+        template = ChatTemplate.of(folder)
         if files_of(folder) == WHOLE_FILES:
-            return _read_whole(folder / WHOLE)
+            return replace(_read_whole(folder / WHOLE), template=template)
         extras = read_json(folder / "tokenizer_config.json").get("extras", _EXTRAS)
         with parsing.parsing(folder / "tokenizer_config.json", "extras is no number of tokens"):
             parsing.whole(extras, most=_MOST_EXTRAS)
         ranks = read_ranks(folder / VOCABULARY)
         names = [END_OF_TEXT, START, END, *(f"<|extra_{i}|>" for i in range(extras))]
-        return cls(ranks, {name: len(ranks) + i for i, name in enumerate(names)})
+        return cls(ranks, {name: len(ranks) + i for i, name in enumerate(names)}, template=template)
 
     @cached_property
     def _encoding(self) -> Any:
@@ -122,15 +129,44 @@ class Tokenizer:
         return frozenset((*self.ranks.values(), *self.special.values()))
 
     def chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a conversation in Qwen's chat format, up to where the assistant speaks.
+        """Ids of a conversation in the checkpoint's chat format, or else Qwen's, up to where the assistant
+        speaks.
 
-        *turns* are (role, text); what a user typed never becomes a special token.
+        *turns* are (role, text); what a user typed never becomes a special token. What the assistant thought
+        before it answered is left out. Raises Refused when the checkpoint's format cannot hold *turns*.
         """
-        line = self.encode("\n")
+        said = [(role, self._answer(text) if role == "assistant" else text) for role, text in turns]
+        pieces = _lay_out(said) if self.template is None else self.template.lay_out(said)
         ids: list[int] = []
-        for role, text in turns:
-            ids += [self.special[START], *self.encode(f"{role}\n{text}"), self.special[END], *line]
-        return [*ids, self.special[START], *self.encode("assistant\n")]
+        plain = ""  # what lies between two special tokens is cut and merged as one text
+        for text, typed in pieces:
+            for part in [text] if typed else self._named.split(text):
+                if typed or part not in self.special:
+                    plain += part
+                else:
+                    ids += [*self.encode(plain), self.special[part]]
+                    plain = ""
+        return [*ids, *self.encode(plain)]
+
+    def _answer(self, text: str) -> str:
+        """What follows the thoughts in an assistant's *text*."""
+        if _THOUGHT not in self.special or _THOUGHT not in text:
+            return text
+        return text.rpartition(_THOUGHT)[2].lstrip("\n")
+
+    @cached_property
+    def _named(self) -> re.Pattern[str]:
+        """Cuts text at names of special tokens, and keeps them."""
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _lay_out(turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Qwen's chat format, in pieces as of :meth:`ChatTemplate.lay_out`."""
+    pieces: list[tuple[str, bool]] = []
+    for role, text in turns:
+        pieces += [(f"{START}{role}\n", False), (text, True), (f"{END}\n", False)]
+    return [*pieces, (f"{START}assistant\n", False)]
 
 
 def _byte_letters() -> dict[str, int]:
@@ -199,12 +235,14 @@ def check(folder: Path) -> dict[str, Any]:
     rows = read_json(folder / "config.json").get("vocab_size")
     if isinstance(rows, int) and tokenizer.size > rows:
         raise Refused(f"{folder}: the tokenizer has {tokenizer.size} tokens, the model {rows} rows")
-    end = read_json(folder / "generation_config.json").get("eos_token_id")
-    if isinstance(end, int) and end not in tokenizer.special.values():
-        raise Refused(
-            f"{folder / 'generation_config.json'}: eos_token_id {end} is no special token of the vocabulary",
-            hint=f"special tokens begin at {len(tokenizer.ranks)}",
-        )
+    said = read_json(folder / "generation_config.json").get("eos_token_id")
+    for end in said if isinstance(said, list) else [said]:
+        if isinstance(end, int) and end not in tokenizer.special.values():
+            raise Refused(
+                f"{folder / 'generation_config.json'}: eos_token_id {end} is no special token of the "
+                "vocabulary",
+                hint=f"special tokens begin at {len(tokenizer.ranks)}",
+            )
     sample = "Hello, world! 1234 \u4f60\u597d\n\ttab"
     if tokenizer.decode_bytes(tokenizer.encode(sample)).decode() != sample:
         raise Refused(f"{folder / files_of(folder)[0]}: text does not come back as it went in")

@@ -39,6 +39,7 @@ ROOMS = (
     "qwen_surgery.parsing",
     "qwen_surgery.chips",
     "qwen_surgery.nets",
+    "qwen_surgery.chat_template",
     "qwen_surgery.tokenizer",
     "qwen_surgery.weights",
     "qwen_surgery.toolchain",

@@ -75,14 +75,15 @@ def chip_geometry(engine: ChipEngine) -> Geometry:
 
 @dataclass
 class Chat:
-    """One conversation. ``sampling`` None means greedy. Raises Usage when a prompt does not fit in S, Refused
+    """One conversation. ``sampling`` None means greedy; ``system`` None begins it as the model's chat format
+    does unasked. Raises Usage when a prompt does not fit in S, Refused
     when the model computes no numbers."""
 
     engine: Engine
     geometry: Geometry
     tokenizer: Tokenizer
     sampling: Sampling | None = None
-    system: str = SYSTEM
+    system: str | None = None
     stops: tuple[int, ...] = ()  # beside the tokenizer's own
     turns: list[tuple[str, str]] = field(default_factory=list)
     spoken: int = 0  # tokens of the latest answer, and the seconds they took
@@ -101,7 +102,9 @@ class Chat:
 
         An answer that is stopped half way (the iterator closed) stays in the conversation as far as it got.
         """
-        prompt = self.tokenizer.chat([("system", self.system), *self.turns, ("user", text)])
+        system = SYSTEM if self.system is None and self.tokenizer.template is None else self.system
+        first = [] if system is None else [("system", system)]
+        prompt = self.tokenizer.chat([*first, *self.turns, ("user", text)])
         room = self.geometry.seq_length - len(prompt)
         if room < 1:
             raise Usage(

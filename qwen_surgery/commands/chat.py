@@ -29,10 +29,13 @@ _HELP = "/reset begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D end
     "tokenizer_dir",
     required=True,
     type=click.Path(path_type=Path),
-    help="A folder with qwen.tiktoken and generation_config.json, such as the checkout.",
+    help="A folder with the tokenizer's files and generation_config.json, such as the checkout.",
 )
 @click.option("--prompt", help="Say this, print the answer, stop.  [default: a conversation]")
-@click.option("--system", help="The system prompt.  [default: You are a helpful assistant.]")
+@click.option(
+    "--system",
+    help="The system prompt.  [default: as the model's chat template says, or: You are a helpful assistant.]",
+)
 @click.option(
     "--max-tokens", type=click.IntRange(1), help="Of one answer.  [default: as generation_config.json says]"
 )
@@ -63,7 +66,7 @@ def command(
 ) -> None:
     """Talk to exported nets (fast) or to a bmodel on the chip emulator (slow), in the terminal."""
     extras.require("chat")
-    from qwen_surgery.chatting.chat import SYSTEM, Chat, Generation, chip_geometry, open_onnx
+    from qwen_surgery.chatting.chat import Chat, Generation, chip_geometry, open_onnx
     from qwen_surgery.tokenizer import Tokenizer
 
     if (onnx is None) == (bmodel is None):
@@ -91,8 +94,7 @@ def command(
                 "The emulator computes what the chip computes, thousands of times slower: "
                 "expect a token a second for a tiny model, many minutes for a token of a real one."
             )
-        chosen = SYSTEM if system is None else system
-        chat = Chat(engine, geometry, tokenizer, sampling, chosen, generation.stops)
+        chat = Chat(engine, geometry, tokenizer, sampling, system, generation.stops)
         limit = max_tokens or generation.max_tokens
         if prompt is not None:
             _answer(chat, prompt, limit)

@@ -91,7 +91,7 @@ def templates_of(
     family = families.of({"model_type": sizes.model_type})
     if family.home:
         folder.mkdir(parents=True)
-        (folder / CONFIG).write_text(json.dumps(_config(sizes, seq_length, family)))
+        (folder / CONFIG).write_text(json.dumps(config_of(sizes, seq_length, family)))
     else:
         _make_era(sizes, seq_length, folder)
     checkout = Checkout.open(folder)
@@ -100,7 +100,7 @@ def templates_of(
     return trace_templates(sources, geometry, kinds)
 
 
-def _config(sizes: LayerSizes, seq_length: int, family: Family) -> dict[str, Any]:
+def config_of(sizes: LayerSizes, seq_length: int, family: Family) -> dict[str, Any]:
     """config.json of one layer of *sizes* of a family whose code is installed."""
     names = {**SIZES, **family.widths}
     known = {name: getattr(sizes, name) for name in names if getattr(sizes, name, 0)}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from golden.eras.vocabulary import CUTS, SPECIAL_TOKENS
 from qwen_surgery.errors import Refused
 from qwen_surgery.tokenizer import Tokenizer, check
+from tests.families.speaking import add_tokenizer
 
 TEXTS = (
     "Hello, world! 1234 \u4f60\u597d\n\ttab",
@@ -21,30 +21,12 @@ TEXTS = (
     "\U0001f600 it's we'LL",
     "",
 )
-CORPUS = ("the cat sat on the mat and the hat sat on the cat", "we'll see what the others' hats are") * 4
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tokenizer of Qwen2's form, trained with the real library on a few words."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
-
-    library = Library(models.BPE())
-    library.normalizer = normalizers.NFC()
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CUTS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    library.add_special_tokens(list(SPECIAL_TOKENS))
-    library.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    return tmp_path
+    return add_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -86,7 +68,7 @@ def _swap(data: dict[str, Any]) -> None:
         (_swap, "merges are not in the order of ids"),
         (lambda data: data.update(normalizer={"type": "NFKC"}), "normalizes by NFKC"),
         (lambda data: data["model"].update(type="Unigram"), "no BPE of bytes"),
-        (lambda data: data["added_tokens"].pop(), "has no id of its own"),
+        (lambda data: data["added_tokens"].pop(2), "has no id of its own"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "a second time"),
         (lambda data: data["model"].pop("vocab"), "KeyError"),
     ],
