@@ -146,7 +146,7 @@ def test_the_line_fits_how_the_program_was_installed(
 ) -> None:
     """`pip install` would put the packages where pipx's and uv's environments do not see them."""
     monkeypatch.setattr("sys.prefix", prefix)
-    needed = extras.missing(ModuleNotFoundError("no", name="jinja2.environment"))
+    needed = extras.missing(ModuleNotFoundError("no", name="matplotlib.pyplot"))
     assert needed is not None and needed.hint.startswith(line)
     assert extras.missing(ModuleNotFoundError("no", name="qwen_surgery.gone")) is None, "that is a bug"
 

@@ -110,9 +110,13 @@ def test_clean_refuses_a_template_that_the_compiler_would_miscompile() -> None:
 def test_compiling_an_export_that_was_never_cleaned_is_refused_before_tpu_mlir_starts(tmp_path: Path) -> None:
     """With its own simplification off or on, TPU-MLIR would take this and compute something else."""
     from qwen_surgery.building.step_compile import Transform
-    from qwen_surgery.nets import Net
+    from qwen_surgery.exporting.manifest import Manifest, NetEntry
+    from qwen_surgery.nets import Geometry, Net
 
     onnx.save(half_split(), str(tmp_path / "block_0.onnx"))
+    entry = NetEntry("block_0", NetKind.BLOCK, 0, "block_0.onnx", "", {})
+    geometry = Geometry(1, 64, 2, 32, 320, 128, 64)
+    Manifest("Qwen", "static", 64, geometry, {}, {}, {}, (entry,), {}).write(tmp_path)
     step = Transform(
         net=Net("block_0", NetKind.BLOCK, 0),
         passes=(),
