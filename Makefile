@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo-out
 WORKERS ?= 2
 
-.PHONY: demo test lint format types unit toolchain test-slow wheel wheel-test docs clean help
+.PHONY: demo test lint format types unit toolchain test-slow runtime wheel wheel-test docs clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make wheel-test the test suite on the installed wheel, outside the source tree"
 	@echo "make docs       the documentation site, in build/site"
 	@echo "make test-slow  the real-geometry runs (minutes, gigabytes)"
+	@echo "make runtime    of those, the vendor's runtimes: every mode, profile and chip, and --dynamic"
 
 # torch goes first and alone: with it in place nothing that follows asks pip for another build of it.
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -65,6 +66,9 @@ wheel: $(VENV)/.installed
 
 test-slow: toolchain
 	$(BIN)/python -m pytest -m slow -n 0
+
+runtime: toolchain
+	$(BIN)/python -m pytest tests/runtime -m slow -n 0
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

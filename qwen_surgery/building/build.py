@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from qwen_surgery.building.inputs import source_digests
 from qwen_surgery.building.request import BuildRequest, CompileRequest
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
+from qwen_surgery.building.step_quantise import Calibration
 from qwen_surgery.building.step_sample import sample_task
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
 from qwen_surgery.compiling.options import (
+    GPTQ,
     needed_passes,
     refuse_for_runtime,
     refuse_uncleaned,
@@ -28,6 +31,8 @@ from qwen_surgery.files import require_disk
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.nets import Geometry
     from qwen_surgery.weights import TensorRef
 
 
@@ -156,7 +161,8 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     toolchain = _find_toolchain(request.toolchain, lacking)
     sources = Sources.of(checkout, recipe=request.recipe, seq_length=request.seq_length)
     index = _find_weights(request.checkout, lacking)
-    builder = Builder(request.out, geometry, options, toolchain, running, release)
+    calibration = _calibration(request, checkout, geometry) if options.quantizer == GPTQ else None
+    builder = Builder(request.out, geometry, options, toolchain, running, release, calibration)
     version = toolchain.version if toolchain.version != "unknown" else None
     needed = needed_passes(options)
     passes = chosen_passes(skip=request.skip, toolchain=version, also=needed) if request.clean else ()
@@ -184,6 +190,27 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     )
 
 
+def _calibration(request: BuildRequest, checkout: Checkout, geometry: Geometry) -> Calibration:
+    """What the integers are chosen by. Raises Refused where an edit is declined."""
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.quantising import WINDOW
+
+    window = min(WINDOW, geometry.seq_length)
+    sources = Sources.of(checkout, recipe=request.recipe, seq_length=window)
+    digest = hashlib.sha256()
+    for files in (sources.reference, sources.patched):
+        for name, content in sorted(files.items()):
+            digest.update(name.encode() + hashlib.sha256(content).digest())
+    return Calibration(
+        request.checkout,
+        request.recipe,
+        request.trust_remote_code,
+        request.calibration,
+        request.calibration_tokens,
+        digest.hexdigest(),
+    )
+
+
 def _open_exported(request: CompileRequest, running: Running) -> Opened:
     """Raises Refused when the folder's parts are not those of its manifest, or its nets not those wanted."""
     from qwen_surgery.exporting.manifest import Manifest
@@ -192,6 +219,11 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
     manifest = Manifest.load(folder)
     manifest.check(folder)
     options = request.options.resolved(manifest.geometry, manifest.release)
+    if options.quantizer == GPTQ:
+        raise Usage(
+            f"--quantizer {GPTQ} runs the model, and an exported folder is not all of it",
+            hint="use `qwen-surgery build`, or compile with rtn and then `qwen-surgery refit`",
+        )
     toolchain = Toolchain.find(request.toolchain)
     builder = Builder(request.out, manifest.geometry, options, toolchain, running, manifest.release)
     refuse_uncleaned(options, manifest.passes)
@@ -208,6 +240,9 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
 
 def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
     """Verify the bmodels, which are in their place whatever comes out."""
+    from qwen_surgery.verification.measured import remember
+    from qwen_surgery.verification.results import Report
+
     result.depth = opened.depth
     if opened.verifying:
         graph.add(opened.verifying)
@@ -218,6 +253,9 @@ def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
         [load_report(store.folder(graph.keys[task.name])) for task in tasks]
         for tasks in (opened.verifying, opened.sampling)
     )
+    for bmodel, report in zip(result.bmodels, reports, strict=False):
+        if "levels" in report:
+            remember(Report.from_json(report), [bmodel])
     if reports:
         result.report = next((report for report in reports if not report["passed"]), reports[0])
     for report in sampled:

@@ -18,7 +18,8 @@ from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_assemble import Previous, assemble_task, compare_task, signatures
 from qwen_surgery.building.step_compile import combine_task, compile_tasks
 from qwen_surgery.building.step_narrow import narrow_task, worth_narrowing
-from qwen_surgery.building.step_prove import Prove, prove_task, refused
+from qwen_surgery.building.step_prove import Prove, load_plan, prove_task, refused
+from qwen_surgery.building.step_quantise import Calibration, Forms, quantise_tasks
 from qwen_surgery.compiling.one import refuse_unsupported
 from qwen_surgery.compiling.options import QUANTIZERS, CompileOptions
 from qwen_surgery.errors import Refused, Usage
@@ -76,7 +77,8 @@ class Packing:
     """A build that compiles one net of each kind and packs the others: its tasks, as they come to be known.
 
     *config* is the unpatched config.json, *previous* what earlier builds made, by file name. The *compared*
-    layers are compiled as well. *say* gets notes on nets that cannot go this way.
+    layers are compiled as well. *say* gets notes on nets that cannot go this way. *calibration* is there
+    where a text decides the integers.
     """
 
     inputs: Inputs
@@ -84,6 +86,7 @@ class Packing:
     previous: Mapping[str, Previous]
     compared: tuple[int, ...]
     say: Callable[[str], None]
+    calibration: Calibration | None = None
 
     def tasks(self) -> Items:
         """Compile and prove the first net of each kind."""
@@ -111,10 +114,13 @@ class Packing:
             self.say(f"{kind.value}: compiled at its full size, which takes longer ({why})")
         nets = [net for net in self.inputs.first_nets if net.kind in failed]
         proving = self._prove(nets)
-        ready = Expansion((*proofs, *_names(proving)), partial(self._proven, kinds - failed.keys()))
+        proven = partial(self._proven, kinds - failed.keys(), answers)
+        ready = Expansion((*proofs, *_names(proving)), proven)
         return [*compile_tasks(self.inputs, nets, keep=True), *proving, ready]
 
-    def _proven(self, narrow: Collection[NetKind], answers: Mapping[str, Answer]) -> Items:
+    def _proven(
+        self, narrow: Collection[NetKind], narrowed: Mapping[str, Answer], answers: Mapping[str, Answer]
+    ) -> Items:
         """All is proven that can be: compile every layer of the other kinds, and write the bmodels."""
         reasons = refused(answer.info for answer in answers.values())
         self._refuse_rounding(reasons)
@@ -124,12 +130,29 @@ class Packing:
         compiled = (None, 0, *self.compared)
         rest = [net for net in self.inputs.nets if net.kind in reasons and net.layer not in compiled]
         items: Items = [*compile_tasks(self.inputs, rest, keep=True)]
+        if self.calibration is not None:
+            forms = self._forms(narrow, {**narrowed, **answers})
+            items += quantise_tasks(self.inputs, self.calibration, forms)
         for cores in self.inputs.options.cores:
             previous = self.previous.get(self.inputs.bmodel(cores).name)
             items.append(assemble_task(self.inputs, cores, self.config, narrow, reasons, previous))
             packed = [net for net in self.inputs.nets if net.layer in self.compared]
             items += [compare_task(self.inputs, net, cores) for net in packed]
         return items
+
+    def _forms(self, narrow: Collection[NetKind], answers: Mapping[str, Answer]) -> dict[NetKind, Forms]:
+        """By kind, how the weights whose integers are to be chosen are stored. (Nothing in a plan, before any
+        of it is proven.)"""
+        from qwen_surgery.quantising.chosen import forms
+
+        found: dict[NetKind, Forms] = {}
+        for net in self.inputs.first_nets:
+            if self.inputs.options.integer(net.kind):
+                verb: Verb = "narrow" if net.kind in narrow else "prove"
+                name = task_name(verb, net.name, self.inputs.options.cores[0])
+                plan = load_plan(answers[name].folder)
+                found[net.kind] = {} if plan is None else forms(plan)
+        return found
 
     def _refuse_rounding(self, reasons: Mapping[NetKind, str]) -> None:
         """A net that cannot be packed would get the compiler's integers, where others are wanted."""
@@ -157,7 +180,7 @@ def _names(tasks: list[Task]) -> tuple[str, ...]:
 
 class Builder:
     """Builds of a model of *geometry* into *out*. *options* must be resolved; *release* says how its
-    checkpoint is quantised, where it is.
+    checkpoint is quantised, where it is; *calibration* is what ``--quantizer gptq`` goes by.
 
     Raises Usage and ToolFailed when *toolchain* cannot do what they ask for.
     """
@@ -170,9 +193,10 @@ class Builder:
         toolchain: Toolchain,
         running: Running,
         release: Release | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         refuse_unsupported(options, toolchain)
-        self.release = release
+        self.release, self.calibration = release, calibration
         self.geometry, self.options, self.toolchain, self.running = geometry, options, toolchain, running
         self.outputs = Outputs(out, json.dumps([asdict(options), toolchain.identity], sort_keys=True))
         self.pack = running.request.pack and options.num_device == 1
@@ -222,7 +246,7 @@ class Builder:
             combining = [combine_task(inputs, cores) for cores in self.options.cores]
             return [*compile_tasks(inputs, inputs.nets, keep=False), *combining]
         layers = inputs.drawn_layers(self.running.request.prove)
-        return Packing(inputs, config, self.outputs.previous(), layers, say).tasks()
+        return Packing(inputs, config, self.outputs.previous(), layers, say, self.calibration).tasks()
 
     def bmodels(self) -> dict[str, Path]:
         """The tasks that make bmodels, by core count, and where in the output folder these go."""

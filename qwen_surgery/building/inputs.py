@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
     from qwen_surgery.weights import TensorRef
 
-Verb = Literal["transform", "deploy", "combine", "narrow", "prove", "assemble", "compare", "sample", "verify"]
+Verb = Literal[
+    "transform", "deploy", "combine", "narrow", "prove", "calibrate", "quantise", "assemble", "compare",
+    "sample", "verify",
+]  # fmt: skip
 
 
 def task_name(verb: Verb, subject: str, cores: int = 1) -> str:

@@ -44,7 +44,8 @@ class BuildRequest:
     ``verify`` is ``auto``, ``full``, ``sample``, ``contract`` or ``none``, with so many decode ``steps``;
     ``toolchain`` is a TPU-MLIR version (None: the default one). Without ``twin`` the export is not proven
     against the unpatched model at a tiny width. ``questions`` are put to every engine, ``text`` is read by
-    all of them, so many of its tokens.
+    all of them, so many of its tokens. ``calibration`` is the text that ``--quantizer gptq`` reads, with so
+    many tokens of it.
     """
 
     checkout: Path
@@ -63,6 +64,8 @@ class BuildRequest:
     questions: tuple[str, ...] = ()
     text: str = ""
     text_tokens: int = 256
+    calibration: str = ""
+    calibration_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.sizes import MB, bmodel_bytes, weights_of
 from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_prove import load_plan
+from qwen_surgery.building.step_quantise import chosen_task
+from qwen_surgery.compiling.options import GPTQ
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.nets import Net, NetKind
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.packing.container import Bmodel, Region
     from qwen_surgery.packing.expand import Piece
-    from qwen_surgery.packing.plans import PackPlan
+    from qwen_surgery.packing.plans import HasIntegers, PackPlan
     from qwen_surgery.packing.sidefile import Prediction
 
 #: Bmodels state when they were made; a fixed time makes equal builds give equal bytes.
@@ -94,7 +96,7 @@ class Assemble(Step):
         needs: Needs,
     ) -> Piece:
         from qwen_surgery.packing.expand import Piece
-        from qwen_surgery.quantising import by_name
+        from qwen_surgery.quantising import by_name, chosen
         from qwen_surgery.weights.quantised import own_integers
 
         entry, old = manifest.net(row.net), self.previous
@@ -104,6 +106,9 @@ class Assemble(Step):
             return Piece(row.net, old.file, row.net, plan, tensors)
         if row.pack and plan is None:
             raise RuntimeError(f"{row.net} has no pack plan and was not compiled")
+        given: dict[str, HasIntegers] = dict(own_integers(entry.weights))
+        if row.chosen:
+            given |= chosen.refs(needs[row.chosen] / chosen.FILE, entry.weights)
         return Piece(
             row.net,
             needs[row.task] / row.file,
@@ -111,7 +116,7 @@ class Assemble(Step):
             plan,
             tensors,
             row.pack,
-            own_integers(entry.weights),
+            given,
             by_name(self.quantizer),
         )
 
@@ -229,6 +234,7 @@ def assemble_task(
         "target": options.target,
         "tpu_mlir": inputs.toolchain.version,
         "runtime": options.runtime or "",
+        "passes": ", ".join(inputs.passes),
         **({"quantizer": options.quantizer} if options.integers else {}),
         **({RELEASE: str(inputs.release)} if inputs.release else {}),
         **{f"unpacked {kind.value}": why for kind, why in unproven.items()},
@@ -238,11 +244,13 @@ def assemble_task(
     packed = sum(row.pack for row in rows) // 2
     weights = packed * weights_of(NetKind.BLOCK, inputs.geometry)
     total = bmodel_bytes(inputs.geometry, options)
+    # One weight's integers are read as a whole, a byte each and as they are stored.
+    largest = weights_of(NetKind.LM_HEAD, inputs.geometry) if any(row.chosen for row in rows) else 0
     return Task(
         task_name("assemble", file),
         Assemble(file, rows, dict(config), notes, packer, options.quantizer, inputs.folder, previous),
         needs=tuple(sorted({task for row in rows for task in (row.task, row.plan, row.chosen) if task})),
-        cost=Cost(600 * MB, total, 0.5 + weights * 1.5e-8 + total / 1e9),
+        cost=Cost(600 * MB + 2 * largest, total, 0.5 + weights * 1.5e-8 + total / 1e9),
         keep=True,
         command=f"pack {packed} layers and write {file}",
     )
@@ -262,7 +270,9 @@ def _rows(
         file, digest = inputs.job(source).bmodel(cores), inputs.weights.get(net.name, "")
         proof = "" if net.kind.chooses else first[net.kind].name
         plan = proof and task_name("narrow" if extended else "prove", proof, cores)
-        rows.append(Row(net.name, task, file, source.name, packed, digest, plan))
+        by_text = inputs.options.quantizer == GPTQ and inputs.options.integer(net.kind)
+        chosen = chosen_task(net) if by_text else ""
+        rows.append(Row(net.name, task, file, source.name, packed, digest, plan, chosen))
     return tuple(rows)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen_surgery import console, extras
+from qwen_surgery.commands.calibrating import calibration_from, calibration_options
 from qwen_surgery.commands.words import word_options, words_from
 from qwen_surgery.compiling.flags import compile_options, options_from, run_options
 from qwen_surgery.errors import Missed
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--trust-remote-code", is_flag=True, help="Allow running the checkout's Python files.")
 @word_options
+@calibration_options
 @compile_options
 @run_options
 def command(checkout: Path, out: Path, **given: Any) -> None:
@@ -82,6 +84,7 @@ def command(checkout: Path, out: Path, **given: Any) -> None:
         toolchain=given["toolchain"],
         run=RunRequest.of(given),
         **words_from(given),
+        **calibration_from(given, given["quantizer"]),
     )
     if given["dry_run"]:
         session.show_plan(build.plan(request), given["as_json"])

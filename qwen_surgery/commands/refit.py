@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen_surgery import console, extras
-from qwen_surgery.compiling.options import QUANTIZERS
+from qwen_surgery.commands.calibrating import calibration_from, calibration_options
+from qwen_surgery.compiling.options import GPTQ, QUANTIZERS, SEARCH
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qwen_surgery.checkout import Checkout
+    from qwen_surgery.packing.refit import Choose
 
 
 @click.command(name="refit", help="Put the weights of CHECKOUT into MODEL.bmodel, without TPU-MLIR.")
@@ -19,17 +31,25 @@ from qwen_surgery.compiling.options import QUANTIZERS
     "--quantizer",
     type=click.Choice(QUANTIZERS),
     help="How integers are chosen: rtn rounds as the compiler does, search takes for each group of weights "
-    "the scale that loses least.  [default: as MODEL was made]",
+    "the scale that loses least, gptq makes up for each error by what a text shows of the model (it runs the "
+    "checkout's code).  [default: as MODEL was made]",
 )
+@calibration_options
+@click.option("--trust-remote-code", is_flag=True, help="Allow gptq to run the checkout's Python files.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads that pack (default: all cores).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON to stdout.")
 def command(
-    model: Path, checkout: Path, out: Path | None, quantizer: str | None, jobs: int | None, as_json: bool
+    model: Path,
+    checkout: Path,
+    out: Path | None,
+    quantizer: str | None,
+    trust_remote_code: bool,
+    jobs: int | None,
+    as_json: bool,
+    **calibration: Any,
 ) -> None:
     """The checkout has to be of the same model: sizes, rotary base, epsilon and so on are compared."""
     extras.require("refit")
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.errors import Usage
     from qwen_surgery.packing import sidefile
@@ -44,15 +64,10 @@ def command(
     if quantizer is not None and not quantised(side):
         raise Usage(f"--quantizer has no effect: {model} keeps no weight as integers", hint="leave it out")
     chosen = quantizer or side.notes.get("quantizer", QUANTIZERS[0])
-    columns = (TextColumn("packing {task.fields[net]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console.err(), transient=True, disable=not console.err().is_terminal
-    ) as bar:
-        task = bar.add_task("pack", total=None, net="")
-
-        def show(net: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, net=net)
-
+    text = calibration_from(calibration, chosen)
+    if chosen == GPTQ:
+        _check_gptq(opened, trust_remote_code)
+    with _bar() as bar, _choosing(opened, out or model, chosen, text, bar) as choose:
         result = refit(
             model,
             opened,
@@ -60,8 +75,9 @@ def command(
             out or model,
             quantise=by_name(chosen),
             quantizer=chosen,
+            choose=choose,
             workers=jobs,
-            progress=show,
+            progress=partial(_show, bar, "packing"),
         )
     seconds = time.monotonic() - began
     if as_json:
@@ -79,3 +95,51 @@ def command(
         f"{result.path}: {result.packed / 1e6:.1f} million weights packed, {result.size / 1e6:.1f} MB, "
         f"{seconds:.1f} s"
     )
+
+
+def _check_gptq(opened: Checkout, trusted: bool) -> None:
+    """Raises Usage where gptq cannot run, or has nothing to choose."""
+    from qwen_surgery.errors import Usage
+    from qwen_surgery.exporting.remote_code import require_trust
+    from qwen_surgery.weights import Release
+
+    extras.need(f"--quantizer {GPTQ}", "export", "compile", "verify")
+    release = Release.of(opened.path)
+    if release is not None:
+        raise Usage(
+            f"--quantizer {GPTQ} does not go with this checkpoint ({release}): its integers are kept",
+            hint=f"use --quantizer {SEARCH} for the lm_head",
+        )
+    require_trust(trusted, f"--quantizer {GPTQ}", lent=opened.lent)
+
+
+@contextmanager
+def _choosing(
+    opened: Checkout, output: Path, quantizer: str, text: dict[str, Any], bar: Progress
+) -> Iterator[Choose | None]:
+    """What chooses integers before any is packed, and where they lie meanwhile: beside *output*."""
+    if quantizer != GPTQ:
+        yield None
+        return
+    from qwen_surgery.quantising.whole import quantise
+
+    with TemporaryDirectory(prefix=".quantised-", dir=output.absolute().parent) as folder:
+        show = partial(_show, bar, "quantising")
+        yield lambda side, tensors: quantise(
+            opened, text["calibration"], text["calibration_tokens"], side, tensors, Path(folder), show
+        )
+
+
+def _bar() -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description} {task.fields[net]}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console.err(), transient=True, disable=not console.err().is_terminal)
+
+
+def _show(bar: Progress, doing: str, net: str, done: int, total: int) -> None:
+    """How much of *doing* is done: a line of the bar."""
+    line = next((task.id for task in bar.tasks if task.description == doing), None)
+    if line is None:
+        line = bar.add_task(doing, net="")
+    bar.update(line, completed=done, total=total, net=net)

@@ -112,6 +112,7 @@ def command(
     extras.require("verify")
     if html is not None:  # said before the work, not after it
         extras.need("--html", "report")
+    from qwen_surgery.verification.measured import remember
     from qwen_surgery.verification.session import Request, verify
 
     if layers == () or prompt_lengths == ():
@@ -145,6 +146,7 @@ def command(
             progress=lambda what: status.update(f"verify {what}"),
             say=lambda text: console.err().print(text),
         )
+    remember(report, bmodels)
     _show(report, as_json=as_json, every_net=every_net)
     if html is not None:
         from qwen_surgery.verification.page import write_page

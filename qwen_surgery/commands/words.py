@@ -46,8 +46,11 @@ def words_from(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path | None) -> str:
-    if file is None:
-        return ""
+    return "" if file is None else read_text(file)
+
+
+def read_text(file: Path) -> str:
+    """The text of *file*. Raises Refused where it cannot be read as UTF-8, or is empty."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -88,7 +88,8 @@ _COMPILE = (
         "--q-group-size",
         type=int,
         default=None,
-        help="Input features per scale of int4.  [default: 64, or as the checkpoint is quantised]",
+        help="Input features per scale of the blocks' integers.  [default: 64 for int4, TPU-MLIR's for int8, "
+        "or as the checkpoint is quantised]",
     ),
     click.option("--symmetric", is_flag=True, help="Symmetric int4, without zero points."),
     click.option(
@@ -104,7 +105,8 @@ _COMPILE = (
         default=QUANTIZERS[0],
         show_default=True,
         help="How integers are chosen: rtn rounds as TPU-MLIR does; search takes for each group of weights "
-        "the scale that loses least.",
+        "the scale that loses least; gptq (build and refit) makes up for each error by what a text shows of "
+        "the model.",
     ),
     click.option("--name", default=None, help="First part of the file name.  [default: the folder's name]"),
     click.option("--toolchain", metavar="VERSION", default=None, help="TPU-MLIR version to use."),

@@ -18,9 +18,11 @@ from qwen_surgery.weights.quantised import Release
 #: --mode -> TPU-MLIR's quantisation of blocks and lm_head.
 QUANTIZE = {"bf16": "BF16", "f16": "F16", "int8": "W8BF16", "int4": "W4BF16"}
 ADDR_MODES = ("io_alone", "basic")
-#: How integers are chosen: as the compiler rounds, or by a search for each group's best scale.
-QUANTIZERS = ("rtn", "search")
-#: Group size the reference scripts give int4; int8 is quantised per output channel, without groups.
+#: How integers are chosen: as the compiler rounds, by a search for each group's best scale, or by what a text
+#: does inside the model.
+QUANTIZERS = ("rtn", "search", "gptq")
+SEARCH, GPTQ = QUANTIZERS[1:]
+#: Group size the reference scripts give int4. int8 has what TPU-MLIR gives it: 64 in 1.30, a row in 1.6.
 INT4_GROUP = 64
 #: The mode of the lm_head where the checkpoint's own integers are kept, and it has none for the lm_head.
 RELEASE_HEAD = "int8"
@@ -118,7 +120,7 @@ class CompileOptions:
         self._check_head()
         # A release keeps its output layer in float16, of which int8 loses next to nothing.
         head = self.lm_head_mode or (self.mode if release is None else RELEASE_HEAD)
-        self._check_quantizer(head)
+        self._check_quantizer(head, release)
         return replace(self, runtime=runtime.name, q_group_size=group, lm_head_mode=head)
 
     @property
@@ -191,13 +193,13 @@ class CompileOptions:
     def _group(self, geometry: Geometry | None, release: Release | None) -> int | None:
         if release is not None and release.group != -1:
             return release.group
-        if self.mode != "int4":
-            if self.q_group_size is not None:
-                raise Usage(
-                    f"--q-group-size has no effect on --mode {self.mode}: only int4 is quantised in groups",
-                    hint="leave it out, or use --mode int4",
-                )
-            return None
+        if self.q_group_size is None and self.mode != "int4":
+            return None  # int8 gets what TPU-MLIR gives it
+        if not self.mode.startswith("int"):
+            raise Usage(
+                f"--q-group-size has no effect on --mode {self.mode}: it keeps no integers",
+                hint="leave it out, or use --mode int4 or int8",
+            )
         group = INT4_GROUP if self.q_group_size is None else self.q_group_size
         if group < 1:
             raise Usage("--q-group-size must be positive")
@@ -222,7 +224,7 @@ class CompileOptions:
         if order.index(self.lm_head_mode) > order.index(self.mode):
             raise Usage(f"--lm-head-mode {self.lm_head_mode} is a lower precision than --mode {self.mode}")
 
-    def _check_quantizer(self, head: str) -> None:
+    def _check_quantizer(self, head: str, release: Release | None) -> None:
         if self.quantizer not in QUANTIZERS:
             raise Usage(
                 f"--quantizer {self.quantizer} is unknown", hint="quantizers: " + ", ".join(QUANTIZERS)
@@ -231,6 +233,11 @@ class CompileOptions:
             return
         if not replace(self, lm_head_mode=head).integers:
             raise Usage(f"--quantizer {self.quantizer} has no effect: no weight is kept as integers")
+        if self.quantizer == GPTQ and release is not None:
+            raise Usage(
+                f"--quantizer {GPTQ} does not go with this checkpoint ({release}): its integers are kept",
+                hint=f"leave it out, or use --quantizer {SEARCH} for the lm_head",
+            )
         if self.num_device > 1:
             raise Usage(
                 f"--quantizer {self.quantizer} is for one chip: for several, TPU-MLIR rounds every layer"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from codemods.config.facts import ModelFacts
 from qwen_surgery.errors import Refused, SurgeryError
@@ -26,6 +26,7 @@ from qwen_surgery.weights import WeightIndex
 if TYPE_CHECKING:
     from qwen_surgery.patching.sources import Sources
 
+Made = TypeVar("Made")
 #: What a proof takes, and gives for the manifest; raises Refused where nets and model differ.
 Prove = Callable[["Sources", WeightIndex, Geometry], dict[str, Any]]
 
@@ -83,19 +84,26 @@ def export(
 def trace_templates(
     sources: Sources, geometry: Geometry, kinds: Iterable[NetKind]
 ) -> dict[NetKind, Template]:
-    """One weight-free template per kind. Runs the checkout's code (callers asked for trust).
+    """One weight-free template per kind. Runs the checkout's code (callers asked for trust)."""
+    kinds = tuple(kinds)
+    return with_or_without_transformers(
+        sources, lambda installed: _trace(sources, geometry, kinds, installed=installed)
+    )
+
+
+def with_or_without_transformers(sources: Sources, work: Callable[[bool], Made]) -> Made:
+    """Do *work*, which runs layers of *sources*; it is told whether these get the installed transformers.
 
     The code runs without transformers first, which its layers do not need. Code of a fork that does need it
     gets the installed one; what fails then is the real reason.
     """
-    kinds = tuple(kinds)
     if sources.family.home:
-        return _trace(sources, geometry, kinds, installed=True)
+        return work(True)
     try:
-        return _trace(sources, geometry, kinds, installed=False)
+        return work(False)
     except Exception as error:
         try:
-            return _trace(sources, geometry, kinds, installed=True)
+            return work(True)
         except SurgeryError as reason:
             raise reason from error
 

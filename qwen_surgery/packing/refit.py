@@ -8,7 +8,7 @@ the first checkpoint gives the first file's bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.packing import formats, sidefile
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.expand import Piece, Progress, write
-from qwen_surgery.packing.plans import Quantise, Quantised
-from qwen_surgery.packing.sidefile import RELEASE, NetWeights, SideFile
+from qwen_surgery.packing.plans import Given, Quantise, Quantised
+from qwen_surgery.packing.sidefile import MEASURED, RELEASE, NetWeights, SideFile
 from qwen_surgery.patching.receipt import Receipt
 from qwen_surgery.weights.quantised import (
     Release,
@@ -33,6 +33,9 @@ from qwen_surgery.weights.quantised import (
 
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef
+
+#: Gives the integers of weights for a side file and its nets' tensors, all by net and slot.
+Choose = Callable[[SideFile, Mapping[str, Mapping[str, "TensorRef"]]], Mapping[str, Given]]
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,14 @@ def refit(
     *,
     quantise: Quantise = formats.quantise,
     quantizer: str = "rtn",
+    choose: Choose | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
     """Write *output*, the nets of *bmodel* with the weights of *index* (*checkout*'s), and its side file.
 
-    Integers of a quantised checkpoint are kept. *quantise* chooses those of all other quantised weights;
-    *quantizer* is its name, for the side file.
+    Integers of a quantised checkpoint are kept. *choose*, asked when all is checked, gives those of other
+    weights, *quantise* chooses what is left; *quantizer* is their name, for the side file.
     *output* may be *bmodel* itself; it is replaced whole or not at all. Raises Refused when the side file is
     missing or belongs to another file, when *bmodel* is damaged, when the checkout is another model, or when
     its integers do not fit the file's layout; ToolFailed when the disk fails.
@@ -152,7 +156,8 @@ def refit(
     refuse_half_quantised(refs.values(), checkout.family.anatomy.every_layer)
     refuse_stray_bias(index, refs)
     check_weights(bmodel)
-    pieces = [_piece(name, bmodel, side, tensors, quantise) for name in names]
+    chosen = choose(side, tensors) if choose else {}
+    pieces = [_piece(name, bmodel, side, tensors, chosen.get(name, {}), quantise) for name in names]
     side = dataclasses.replace(side, notes=_notes(side, quantizer, release_of(refs.values())))
 
     def record(new: Path) -> None:
@@ -167,7 +172,8 @@ def refit(
 
 def _notes(side: SideFile, quantizer: str, release: Release | None) -> dict[str, str]:
     notes = {**side.notes, "quantizer": quantizer}
-    notes.pop(RELEASE, None)
+    for old in (RELEASE, MEASURED):
+        notes.pop(old, None)
     return notes if release is None else {**notes, RELEASE: str(release)}
 
 
@@ -176,12 +182,13 @@ def _piece(
     bmodel: Path,
     side: SideFile,
     tensors: Mapping[str, dict[str, TensorRef]],
+    chosen: Given,
     quantise: Quantise,
 ) -> Piece:
     if name not in side.nets:
         return Piece(name, bmodel, name)
     plan = side.plans[side.nets[name].plan]
-    given = own_integers(tensors[name])
+    given = {**own_integers(tensors[name]), **chosen}
     return Piece(name, bmodel, name, plan, tensors[name], pack=True, given=given, quantise=quantise)
 
 

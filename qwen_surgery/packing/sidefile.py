@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _LONGEST = 1e12  # milliseconds that a net may be predicted to take
 SUFFIX = ".side.json"
 #: The note that says how the checkpoint was quantised, where the layers hold its own integers.
 RELEASE = "release"
+#: The note that says what a text has shown of the bmodel.
+MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ def integers_line(integers: Mapping[str, str], notes: Mapping[str, str]) -> str:
     kinds = "; ".join(f"{kind} {said}" for kind, said in integers.items())
     own = f", the blocks' as the checkpoint has them ({notes[RELEASE]})" if RELEASE in notes else ""
     return f"integers: {kinds}; chosen by {notes.get('quantizer', 'rtn')}{own}"
+
+
+def note(bmodel: Path, name: str, text: str) -> None:
+    """Set the note *name* in the side file of *bmodel*. Raises as :func:`load` does."""
+    side = load(bmodel)
+    replace(side, notes={**side.notes, name: text}).save(bmodel)
 
 
 def path_for(bmodel: Path) -> Path:

@@ -46,10 +46,13 @@ def nearest(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Quant
     return found.reshape(values.shape)
 
 
-def scales(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+def scales(
+    values: np.ndarray, form: Quantisation, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The best scales found for *values* [rows, columns] and their zero points.
 
-    Both are float32 [rows, columns / group].
+    Both are float32 [rows, columns / group]. A column's squared error counts as much as *importance*
+    [columns] says (None: all alike).
     """
     rows, columns = values.shape
     shape = rows, columns // form.group
@@ -57,7 +60,7 @@ def scales(values: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarr
     step = max(1, _BLOCK // columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        found = _search(_Groups(values[part], form))
+        found = _search(_Groups(values[part], form, importance))
         scale[part], zero[part] = (one.reshape(-1, shape[1]) for one in found)
     return scale, zero
 
@@ -68,10 +71,14 @@ class _Groups:
     ``weights`` and ``rounded`` (codes less zero points, for the scales last tried) lie along ``axis``.
     """
 
-    def __init__(self, values: np.ndarray, form: Quantisation) -> None:
+    def __init__(self, values: np.ndarray, form: Quantisation, importance: np.ndarray | None = None) -> None:
         self.form, self.by_rows = form, values.reshape(-1, form.group)
         self.axis = 1 if form.group > _LONG else 0
         self.weights = self._along(self.by_rows)
+        self.importance = None
+        if importance is not None:
+            each = np.broadcast_to(importance, values.shape)
+            self.importance = self._along(each.reshape(-1, form.group))
         self.rounded = np.empty_like(self.weights)
         self._lost = np.empty_like(self.weights)
 
@@ -102,6 +109,8 @@ class _Groups:
         return scale + self._sum(self.rounded, self._lost) / self._sum(self.rounded, self.rounded)
 
     def _sum(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        if self.importance is not None:
+            one = one * self.importance
         return np.einsum("ij,ij->i" if self.axis else "ij,ij->j", one, other)
 
 

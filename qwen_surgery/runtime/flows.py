@@ -71,6 +71,8 @@ class DataFlow(ABC):
     samples = False
     #: The mask's closed value as the demo always writes it; None: it goes by the net's own type.
     mask_bits: int | None = None
+    #: Whether it launches a dynamic prefill at the prompt's own length.
+    own_length = False
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -274,6 +276,7 @@ class OwnLength(Copying):
 
     samples = False
     mask_bits = None
+    own_length = True
     holds_cache = False
 
     def prepare(self) -> None:
@@ -334,6 +337,8 @@ class InPlace(DataFlow):
     Hidden states stay in one buffer that is input and output of every layer, keys and values go straight
     into the caches. qwen.py launches a dynamic prefill at one more than the prompt's length.
     """
+
+    own_length = True
 
     def prepare(self) -> None:
         allocate, nets = self.machine.allocate, self.nets

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,17 +119,60 @@ class Suitability:
     hazards: tuple[str, ...]
 
 
-def suitability(bmodel: Path, profile: str | None = None) -> tuple[Suitability, ...]:
-    """What each generation (of *profile*) makes of *bmodel*, by its addresses. Refuses what is no bmodel."""
+def suitability(
+    bmodel: Path, profile: str | None = None, passes: Collection[str] | None = None
+) -> tuple[Suitability, ...]:
+    """What each generation (of *profile*) makes of *bmodel*, by its addresses and by the graph *passes* that
+    its nets are recorded to have been through (None: nothing is recorded). Refuses what is no bmodel.
+    """
     layouts = {shared: layout(bmodel, shared=shared) for shared in (True, False)}
-    return tuple(_suits(one, layouts) for one in of_profile(profile))
+    return tuple(suits(one, layouts, passes) for one in of_profile(profile))
 
 
-def _suits(generation: DemoGeneration, layouts: Mapping[bool, Sequence[NetMemory]]) -> Suitability:
-    refusal = generation.refuses(layouts[True])
+def suits(
+    generation: DemoGeneration,
+    layouts: Mapping[bool, Sequence[NetMemory]],
+    passes: Collection[str] | None,
+) -> Suitability:
+    """The same for one generation; *layouts*: the nets with shared memory (True) and without."""
+    nets = {net.name: net for net in layouts[True]}
+    refusal = generation.refuses(layouts[True]) or _unbounded(generation.flow, nets, passes)
     found = [] if refusal else [
-        f"{'with' if shared else 'without'} shared memory, {sentence}"
-        for shared in generation.shared
-        for sentence in hazards(layouts[shared], generation.flow)
+        *_short_launches(generation.flow, nets, passes),
+        *(
+            f"{'with' if shared else 'without'} shared memory, {sentence}"
+            for shared in generation.shared
+            for sentence in hazards(layouts[shared], generation.flow)
+        ),
     ]  # fmt: skip
     return Suitability(generation.name, generation.demo, refusal, tuple(found))
+
+
+def _unbounded(
+    flow: type[flows.DataFlow], nets: Mapping[str, NetMemory], passes: Collection[str] | None
+) -> str:
+    """What masks of float16's -10000 do to bf16 nets without a floor; empty where they do nothing."""
+    float16 = flow.mask_bits == flows.MASK_BITS["f16"] and nets["block_0"].inputs[2].dtype == "bf16"
+    if not float16 or passes is None or "bounded-mask" in passes:
+        return ""
+    return (
+        "its masks are always float16 bits, which are -5.6e29 in bf16: these nets were not cleaned with the "
+        "pass bounded-mask, and give no numbers for a prompt that is shorter than the export length"
+    )
+
+
+def _short_launches(
+    flow: type[flows.DataFlow], nets: Mapping[str, NetMemory], passes: Collection[str] | None
+) -> Iterator[str]:
+    """What a launch at the prompt's own length does to dynamic nets that are not made for it: seen with
+    files of this project's first commits.
+    """
+    if not flow.own_length or not nets["block_0"].dynamic:
+        return
+    if passes is not None and "free-length" not in passes:
+        yield (
+            "the prefill nets reshape to the whole length (they were not cleaned with the pass free-length): "
+            "a launch at a prompt's own length ends the process"
+        )
+    if issubclass(flow, flows.OwnLength) and nets["block_cache_0"].dynamic:
+        yield "the decode nets are dynamic: tokens after the first are wrong"

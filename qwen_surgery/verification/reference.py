@@ -221,7 +221,7 @@ class ReferenceModel:
         """The embedding's forward: [1, L] -> [1, L, H], the rows read from the checkpoint."""
         import torch
 
-        rows = read_rows(self._index[self._tables[0]], ids.ravel().tolist())
+        rows = self._index[self._tables[0]].read_rows(ids.ravel().tolist())
         return torch.from_numpy(rows).reshape(*ids.shape, -1)
 
     def _product(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ class ReferenceModel:
         parts = []
         for first in range(0, table.shape[0], _ROWS_AT_A_TIME):
             rows = range(first, min(first + _ROWS_AT_A_TIME, table.shape[0]))
-            parts.append(hidden[:, -1:] @ torch.from_numpy(read_rows(table, rows)).T)
+            parts.append(hidden[:, -1:] @ torch.from_numpy(table.read_rows(rows)).T)
         return torch.cat(parts, dim=-1)
 
     def _forward(self, tokens: Sequence[int]) -> Pass:
@@ -269,13 +269,3 @@ def _refuse_other_order(order: Sequence[int], layers: Sequence[int]) -> None:
             f"{len(layers)} once, in order",
             hint="look at the loop over the layers in the model's forward",
         )
-
-
-def read_rows(table: TensorRef, rows: Sequence[int]) -> np.ndarray:
-    """Some rows of a stored matrix [R, C] as float32 [len(rows), C], without reading the others."""
-    stored = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[table.dtype]
-    mapped = np.memmap(table.file, dtype=stored, mode="r", offset=table.offset, shape=table.shape)
-    picked = np.asarray(mapped[list(rows)])
-    if table.dtype == "BF16":
-        return (picked.astype(np.uint32) << 16).view(np.float32)
-    return picked.astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,18 @@ class TensorRef:
                 hint="the shard is truncated: download it again",
             )
         return data.reshape(self.shape)
+
+    def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some rows of a matrix [R, C] as float32 [len(rows), C], without reading the others."""
+        import numpy as np
+
+        mapped = np.memmap(
+            self.file, dtype=_STORED[self.dtype], mode="r", offset=self.offset, shape=self.shape
+        )
+        picked = np.asarray(mapped[np.asarray(rows)])
+        if self.dtype == "BF16":
+            return (picked.astype(np.uint32) << 16).view(np.float32)
+        return picked.astype(np.float32)
 
 
 def check_ranges(refs: list[TensorRef], file: Path, end: int, *, shared: bool = False) -> None:

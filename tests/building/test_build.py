@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from golden.eras import make_checkout
 from qwen_surgery.building.step_assemble import differences
-from qwen_surgery.packing.container import Bmodel
+from qwen_surgery.packing.container import Bmodel, Region
 from tests.twin.forks import FORKS
 from tests.twin.test_twin import checkout as fork_checkout
 
@@ -405,3 +406,80 @@ def test_a_build_with_another_quantizer_is_the_refit_with_it(
                "--trust-remote-code", check=False)  # fmt: skip
     assert done.returncode == 2
     assert "--no-pack does not go with --quantizer search" in done.stderr
+
+
+def _holds(bmodel: Path, net: str, integers: Path) -> bool:
+    """Whether every row of 4-bit codes in the file *integers* is among the weights of *net*, as bytes."""
+    with Bmodel(bmodel) as opened, np.load(integers) as kept:
+        section = opened.read(Region.of(opened.net(net)["parameter"][0]["coeff_mem"]["binary_coeff"]))
+        codes = [kept[name] for name in kept.files if name.endswith("/codes")]
+    return bool(codes) and all(row.tobytes() in section for matrix in codes for row in matrix)
+
+
+@pytest.mark.tpu
+def test_a_build_by_a_text_holds_what_its_tasks_chose(
+    checkout: Path, first: tuple[dict[str, Any], Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """A refit does the same in one go, and what is done is not done again."""
+    out, text = first[1], ("--quantizer", "gptq", "--calibration-tokens", 128)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = ("--seq-length", 32, "--trust-remote-code", "--json", "--name", "tiny", "--verify", "contract")
+    made = json.loads(cli("build", checkout, "--out", out, *flags, *text, env=env).stdout)
+    assert made["integers"].endswith("chosen by gptq")
+    ran = {name for name, task in made["tasks"].items() if task["ran"]}
+    layers = {f"block_{i}" for i in range(3)}
+    chosen = {name.partition(":")[2] for name in ran if name.startswith("quantise:")}
+    assert chosen == {*layers, "lm_head"}
+    assert not [name for name in ran if name.startswith(("transform:", "deploy:"))], "compiled again"
+    bmodel = Path(made["bmodels"][0])
+    files = {len(np.load(file).files): file for file in (out / ".build/store").glob("*/integers.npz")}
+    assert _holds(bmodel, "lm_head", files[min(files)])
+    again = json.loads(cli("build", checkout, "--out", out, *flags, *text, env=env).stdout)
+    assert not [name for name, task in again["tasks"].items() if task["ran"]]
+    refitted = tmp_path / "refitted.bmodel"
+    cli("refit", bmodel, checkout, "--quantizer", "rtn", "--out", refitted)
+    assert refitted.read_bytes() != bmodel.read_bytes()
+    cli("refit", refitted, checkout, *text, "--trust-remote-code", env=env)
+    assert refitted.read_bytes() == bmodel.read_bytes()
+
+
+@pytest.mark.tpu
+def test_a_plan_has_a_task_for_each_layer_that_a_text_decides(checkout: Path, tmp_path: Path) -> None:
+    flags = ("--seq-length", 32, "--trust-remote-code", "--dry-run", "--json", "--quantizer", "gptq")
+    plan = json.loads(cli("build", checkout, "--out", tmp_path / "new", *flags).stdout)
+    tasks = [row["task"] for row in plan["tasks"]]
+    order = [name for name in tasks if name.startswith(("calibrate:", "quantise:"))]
+    steps = [f"{verb}:block_{i}" for i in range(3) for verb in ("calibrate", "quantise")]
+    assert order == [*steps, "calibrate:lm_head", "quantise:lm_head"]
+    wide = cli("build", checkout, "--out", tmp_path / "new", *flags, "--lm-head-mode", "bf16").stdout
+    assert not {"calibrate:lm_head", "quantise:lm_head"} & {row["task"] for row in json.loads(wide)["tasks"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--quantizer", "gptq", "--no-pack"), 2, "--no-pack does not go with --quantizer gptq"),
+        (("--quantizer", "gptq", "--prove", "1"), 2, "--prove does not go with --quantizer gptq"),
+        (("--quantizer", "gptq", "--mode", "bf16"), 2, "--quantizer gptq has no effect"),
+        (("--calibration", "config.json"), 2, "--calibration has no effect on --quantizer rtn"),
+        (("--quantizer", "gptq", "--calibration", "none.txt"), 3, "none.txt cannot be read"),
+    ],
+)
+@pytest.mark.tpu
+def test_what_a_text_cannot_decide_is_said_at_once(
+    options: tuple[str, ...], code: int, said: str, checkout: Path, tmp_path: Path
+) -> None:
+    done = cli("build", checkout, "--out", tmp_path / "out", "--trust-remote-code", *options, check=False)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.tpu
+def test_an_exported_folder_is_not_enough_for_a_text(
+    first: tuple[dict[str, Any], Path, dict[str, str]], tmp_path: Path
+) -> None:
+    (folder,) = {file.parent for file in (first[1] / ".build/store").glob("*/onnx/manifest.json")
+                 if json.loads(file.read_text())["passes"]}  # fmt: skip
+    done = cli("compile", folder, "--out", tmp_path / "out", "--quantizer", "gptq", check=False)
+    assert done.returncode == 2
+    assert "an exported folder is not all of it" in done.stderr

@@ -74,6 +74,11 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         (NetKind.PENALTY_SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x --addr_mode io_alone"),
         (
             NetKind.BLOCK,
+            {"mode": "int8", "q_group_size": 128},
+            "--quantize W8BF16 --q_group_size 128 --quant_input --quant_output --chip bm1684x",
+        ),
+        (
+            NetKind.BLOCK,
             {"mode": "int4", "q_group_size": 32, "symmetric": True},
             "--quantize W4BF16 --q_group_size 32 --q_symmetric --quant_input --quant_output --chip bm1684x",
         ),
@@ -150,7 +155,8 @@ def test_names_are_those_of_the_reference_scripts(options: dict[str, object], pa
         ({"target": "cv186x", "num_device": 2}, "--num-device 2 needs bm1684x"),
         ({"num_core": 2}, "--num-core 2 needs bm1688"),
         ({"target": "cv186x", "num_core": 2}, "--num-core 2 needs bm1688"),
-        ({"mode": "int8", "q_group_size": 64}, "no effect on --mode int8"),
+        ({"mode": "bf16", "q_group_size": 64}, "no effect on --mode bf16"),
+        ({"mode": "int8", "q_group_size": 100}, "does not divide the hidden size of 4096"),
         ({"mode": "bf16", "symmetric": True}, "--symmetric has no effect"),
         ({"q_group_size": 100}, "does not divide the hidden size of 4096"),
         ({"q_group_size": 0}, "must be positive"),
@@ -197,6 +203,11 @@ def test_an_option_that_a_toolchain_lacks_is_refused_by_name(tmp_path: Path) -> 
         ({"mode": "bf16"}, "--quantizer search has no effect"),
         ({"num_device": 2, "runtime": "sophon-demo"}, "--quantizer search is for one chip"),
         ({"quantizer": "best"}, "--quantizer best is unknown"),
+        ({"quantizer": "gptq", "mode": "f16", "runtime": "sophon-demo"}, "--quantizer gptq has no effect"),
+        (
+            {"quantizer": "gptq", "num_device": 2, "runtime": "sophon-demo"},
+            "--quantizer gptq is for one chip",
+        ),
     ],
 )
 def test_a_quantizer_without_use_is_a_usage_error(given: dict[str, object], said: str) -> None:
@@ -226,6 +237,7 @@ def test_a_quantised_checkpoint_decides_bits_and_groups_of_the_blocks() -> None:
         ({"mode": "bf16"}, "--mode bf16 does not go with this checkpoint"),
         ({"q_group_size": 64}, "--q-group-size 64 does not go with this checkpoint"),
         ({"symmetric": True}, "--symmetric has no effect"),
+        ({"quantizer": "gptq"}, "--quantizer gptq does not go with this checkpoint"),
     ],
 )
 def test_options_that_conflict_with_a_quantised_checkpoint_are_usage_errors(

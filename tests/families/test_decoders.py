@@ -198,6 +198,29 @@ def test_the_twin_runs_the_model_s_own_code(exported: Path) -> None:
     assert twin["transformers"] and twin["passes"] > 10 and twin["worst"] < twin["limit"]
 
 
+def test_a_text_shows_the_inputs_of_every_matrix(checkout: Path) -> None:
+    """What ``--quantizer gptq`` goes by: projections of one input share what is known of it."""
+    import numpy as np
+    import torch
+
+    from qwen_surgery.exporting.planning import bind
+    from qwen_surgery.nets import nets
+    from qwen_surgery.patching.sources import Sources
+    from qwen_surgery.quantising.calibration import Layers
+    from qwen_surgery.weights import WeightIndex
+
+    model = Checkout.open(checkout)
+    sources, geometry = Sources.of(model, seq_length=24), model.geometry(24)
+    _, refs = bind(sources, WeightIndex.open(checkout), geometry, nets(geometry.layers))
+    weights = refs["block_1"]
+    matrices = [slot for slot, ref in weights.items() if len(ref.shape) == 2]
+    floats = {slot: torch.from_numpy(ref.read()) for slot, ref in weights.items()}
+    states = np.random.default_rng(0).standard_normal((2, 24, geometry.hidden)).astype(np.float32)
+    found = Layers(sources, geometry, 24).hessians(floats, states, matrices)
+    short = {frozenset(slot.split(".")[1].removesuffix("_proj") for slot in slots) for slots in found}
+    assert short == {frozenset("qkv"), frozenset("o"), frozenset({"gate", "up"}), frozenset({"down"})}
+
+
 @pytest.mark.tpu
 def test_a_build_keeps_keys_and_values_in_their_own_heads(checkout: Path, tmp_path: Path) -> None:
     """Runtimes size the cache by the net's shapes: with the queries' heads it would be twice as large."""

@@ -259,7 +259,7 @@ class Workshop:
         words = [" ".join(map(str, numbers)) for numbers in (prompt, text)]
         done = subprocess.run(
             [str(program), str(bmodel), *words, mode],
-            cwd=program.parent, env=env, capture_output=True, text=True, check=False, timeout=300,
+            cwd=program.parent, env=env, capture_output=True, text=True, check=False, timeout=1800,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{demo.name} ended with status {done.returncode}: {done.stderr[-300:]}")

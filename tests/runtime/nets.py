@@ -1,8 +1,13 @@
-"""Small made-up layouts: the nets of a two-layer model, each tensor where a test wants it."""
+"""Layouts: small made-up ones, the nets of a two-layer model with each tensor where a test wants it; and
+recorded ones, of files that commit 3ba640c made.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from qwen_surgery.nets import Geometry, NetKind, inputs, nets, outputs
 from qwen_surgery.runtime.memory import Memory, NetMemory, Place
@@ -37,6 +42,25 @@ def made(
             NetMemory(net.name, not prefill, is_dynamic, tuple(places[:count]), tuple(places[count:]), work)
         )
     return tuple(result)
+
+
+def first_layout(file: str) -> tuple[NetMemory, ...]:
+    """How commit 3ba640c laid *file* out under shared memory, at S = 64 and hidden 128: ``int4`` and ``bf16``
+    (2 layers, 4,096 tokens), ``bf16 dynamic``, ``bf16 token`` (for sophon-demo of 2024-03), ``int4 wide``
+    (1 layer, 151,936 tokens).
+    """
+
+    def places(tensors: list[Any]) -> tuple[Place, ...]:
+        return tuple(Place(n, dtype, tuple(shape), Memory(*where)) for n, dtype, shape, *where in tensors)
+
+    recorded = json.loads(Path(__file__).with_name("first_layouts.json").read_text())[file]
+    return tuple(
+        NetMemory(
+            net["name"], net["io_alone"], net["dynamic"],
+            places(net["inputs"]), places(net["outputs"]), Memory(*net["work"]),
+        )
+        for net in recorded
+    )  # fmt: skip
 
 
 def place(net: str, tensor: str) -> Memory:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from qwen_surgery.runtime import flows
-from qwen_surgery.runtime.generations import GENERATIONS
+from qwen_surgery.runtime.generations import GENERATIONS, suits
 from qwen_surgery.runtime.hazards import hazards
 from qwen_surgery.runtime.memory import Place
-from tests.runtime.nets import made, place
+from tests.runtime.nets import first_layout, made, place
 
 SHARING = (flows.Copying, flows.CopyingAlone, flows.OwnLength)
 BUFFERED = (flows.InPlace, flows.InPlaceFloat16)
@@ -78,3 +78,64 @@ def test_a_dynamic_block_may_not_read_where_it_works() -> None:
     assert hazards(made(heads=False), flows.Parallel) == ()
     (found,) = hazards(made(heads=False, dynamic=True), flows.Parallel)
     assert "an intermediate result of block_0" in found
+
+
+HEAD, LOGITS = "penalty_sample_head as its m_logits reads", "penalty_sample_head.input_ids"
+
+
+@pytest.mark.parametrize(
+    ("file", "flow", "said"),
+    [
+        ("int4", flows.Copying, (HEAD, LOGITS)),
+        ("int4 wide", flows.CopyingAlone, (HEAD, LOGITS, "penalty_sample_head.temperature")),
+        ("int4 wide", flows.Copying, ("greedy_head as its m_logits reads 607,744 bytes, of which 4,096",)),
+        ("bf16", flows.CopyingAlone, ("block_0 as its input_states reads 16,384 bytes, of which 8,192",)),
+        ("bf16 token", flows.CopyingToken, ("block_0 as its input_states", "overwrote in its own source")),
+        ("bf16 dynamic", flows.OwnLength, ("greedy_head as its m_logits", "overwrote in its own source")),
+    ],
+)
+def test_what_the_first_files_overwrote_is_found_in_their_layouts(
+    file: str, flow: type[flows.DataFlow], said: tuple[str, ...]
+) -> None:
+    """All but the generic flow's: a copy over its own source that the emulator happened to do rightly."""
+    found = hazards(first_layout(file), flow)
+    assert any(all(part in sentence for part in said) for sentence in found), found
+
+
+@pytest.mark.parametrize("file", ["int4", "int4 wide", "bf16"])
+def test_the_first_files_suited_demos_with_buffers_of_their_own(file: str) -> None:
+    for flow in BUFFERED:
+        assert hazards(first_layout(file), flow) == ()
+
+
+def judged(file: str, passes: tuple[str, ...] | None) -> dict[str, str]:
+    """What is said of each generation for a first file whose nets went through *passes*."""
+    nets = first_layout(file)
+    found = [suits(one, {True: nets, False: nets}, passes) for one in GENERATIONS]
+    return {one.generation: " ".join([one.refusal, *one.hazards]) for one in found}
+
+
+def test_dynamic_nets_that_keep_the_whole_length_are_named() -> None:
+    """Launches at a prompt's own length ended the process; with free shapes, decode nets were still wrong."""
+    crash, wrong = "ends the process", "decode nets are dynamic"
+    for name in ("generic", "qwen.py-2024-08"):
+        assert crash in judged("bf16 dynamic", ())[name]
+        assert crash not in judged("bf16 dynamic", ("free-length",))[name]
+        assert crash not in judged("bf16", ())[name], "a static net has one length"
+    assert wrong in judged("bf16 dynamic", ("free-length",))["generic"]
+    assert wrong in judged("bf16 dynamic", None)["generic"], "seen without any record"
+    for name in ("chat-2024", "chat-2025"):
+        assert crash not in judged("bf16 dynamic", ())[name], "it always launches the whole length"
+
+
+def test_float16_masks_for_bf16_nets_need_a_floor_on_record() -> None:
+    name, numbers = "qwen.py-2024-03", "give no numbers"
+    assert numbers in judged("bf16 token", ())[name]
+    assert numbers not in judged("bf16 token", ("bounded-mask",))[name]
+    assert numbers not in judged("bf16 token", None)[name], "nothing is known of a file without a record"
+    assert numbers not in judged("bf16 token", ())["demo_parallel"], "it writes bf16's own bits"
+
+
+def test_a_demo_of_files_without_heads_is_said_to_crash_on_one_with_heads() -> None:
+    for name in ("demo.cpp-2024-02", "qwen.py-2024-03", "demo_parallel"):
+        assert "segmentation fault" in judged("int4", None)[name]

@@ -23,6 +23,12 @@ from tests.runtime.test_runtimes import build
 pytestmark = [pytest.mark.vendor, pytest.mark.tpu]
 MODES = ("bf16", "int8", "int4")
 STEPS = 3
+#: One demo of each generation that samples, and the generic one.
+WIDE = tuple(
+    demo
+    for demo in DEMOS
+    if demo.path.endswith("python_demo/chat.cpp") and demo.commit in ("81bb6f1", "1e8f264", "1cf8611")
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +50,50 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def meant(models: dict[str, Path]) -> dict[str, list[Conversation]]:
     """What the nets one by one say: a short prompt, and one that nearly fills the export length."""
-    found = {}
-    for kind, bmodel in models.items():
-        geometry = geometry_of(bmodel)
-        prompts = [np.random.default_rng(n).integers(0, 4096, n).tolist() for n in (20, 60)]
-        with ChipEngine(bmodel, Toolchain.find()) as chip:
-            found[kind] = [net_by_net(chip, geometry, prompt, STEPS, Sampling()) for prompt in prompts]
-    return found
+    return {kind: conversations(bmodel, (20, 60), STEPS) for kind, bmodel in models.items()}
+
+
+def conversations(bmodel: Path, lengths: tuple[int, ...], steps: int) -> list[Conversation]:
+    geometry = geometry_of(bmodel)
+    prompts = [np.random.default_rng(n).integers(0, geometry.vocab, n).tolist() for n in lengths]
+    with ChipEngine(bmodel, Toolchain.find()) as chip:
+        return [net_by_net(chip, geometry, prompt, steps, Sampling()) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Conversation]]:
+    """A bmodel with Qwen's own vocabulary, and what its nets one by one say: two tokens, as sampling one
+    takes the emulator a minute.
+    """
+    folder = tmp_path_factory.mktemp("wide")
+    checkout = make_checkout(folder / "wide", layers=2, hidden=128, heads=2, vocab=151936)
+    bmodel = build(checkout, folder / "out", "--mode", "int4")
+    return bmodel, conversations(bmodel, (60,), 1)
 
 
 @pytest.mark.parametrize("demo", DEMOS, ids=[demo.name for demo in DEMOS])
 def test_the_vendors_own_demo_gives_the_nets_tokens(
     demo: Demo, workshop: Workshop, models: dict[str, Path], meant: dict[str, list[Conversation]]
 ) -> None:
-    for one in meant[demo.heads]:
-        tokens, _ = workshop.run(demo, models[demo.heads], one.prompt, one.tokens, "greedy")
+    compare(demo, workshop, models[demo.heads], meant[demo.heads])
+
+
+def compare(demo: Demo, workshop: Workshop, bmodel: Path, meant: list[Conversation]) -> None:
+    """Every conversation of *meant*, greedily and, where the demo samples, what it draws from."""
+    for one in meant:
+        tokens, _ = workshop.run(demo, bmodel, one.prompt, one.tokens, "greedy")
         assert tokens == one.tokens
         if not demo.samples:
             continue
-        _, drawn = workshop.run(demo, models[demo.heads], one.prompt, one.tokens, demo.samples)
+        _, drawn = workshop.run(demo, bmodel, one.prompt, one.tokens, demo.samples)
         for step, (found, expected) in enumerate(zip(drawn, one.candidates, strict=True)):
             assert np.array_equal(found[1], expected[1]), f"candidates differ at step {step}"
             assert np.array_equal(found[0], expected[0]), f"shares differ at step {step}"
+
+
+@pytest.mark.parametrize("demo", WIDE, ids=[demo.name for demo in WIDE])
+def test_the_vendors_own_demo_reads_the_whole_vocabulary(
+    demo: Demo, workshop: Workshop, wide: tuple[Path, list[Conversation]]
+) -> None:
+    """151,936 tokens: the heads' inputs used to lie inside the logits."""
+    compare(demo, workshop, *wide)

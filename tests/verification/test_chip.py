@@ -14,6 +14,7 @@ from golden.speaking.model import HERE, make_chat_checkout
 from qwen_surgery.compiling.one import NetJob, combine, deploy, transform
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.nets import Net
+from qwen_surgery.packing import sidefile
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine
 from qwen_surgery.verification.cases import CaseMaker, Selection
@@ -99,8 +100,11 @@ def chip_report(era: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     args = ("--out", tmp_path / "out", "--mode", mode, "--seq-length", 96, "--verify", "full")
     words = ("--ask", "So what is a bmodel?", "--ask", "What is 2 + 7?", "--text", HELD_OUT)
     code, out, _ = run(capsys, "build", checkout, *args, *words, "--trust-remote-code", "--json")
-    report = json.loads(out)["report"]
+    made = json.loads(out)
+    report = made["report"]
     assert code == 0 and report["passed"]
+    (bmodel,) = made["bmodels"]
+    assert sidefile.load(Path(bmodel)).notes["measured"].startswith("perplexity "), "inspect says it"
     followed = {check["net"] for check in report["levels"][-1]["checks"]}
     assert followed == {"chat-2024", "chat-2025", "generic"}, "the demos of the default runtime"
     return next(level for level in report["levels"] if level["level"] == "chip")

@@ -1,0 +1,93 @@
+"""Integers that were chosen for a net's weights, kept in a file until they are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+import numpy as np
+
+from qwen_surgery.errors import Refused
+from qwen_surgery.packing.expressions import slots
+from qwen_surgery.packing.formats import Quantisation
+from qwen_surgery.packing.plans import Quantised
+from qwen_surgery.weights.integers import Integers
+
+if TYPE_CHECKING:
+    from qwen_surgery.packing.plans import PackPlan
+    from qwen_surgery.weights import TensorRef
+
+#: What a net's integers are called in a folder of their own.
+FILE = "integers.npz"
+
+
+@dataclass(frozen=True)
+class ChosenRef:
+    """The integers of the weight *name* of *shape*, under *slot* in *file*."""
+
+    name: str
+    shape: tuple[int, ...]
+    file: Path
+    slot: str
+
+    def integers(self) -> Integers:
+        """Read them. Raises Refused when the file cannot be read."""
+        try:
+            with np.load(self.file, allow_pickle=False) as kept:
+                parts = [kept[f"{self.slot}/{part}"] for part in ("codes", "scale", "zero", "bits")]
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise Refused(f"{self.file}: the integers of {self.name} cannot be read: {error}") from error
+        codes, scale, zero, bits = parts
+        return Integers(_apart(codes) if int(bits) == 4 else codes, scale, zero, int(bits))
+
+
+def save(file: Path, chosen: Mapping[str, Integers]) -> None:
+    """Keep the integers *chosen* for slots of a net in *file*; two codes of 4 bits take one byte."""
+    arrays: dict[str, np.ndarray] = {}
+    for slot, one in chosen.items():
+        codes = _paired(one.codes) if one.bits == 4 else one.codes
+        parts = {"codes": codes, "scale": one.scale, "zero": one.zero, "bits": np.array(one.bits)}
+        arrays |= {f"{slot}/{part}": array for part, array in parts.items()}
+    with file.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def refs(file: Path, weights: Mapping[str, TensorRef]) -> dict[str, ChosenRef]:
+    """What *file* keeps, by slot; *weights* are the tensors of the same net."""
+    with np.load(file, allow_pickle=False) as kept:
+        found = {name.rpartition("/")[0] for name in kept.files}
+    return {slot: ChosenRef(weights[slot].name, weights[slot].shape, file, slot) for slot in sorted(found)}
+
+
+def forms(plan: PackPlan) -> dict[str, Quantisation]:
+    """Slot -> the format in which *plan* stores its integers. Raises Refused where a slot has two."""
+    found: dict[str, Quantisation] = {}
+    for placement in plan.placements:
+        if not isinstance(placement, Quantised):
+            continue
+        for slot in slots(placement.expression):
+            if found.setdefault(slot, placement.form) != placement.form:
+                raise Refused(f"{slot} is stored in two formats, and can be quantised for one")
+    return found
+
+
+def values(one: Integers) -> np.ndarray:
+    """The float32 weights that *one* stands for, [rows, columns]."""
+    grouped = one.codes.reshape(*one.scale.shape, one.group).astype(np.float32)
+    grouped -= one.zero[:, :, None]
+    grouped *= one.scale[:, :, None]
+    return grouped.reshape(one.codes.shape)
+
+
+def _paired(codes: np.ndarray) -> np.ndarray:
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _apart(pairs: np.ndarray) -> np.ndarray:
+    codes = np.empty((pairs.shape[0], pairs.shape[1], 2), pairs.dtype)
+    np.bitwise_and(pairs, 15, out=codes[:, :, 0])
+    np.right_shift(pairs, 4, out=codes[:, :, 1])
+    return codes.reshape(len(pairs), -1)
