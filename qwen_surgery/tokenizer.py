@@ -129,7 +129,7 @@ class Tokenizer:
         return frozenset((*self.ranks.values(), *self.special.values()))
 
     def chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks, in the checkpoint's format or else Qwen's.
+        """Ids of a conversation in the checkpoint's chat format, or else Qwen's: all before the next answer.
 
         *turns* are (role, text); what a user typed never becomes a special token. What the assistant thought
         before it answered is left out. Raises Refused when the checkpoint's format cannot hold *turns*.

@@ -76,7 +76,8 @@ def chip_geometry(engine: ChipEngine) -> Geometry:
 @dataclass
 class Chat:
     """One conversation. ``sampling`` None means greedy; ``system`` None begins it as the model's chat format
-    does unasked. Raises Usage when a prompt does not fit in S, Refused when the model computes no numbers."""
+    does unasked. Raises Usage when a prompt does not fit in S, Refused when the model computes no numbers.
+    """
 
     engine: Engine
     geometry: Geometry
