@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.families.test_decoders import ROOT
 from tests.families.tiny import make
+
+pytestmark = pytest.mark.repository
 
 PACKAGES = ("qwen_surgery", "codemods", "graph_passes", "golden")
 SCALING = {
