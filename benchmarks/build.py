@@ -206,10 +206,11 @@ def main() -> int:
     if args.refit:
         result |= refit(tool, bmodel, source, checkpoint(work, args.geometry, layers, 1), work)
     if args.llm_convert:
-        peer = llm_convert(Path(args.llm_convert), args.geometry, layers, args.seq_length, work)
+        theirs = peer(Path(args.llm_convert), args.geometry, layers, args.seq_length, work)
         ours = result["build"]
         assert isinstance(ours, dict)
-        result |= {"llm_convert": peer, "ratios": {key: round(ours[key] / peer[key], 3) for key in peer}}
+        ratios = {key: round(ours[key] / theirs[key], 3) for key in theirs}
+        result |= {"llm_convert": theirs, "ratios": ratios}
     print(json.dumps(result))
     if not args.keep:
         shutil.rmtree(out)
@@ -228,26 +229,32 @@ def change_a_weight(source: Path, layer: int) -> None:
         shard.write(bytes([first ^ 1]))
 
 
-def llm_convert(python: Path, name: str, layers: int, seq_length: int, work: Path) -> Costs:
-    """The vendor's newer tool on a Qwen2-shaped checkpoint of the same sizes, int4 in groups of 64.
-
-    *python* is that of an environment with tpu-mlir and a torch that it accepts, glibc files moved aside.
-    """
+def peer(python: Path, name: str, layers: int, seq_length: int, work: Path) -> Costs:
+    """The vendor's newer tool on a Qwen2-shaped checkpoint of the same sizes."""
     from peer import make
 
     own = GEOMETRIES[name]
     width, vocab = own.intermediate // 2, VOCABULARY.get(name, 151936)
     sizes = LayerSizes(own.hidden, own.heads, width, vocab, "qwen2")
     source, out = make(work / f"qwen2-{name}-{layers}", sizes, layers), work / "llm-convert"
-    shutil.rmtree(out, ignore_errors=True)
-    root = next(python.parent.parent.glob("lib/python3*/site-packages/tpu_mlir"))
-    tool = Toolchain(python, root, "unknown")
-    flags = ["-m", source, "-s", seq_length, "-q", "w4bf16", "-g", "64", "-c", "bm1684x", "-o", out]
-    costs = run(
-        tool.command("llm_convert", [str(flag) for flag in flags]), work / "llm.log", env=tool.environ()
-    )
+    costs = llm_convert(python, source, seq_length, out, work / "llm.log")
     shutil.rmtree(out)
     return costs
+
+
+def llm_convert(python: Path, source: Path, seq_length: int, out: Path, log: Path) -> Costs:
+    """The vendor's newer tool on the checkpoint *source*, int4 in groups of 64, into a new folder *out*.
+
+    *python* runs it: that of an environment with torch and transformers, and TPU-MLIR unless the installed
+    one shall be taken.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    root = next(python.absolute().parent.parent.glob("lib/python3*/site-packages/tpu_mlir"), None)
+    tool = Toolchain(python.absolute(), root or Toolchain.find().root, "unknown")
+    environ = tool.environ()
+    environ["PATH"] = os.pathsep.join((environ["PATH"], os.environ["PATH"]))  # GNU parallel
+    flags = ["-m", source, "-s", seq_length, "-q", "w4bf16", "-g", "64", "-c", "bm1684x", "-o", out]
+    return run(tool.command("llm_convert", [str(flag) for flag in flags]), log, env=environ)
 
 
 def refit(tool: list[str], bmodel: Path, source: Path, other: Path, work: Path) -> dict[str, object]:

@@ -20,13 +20,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import Costs, run
+from build import Costs, llm_convert, run
 from peer import make
 
 from golden.cycles import GEOMETRIES
 from qwen_surgery.compiling.profile import PROFILE, read_profile
 from qwen_surgery.packing import sidefile
-from qwen_surgery.toolchain import Toolchain
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ MODELS = {
     "Qwen3-8B": Model(36, False),
 }
 KINDS = ("block", "block_cache")
-FLAGS = ("-q", "w4bf16", "-g", "64", "-c", "bm1684x")
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,7 @@ def surgery(source: Path, length: int, work: Path, memory: str | None) -> Side:
 def vendor(python: Path, source: Path, length: int, work: Path) -> Side:
     """``llm_convert.py``; its profiles lie beside its nets' bmodels."""
     out = work / "llm-convert"
-    shutil.rmtree(out, ignore_errors=True)
-    flags = ["-m", str(source), "-s", str(length), *FLAGS, "-o", str(out)]
-    tool = tool_of(python)
-    environ = tool.environ()
-    environ["PATH"] = os.pathsep.join((environ["PATH"], os.environ["PATH"]))
-    costs = run(tool.command("llm_convert", flags), work / "llm.log", env=environ)
+    costs = llm_convert(python, source, length, out, work / "llm.log")
     (bmodel,) = out.glob("*.bmodel")
     cycles = {}
     for kind in KINDS:
@@ -132,12 +125,6 @@ def vendor(python: Path, source: Path, length: int, work: Path) -> Side:
     side = Side(costs, cycles, _gb(bmodel), os.getloadavg()[0])
     shutil.rmtree(out)
     return said("llm_convert", source, length, side)
-
-
-def tool_of(python: Path) -> Toolchain:
-    """The TPU-MLIR in the environment of *python*, or the installed one run by *python*."""
-    root = next(python.absolute().parent.parent.glob("lib/python3*/site-packages/tpu_mlir"), None)
-    return Toolchain(python.absolute(), root or Toolchain.find().root, "unknown")
 
 
 def said(who: str, source: Path, length: int, side: Side) -> Side:

@@ -102,7 +102,7 @@ class Model:
             fields = {
                 key: getattr(ref, key) for key in ("name", "file", "offset", "nbytes", "dtype", "shape")
             }
-            index[name] = Instead(**fields, values=chosen.values(one))
+            index[name] = Instead(**fields, values=one.values())
         engine = TorchEngine(self.sources, index, self.geometry)
         limits = tolerances.load()["source", "fp32"]
         (check,) = check_text(engine, self.geometry, limits, self.readings)

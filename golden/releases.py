@@ -7,7 +7,6 @@ field by field. Weights are rounded to the nearest code; no text is used.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.eras.checkout import read_safetensors
+from golden.eras.checkout import read_safetensors, safetensors_header
 
 _NAMES = {"<f2": "F16", "<i4": "I32"}
 #: AutoAWQ's order of eight outputs in a word.
@@ -144,16 +143,9 @@ def _quantised(tensors: dict[str, np.ndarray], scheme: Scheme) -> Iterator[tuple
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a safetensors file of float16 and int32 arrays."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, values in tensors.items():
-        stop = offset + values.nbytes
-        kind = _NAMES[values.dtype.newbyteorder("<").str]
-        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [offset, stop]}
-        offset = stop
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    kinds = {name: _NAMES[values.dtype.newbyteorder("<").str] for name, values in tensors.items()}
+    parts = ((name, values.shape, kinds[name], values.nbytes) for name, values in tensors.items())
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(safetensors_header(parts))
         for values in tensors.values():
             file.write(np.ascontiguousarray(values).tobytes())

@@ -81,7 +81,7 @@ class ChatTemplate:
             return made.from_string(self.text).render(
                 messages=messages, add_generation_prompt=True, **self.names
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (TemplateError, MemoryError, *parsing.DATA_ERRORS) as error:
             raise Refused(f"{self.where}: its chat template does not render ({error!s:.200})") from None
 
 

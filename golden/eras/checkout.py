@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,22 +125,31 @@ def write_safetensors(
 ) -> int:
     """Write one shard and return its number of data bytes. Without *data* the file is sparse: a true header,
     and zeros that take no disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        stop = offset + int(np.prod(shape)) * _ITEM_BYTES[dtype]
-        header[name] = {"dtype": _STORED_NAME[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    sizes = {name: int(np.prod(shape)) * _ITEM_BYTES[dtype] for name, shape in shapes.items()}
+    total, kind = sum(sizes.values()), _STORED_NAME[dtype]
+    header = safetensors_header((name, shape, kind, sizes[name]) for name, shape in shapes.items())
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header)
         if data is None:
-            file.truncate(8 + len(encoded) + offset)
+            file.truncate(len(header) + total)
         else:
             for name, shape in shapes.items():
                 file.write(data(name, shape))
-    return offset
+    return total
+
+
+def safetensors_header(tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> bytes:
+    """What stands before the data of a safetensors file: for each tensor in it its name, shape, dtype (as the
+    format calls it) and bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, dtype, size in tensors:
+        stop = offset + size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

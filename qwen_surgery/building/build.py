@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from qwen_surgery.building import session
 from qwen_surgery.building.builder import Builder, BuildResult, Early
 from qwen_surgery.building.digests import reading_early
 from qwen_surgery.building.graph import Answer, Expansion, Graph, Task, peak_disk, stale
-from qwen_surgery.building.inputs import source_digests
+from qwen_surgery.building.inputs import file_digests, source_digests
 from qwen_surgery.building.request import BuildRequest, CompileRequest
 from qwen_surgery.building.session import Running
 from qwen_surgery.building.step_export import ONNX, export_tasks
@@ -197,17 +196,13 @@ def _calibration(request: BuildRequest, checkout: Checkout, geometry: Geometry) 
 
     window = min(WINDOW, geometry.seq_length)
     sources = Sources.of(checkout, recipe=request.recipe, seq_length=window)
-    digest = hashlib.sha256()
-    for files in (sources.reference, sources.patched):
-        for name, content in sorted(files.items()):
-            digest.update(name.encode() + hashlib.sha256(content).digest())
     return Calibration(
         request.checkout,
         request.recipe,
         request.trust_remote_code,
         request.calibration,
         request.calibration_tokens,
-        digest.hexdigest(),
+        file_digests(sources),
     )
 
 

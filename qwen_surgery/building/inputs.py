@@ -120,14 +120,19 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str, str]:
-    """Of all files that decide the export, of where the weights are (their content is read later) and how
-    they are to be read."""
-    digests = {
+def file_digests(sources: Sources) -> dict[str, str]:
+    """Of the checkout's Python files, unpatched and patched."""
+    return {
         f"{which}/{name}": hashlib.sha256(content).hexdigest()
         for which, files in (("reference", sources.reference), ("patched", sources.patched))
         for name, content in files.items()
     }
+
+
+def source_digests(sources: Sources, index: Mapping[str, TensorRef]) -> dict[str, str]:
+    """Of all files that decide the export, of where the weights are (their content is read later) and how
+    they are to be read."""
+    digests = file_digests(sources)
     places = [
         [name, str(ref.file), ref.offset, ref.dtype, list(ref.shape), stat.st_ino, stat.st_mtime_ns]
         for name, whole in sorted(index.items())

@@ -35,14 +35,14 @@ Forms = Mapping[str, Quantisation]
 @dataclass(frozen=True)
 class Calibration:
     """What the integers of a build are chosen by: a *text*, so many *tokens* of it at most, read by the code
-    of *checkout* as *recipe* patches it, of which *sources* is a digest."""
+    of *checkout* as *recipe* patches it, whose files have the digests *sources*."""
 
     checkout: Path
     recipe: str
     trust_remote_code: bool
     text: str
     tokens: int
-    sources: str
+    sources: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Tasks:
         return code, asked.checkout.absolute(), self.inputs.folder, asked.trust_remote_code
 
     def _digests(self, net: Net) -> dict[str, str]:
-        return {"weights": self.inputs.weights.get(net.name, ""), "sources": self.calibration.sources}
+        return {"weights": self.inputs.weights.get(net.name, ""), **self.calibration.sources}
 
     def embed(self) -> Task:
         asked, table = self.calibration, next(n for n in self.inputs.nets if n.kind is NetKind.EMBEDDING)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ from qwen_surgery.commands.calibrating import calibration_from, calibration_opti
 from qwen_surgery.compiling.options import GPTQ, QUANTIZERS, SEARCH
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from qwen_surgery.checkout import Checkout
     from qwen_surgery.packing.refit import Choose
+
+#: Shows a phase, how much of it is done and of how much.
+Bars = Callable[[str, int, int], None]
 
 
 @click.command(name="refit", help="Put the weights of CHECKOUT into MODEL.bmodel, without TPU-MLIR.")
@@ -67,7 +67,7 @@ def command(
     text = calibration_from(calibration, chosen)
     if chosen == GPTQ:
         _check_gptq(opened, trust_remote_code)
-    with _bar() as bar, _choosing(opened, out or model, chosen, text, bar) as choose:
+    with console.progress_bars() as bars, _choosing(opened, out or model, chosen, text, bars) as choose:
         result = refit(
             model,
             opened,
@@ -77,7 +77,7 @@ def command(
             quantizer=chosen,
             choose=choose,
             workers=jobs,
-            progress=partial(_show, bar, "packing"),
+            progress=lambda _net, done, total: bars("packing", done, total),
         )
     seconds = time.monotonic() - began
     if as_json:
@@ -115,7 +115,7 @@ def _check_gptq(opened: Checkout, trusted: bool) -> None:
 
 @contextmanager
 def _choosing(
-    opened: Checkout, output: Path, quantizer: str, text: dict[str, Any], bar: Progress
+    opened: Checkout, output: Path, quantizer: str, text: dict[str, Any], bars: Bars
 ) -> Iterator[Choose | None]:
     """What chooses integers before any is packed, and where they lie meanwhile: beside *output*."""
     if quantizer != GPTQ:
@@ -124,22 +124,12 @@ def _choosing(
     from qwen_surgery.quantising.whole import quantise
 
     with TemporaryDirectory(prefix=".quantised-", dir=output.absolute().parent) as folder:
-        show = partial(_show, bar, "quantising")
         yield lambda side, tensors: quantise(
-            opened, text["calibration"], text["calibration_tokens"], side, tensors, Path(folder), show
+            opened,
+            text["calibration"],
+            text["calibration_tokens"],
+            side,
+            tensors,
+            Path(folder),
+            lambda _net, done, total: bars("quantising", done, total),
         )
-
-
-def _bar() -> Progress:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description} {task.fields[net]}"), BarColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console.err(), transient=True, disable=not console.err().is_terminal)
-
-
-def _show(bar: Progress, doing: str, net: str, done: int, total: int) -> None:
-    """How much of *doing* is done: a line of the bar."""
-    line = next((task.id for task in bar.tasks if task.description == doing), None)
-    if line is None:
-        line = bar.add_task(doing, net="")
-    bar.update(line, completed=done, total=total, net=net)

@@ -15,6 +15,7 @@ from qwen_surgery.packing.expressions import slots
 from qwen_surgery.packing.formats import Quantisation
 from qwen_surgery.packing.plans import Quantised
 from qwen_surgery.weights.integers import Integers
+from qwen_surgery.weights.quantised import fields_of
 
 if TYPE_CHECKING:
     from qwen_surgery.packing.plans import PackPlan
@@ -41,14 +42,17 @@ class ChosenRef:
         except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise Refused(f"{self.file}: the integers of {self.name} cannot be read: {error}") from error
         codes, scale, zero, bits = parts
-        return Integers(_apart(codes) if int(bits) == 4 else codes, scale, zero, int(bits))
+        return Integers(fields_of(codes, 4) if _in_pairs(codes, int(bits)) else codes, scale, zero, int(bits))
 
 
 def save(file: Path, chosen: Mapping[str, Integers]) -> None:
-    """Keep the integers *chosen* for slots of a net in *file*; two codes of 4 bits take one byte."""
+    """Keep the integers *chosen* for slots of a net in *file*; two unsigned codes of 4 bits take
+    one byte."""
     arrays: dict[str, np.ndarray] = {}
     for slot, one in chosen.items():
-        codes = _paired(one.codes) if one.bits == 4 else one.codes
+        codes = one.codes
+        if _in_pairs(codes, one.bits):
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
         parts = {"codes": codes, "scale": one.scale, "zero": one.zero, "bits": np.array(one.bits)}
         arrays |= {f"{slot}/{part}": array for part, array in parts.items()}
     with file.open("wb") as stream:
@@ -74,20 +78,6 @@ def forms(plan: PackPlan) -> dict[str, Quantisation]:
     return found
 
 
-def values(one: Integers) -> np.ndarray:
-    """The float32 weights that *one* stands for, [rows, columns]."""
-    grouped = one.codes.reshape(*one.scale.shape, one.group).astype(np.float32)
-    grouped -= one.zero[:, :, None]
-    grouped *= one.scale[:, :, None]
-    return grouped.reshape(one.codes.shape)
-
-
-def _paired(codes: np.ndarray) -> np.ndarray:
-    return codes[:, ::2] | codes[:, 1::2] << 4
-
-
-def _apart(pairs: np.ndarray) -> np.ndarray:
-    codes = np.empty((pairs.shape[0], pairs.shape[1], 2), pairs.dtype)
-    np.bitwise_and(pairs, 15, out=codes[:, :, 0])
-    np.right_shift(pairs, 4, out=codes[:, :, 1])
-    return codes.reshape(len(pairs), -1)
+def _in_pairs(codes: np.ndarray, bits: int) -> bool:
+    """Whether two of *codes* share a byte in the file. Signed ones do not: their signs would be lost."""
+    return bits == 4 and codes.dtype == np.uint8

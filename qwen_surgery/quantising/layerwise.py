@@ -14,7 +14,7 @@ import torch
 
 from qwen_surgery.errors import Refused
 from qwen_surgery.families.family import HEAD
-from qwen_surgery.quantising import chosen, gptq
+from qwen_surgery.quantising import gptq
 from qwen_surgery.quantising.calibration import Layers, Progress
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def states_behind(
 ) -> np.ndarray:
     """What a layer of *weights*, some of which are kept as *integers*, makes of *states* [windows, L, H]."""
     floats = {slot: _read(ref) for slot, ref in weights.items() if slot not in integers}
-    floats |= {slot: torch.from_numpy(chosen.values(ref.integers())) for slot, ref in integers.items()}
+    floats |= {slot: torch.from_numpy(ref.integers().values()) for slot, ref in integers.items()}
     return layers.outputs(floats, states)
 
 

@@ -27,6 +27,15 @@ class Integers:
         """Columns that share a scale."""
         return int(self.codes.shape[1] // self.scale.shape[1])
 
+    def values(self) -> np.ndarray:
+        """The float32 weights that they stand for, [rows, columns]."""
+        import numpy as np
+
+        grouped = self.codes.reshape(*self.scale.shape, self.group).astype(np.float32)
+        grouped -= self.zero[:, :, None]
+        grouped *= self.scale[:, :, None]
+        return grouped.reshape(self.codes.shape)
+
     def rows(self, which: Any) -> Integers:
         """Some rows (a slice or indices)."""
         return Integers(self.codes[which], self.scale[which], self.zero[which], self.bits)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from golden.eras import make_checkout
-from golden.eras.checkout import read_safetensors
-from golden.releases import Rounded, Scheme, quantise_checkout, rounded
+from golden.releases import Rounded, Scheme
 from qwen_surgery.packing.container import Bmodel, Region
 from tests.building.test_build import cli
+from tests.releases import quantised
 
 pytestmark = pytest.mark.tpu
 
@@ -30,19 +30,7 @@ COSINE = 0.9999
 def _checkout(folder: Path, scheme: Scheme | None, seed: int = 0) -> dict[str, Rounded]:
     """Two layers in *folder*, quantised by *scheme*; the integers of their matrices by name."""
     make_checkout(folder, layers=2, hidden=128, heads=2, vocab=320, seed=seed)
-    if scheme is None:
-        return {}
-    weights = {
-        name: values
-        for shard in folder.glob("*.safetensors")
-        for name, values in read_safetensors(shard).items()
-    }
-    quantise_checkout(folder, scheme)
-    return {
-        name: rounded(values, scheme)
-        for name, values in weights.items()
-        if ".h." in name and values.ndim == 2
-    }
+    return {} if scheme is None else quantised(folder, scheme)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from golden.eras.checkout import read_safetensors
-from golden.releases import Rounded, Scheme, quantise_checkout, rounded, stored, write_tensors
+from golden.releases import Rounded, Scheme, stored, write_tensors
 from qwen_surgery.cli import main
 from qwen_surgery.errors import Refused
 from qwen_surgery.exporting.placement import WeightMode
@@ -23,6 +22,7 @@ from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.weights import QuantisedRef, Release, WeightIndex
 from tests.exporting.conftest import Tiny, small_checkout
 from tests.exporting.test_weights import rewrite_header
+from tests.releases import quantised
 
 GROUP = 16
 SCHEMES = {
@@ -73,17 +73,7 @@ def test_releases_are_packed_as_the_published_packers_pack(method: str, bits: in
 def _release(folder: Path, scheme: Scheme, shards: int = 2) -> dict[str, Rounded]:
     """A quantised release in *folder*, and the integers of each layer's matrices by name."""
     small_checkout(folder, shards=shards)
-    weights = {
-        name: values
-        for shard in folder.glob("*.safetensors")
-        for name, values in read_safetensors(shard).items()
-    }
-    quantise_checkout(folder, scheme)
-    return {
-        name: rounded(values, scheme)
-        for name, values in weights.items()
-        if ".h." in name and values.ndim == 2
-    }
+    return quantised(folder, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

@@ -58,6 +58,7 @@ def test_what_a_user_types_is_no_token_and_no_template(tmp_path: Path) -> None:
         ("{{ raise_exception('no system here') }}", "no system here"),
         ("{{ ''.__class__.__mro__ }}", "does not render"),
         ("{{ 1 // 0 }}", "does not render"),
+        ("{% macro deep() %}{{ deep() }}{% endmacro %}{{ deep() }}", "does not render"),
     ],
 )
 def test_a_template_that_lays_out_nothing_sound_is_refused(template: str, said: str, tmp_path: Path) -> None:

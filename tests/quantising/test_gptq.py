@@ -57,7 +57,7 @@ def _quantised(values: np.ndarray, form: Quantisation, factor: gptq.Factor) -> I
 
 def _stored(one: Integers, form: Quantisation) -> np.ndarray:
     """The weights that the chip sees."""
-    return chosen.values(Integers(one.codes, search.as_stored(one.scale, form), one.zero, one.bits))
+    return Integers(one.codes, search.as_stored(one.scale, form), one.zero, one.bits).values()
 
 
 def _lost(values: np.ndarray, one: Integers, form: Quantisation, inputs: torch.Tensor) -> float:
