@@ -17,7 +17,8 @@ from qwen_surgery.errors import SurgeryError
 from qwen_surgery.files import free_disk
 from qwen_surgery.toolchain.preload import c_compiler
 from qwen_surgery.weights import Release
-from qwen_surgery.weights.index import WeightIndex, quantisation
+from qwen_surgery.weights.index import WeightIndex
+from qwen_surgery.weights.quantised import release_of
 
 if TYPE_CHECKING:
     from qwen_surgery.patching.plan import Patch
@@ -81,8 +82,8 @@ def _model(checkout: Checkout, request: BuildRequest) -> Iterator[Remark]:
         yield failed("weights", error)
     else:
         types = ", ".join(sorted({ref.dtype for ref in index.values()}))
-        method = quantisation(checkout.config) or "not quantised"
-        yield ok("weights", f"{size(index.total_bytes)} in {len(index.files)} files, {types}, {method}")
+        how = str(release_of(index.values()) or "not quantised")
+        yield ok("weights", f"{size(index.total_bytes)} in {len(index.files)} files, {types}, {how}")
     try:
         options = request.options.resolved(geometry, Release.of(request.checkout))
     except SurgeryError as error:

@@ -237,7 +237,7 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
     contract = tuple(_contract(reports, layers))
-    passes = side.notes.get("passes", "").split(", ") if side else None
+    passes = side.notes["passes"].split(", ") if side and "passes" in side.notes else None
     runtimes = () if contract else suitability(path, profile, passes)
     overwritten = tuple(f"{one.generation}: {what}" for one in runtimes for what in one.hazards)
     refused = tuple(f"{one.generation}: {one.refusal}" for one in runtimes if profile and one.refusal)

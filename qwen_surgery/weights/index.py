@@ -107,11 +107,3 @@ def _read_sharded(index_file: Path, reader: Any) -> tuple[dict[str, TensorRef], 
                 f"tensor {tensor}: {index_file.name} expects it in {shard}, it is in {refs[tensor].file.name}"
             )
     return refs, tuple(files)
-
-
-def quantisation(config: Mapping[str, Any]) -> str:
-    """How *config* says the checkpoint is quantised, such as GPTQ; empty when it does not."""
-    said = config.get("quantization_config")
-    if not said:
-        return ""
-    return str(said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised").upper()

@@ -15,7 +15,7 @@ zero less one (``checkpoint_format: gptq``, or nothing said); ``gptq_v2`` and AW
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,10 @@ class QuantisedRef(TensorRef):
         import numpy as np
 
         return self.integers().values().astype(np.float16)  # exact in float32, so that it is rounded once
+
+    def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        picked: np.ndarray = self.read()[list(rows)]
+        return picked
 
     def integers(self) -> Integers:
         """The checkpoint's own integers. Raises Refused when a shard ends too early."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from golden.eras import make_checkout
+from golden.releases import Scheme, quantise_checkout
 from qwen_surgery.building import resources
 from qwen_surgery.cli import main
 from tests.families.tiny import make
@@ -188,6 +189,17 @@ def test_what_is_wrong_with_a_checkout(
     assert done.code == 3
     remark = done.remarks("build")[what]
     assert remark["health"] == "FAIL" and found in remark["found"], remark
+
+
+def test_a_release_is_told_by_either_of_its_files(call: Call, checkout: Path) -> None:
+    """Older releases say it in a file of its own, and doctor called their weights not quantised."""
+    quantise_checkout(checkout, Scheme(4, 64))
+    config = json.loads((checkout / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (checkout / "config.json").write_text(json.dumps(config))
+    (checkout / "quantize_config.json").write_text(json.dumps(said))
+    remark = call("doctor", checkout, "--seq-length", 128, "--json").remarks("build")["weights"]
+    assert remark["health"] == "ok" and "GPTQ, 4 bits, groups of 64" in remark["found"]
 
 
 def test_a_window_is_a_family_s_and_not_any_config_s(call: Call, tmp_path: Path, checkout: Path) -> None:
