@@ -32,7 +32,7 @@ def layer_integers(
 ) -> dict[str, Integers]:
     """The integers of a layer's *weights* for which there are *forms*, by slot, where it gets *states*
     [windows, L, H]. Raises Refused for weights or inputs that are not finite."""
-    floats = {slot: _read(ref) for slot, ref in weights.items()}
+    floats = {slot: read(ref) for slot, ref in weights.items()}
     found: dict[str, Integers] = {}
     hessians = layers.hessians(floats, states, list(forms), progress)
     while hessians:
@@ -48,14 +48,14 @@ def states_behind(
     layers: Layers, weights: Weights, integers: Mapping[str, ChosenRef], states: np.ndarray
 ) -> np.ndarray:
     """What a layer of *weights*, some of which are kept as *integers*, makes of *states* [windows, L, H]."""
-    floats = {slot: _read(ref) for slot, ref in weights.items() if slot not in integers}
+    floats = {slot: read(ref) for slot, ref in weights.items() if slot not in integers}
     floats |= {slot: torch.from_numpy(ref.integers().values()) for slot, ref in integers.items()}
     return layers.outputs(floats, states)
 
 
 def head_integers(layers: Layers, weights: Weights, forms: Forms, states: np.ndarray) -> dict[str, Integers]:
     """The integers of the output layer, which gets the last layer's *states* [windows, L, H]."""
-    norm = {slot: _read(ref) for slot, ref in weights.items() if slot != HEAD}
+    norm = {slot: read(ref) for slot, ref in weights.items() if slot != HEAD}
     factor = layers.head_hessian(norm, states).factor()
     table = weights[HEAD]
 
@@ -65,7 +65,8 @@ def head_integers(layers: Layers, weights: Weights, forms: Forms, states: np.nda
     return {HEAD: gptq.quantise(rows, (table.shape[0], table.shape[1]), forms[HEAD], factor)}
 
 
-def _read(ref: TensorRef) -> torch.Tensor:
+def read(ref: TensorRef) -> torch.Tensor:
+    """The values of *ref*, float32. Raises Refused where one is not finite."""
     return torch.from_numpy(np.ascontiguousarray(_finite(ref, ref.read())))
 
 
