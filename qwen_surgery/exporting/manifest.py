@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -229,8 +230,10 @@ def fingerprint(file: Path, refs: list[TensorRef]) -> str:
     """
     digest = hashlib.sha256()
     with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
         for ref in sorted(set(refs), key=lambda r: (r.offset, r.name)):
             digest.update(repr((ref.name, ref.dtype, ref.shape, ref.offset, ref.nbytes)).encode())
-            stream.seek(ref.offset + max(0, ref.nbytes // 2 - 2048))
+            # a place far behind the end cannot even be sought
+            stream.seek(min(size, ref.offset + max(0, ref.nbytes // 2 - 2048)))
             digest.update(stream.read(min(4096, ref.nbytes)))
     return digest.hexdigest()

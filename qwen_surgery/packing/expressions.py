@@ -93,8 +93,10 @@ def transpose(perm: list[int], inner: Expression) -> Expression:
 
 
 def slots(expression: Expression) -> set[str]:
-    """The checkpoint slots that *expression* reads."""
+    """The checkpoint slots that *expression* reads. Raises ValueError where one has no name."""
     if expression[0] == "slot":
+        if not isinstance(expression[1], str):
+            raise ValueError(f"{expression[1]!r:.100} is no slot")
         return {expression[1]}
     if expression[0] == "const":
         return set()

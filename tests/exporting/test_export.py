@@ -186,6 +186,19 @@ def test_another_fine_tunes_weights_are_refused(exported: Path, tmp_path: Path) 
         Manifest.load(folder).check(folder)
 
 
+@pytest.mark.parametrize("offset", [10**9, 2**47])
+def test_a_weight_behind_its_files_end_is_refused(exported: Path, tmp_path: Path, offset: int) -> None:
+    """However far: a place that no file can have is no error of the system's."""
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (ref,) = (net["weights"]["ln_1.weight"] for net in manifest["nets"] if net["name"] == "block_1")
+    ref["offset"] = offset
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(Refused, match="is not the file that manifest"):
+        Manifest.load(folder).check(folder)
+
+
 @pytest.mark.parametrize("part", ["block_1.onnx", "templates/block.onnx", "constants.bin"])
 def test_a_part_from_elsewhere_is_refused(exported: Path, tmp_path: Path, part: str) -> None:
     folder = tmp_path / "copy"

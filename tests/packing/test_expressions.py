@@ -126,3 +126,10 @@ def test_coverage_finds_the_rows_that_nothing_uses() -> None:
 def test_slots_are_found_inside_lists() -> None:
     expression = ["mul", ["concat", 0, [["slot", "a"], ["neg", ["slot", "b"]]]], ["const", [], [2.0]]]
     assert slots(expression) == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", [9, None, ["a"]])
+def test_a_slot_without_a_name_is_refused_when_it_is_read(name: Any) -> None:
+    """In a damaged side file: later it would end the program where the name is printed."""
+    with pytest.raises(ValueError, match="is no slot"):
+        slots(["neg", ["concat", 0, [["slot", "a"], ["slot", name]]]])
