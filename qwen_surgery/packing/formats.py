@@ -125,9 +125,8 @@ def _extremes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns.min(axis=0), columns.max(axis=0)
 
 
-def scales(groups: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero), float32, one per row of *groups* [n, group]."""
-    low, high = _extremes(groups)
+def scales(low: np.ndarray, high: np.ndarray, form: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero), float32 [n], of groups whose smallest and largest weights are *low* and *high* [n]."""
     top = np.float32(form.top)
     if form.symmetric:
         scale = np.maximum(np.abs(low), np.abs(high)) * np.float32(1 if form.signed else 2) / top
@@ -176,7 +175,7 @@ def quantise(values: np.ndarray, form: Quantisation) -> Integers:
     rows, columns = values.shape
     groups = values.reshape(-1, form.group)
     with np.errstate(all="ignore"):
-        scale, zero = scales(groups, form)
+        scale, zero = scales(*_extremes(groups), form)
         np.divide(groups, scale[:, None], out=groups)
         _round_in_place(groups, np.empty(groups.shape, np.uint32))
         if form.symmetric and not scale.all():

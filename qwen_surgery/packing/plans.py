@@ -22,8 +22,9 @@ from qwen_surgery.packing.expressions import Expression, Stored, evaluate, slots
 from qwen_surgery.parsing import build, parsing, sizes, whole
 from qwen_surgery.weights.integers import Integers
 
-#: Elements handled at once: small enough to stay in a core's cache through all passes over them.
-_BLOCK = 1 << 17
+#: Elements handled at once: few enough to stay in a cache through all passes over them, and so many that
+#: threads seldom meet where the interpreter lets one of them in.
+_BLOCK = 1 << 18
 #: Columns turned into rows at once.
 _STRIP = 64
 

@@ -1,12 +1,14 @@
 """``search``: for each group of weights the scale that loses least in squared error. Needs no data.
 
 The compiler takes a scale from a group's extremes and rounds it to 16 bits after it has chosen the codes.
-Here some smaller scales are tried, each also fitted to its own codes by least squares, all as they will be
-stored; the compiler's is among them, so no group comes out worse. Zero points stay the compiler's: moving
-them gains next to nothing.
+Here smaller scales are tried too, each fitted to its own codes by least squares, all as they will be stored;
+the compiler's is among them, so no group comes out worse. Zero points stay the compiler's: moving them gains
+next to nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,10 +16,10 @@ from qwen_surgery.packing import formats
 from qwen_surgery.packing.formats import Quantisation
 from qwen_surgery.weights.integers import Integers
 
-#: By bits: the shares of the compiler's scale that are tried and fitted. 8 bits have few outliers to give up.
+#: By bits: the shares of the compiler's scale that are fitted. 8 bits have few outliers to give up.
 _SHRINK = {4: (0.95, 0.8), 8: (0.97, 0.9)}
-#: Elements handled at once: few enough to stay in a core's cache through all passes over them.
-_BLOCK = 1 << 16
+#: Elements handled at once, for the reasons that packing has.
+_BLOCK = 1 << 18
 #: Groups of more elements lie by rows in memory, smaller ones by columns: numpy is quick along long axes.
 _LONG = 256
 
@@ -25,25 +27,15 @@ _LONG = 256
 def quantise(values: np.ndarray, form: Quantisation) -> Integers:
     """Float32 *values* [rows, columns] in the format *form*."""
     rows, columns = values.shape
-    scale, zero = scales(values, form)
+    shape = rows, columns // form.group
+    scale, zero = np.empty(shape, np.float32), np.empty(shape, np.uint8)
     codes = np.empty((rows, columns), np.int8 if form.signed else np.uint8)
-    step = max(1, _BLOCK // columns)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        with np.errstate(invalid="ignore"):  # packing refuses what is not finite, by its scale
-            codes[part] = nearest(values[part], scale[part], zero[part], form)
-    with np.errstate(invalid="ignore"):
-        return Integers(codes, scale, zero.astype(np.uint8), form.bits)
-
-
-def nearest(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Quantisation) -> np.ndarray:
-    """The codes nearest to *values* [rows, columns] for scales and zero points [rows, columns / group]."""
-    groups = _Groups(values, form)
-    with np.errstate(all="ignore"):
-        groups.round(groups.spread(scale), groups.spread(zero))
-        groups.rounded += groups.spread(zero)
-    found = groups.rounded if groups.axis else groups.rounded.T
-    return found.reshape(values.shape)
+    for part, groups in _blocks(values, form):
+        with np.errstate(all="ignore"):  # packing refuses what is not finite, by its scale
+            found = groups.best()
+            groups.write_codes(codes[part], *found)
+            scale[part], zero[part] = (one.reshape(-1, shape[1]) for one in found)
+    return Integers(codes, scale, zero, form.bits)
 
 
 def scales(
@@ -57,78 +49,102 @@ def scales(
     rows, columns = values.shape
     shape = rows, columns // form.group
     scale, zero = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    step = max(1, _BLOCK // columns)
+    for part, groups in _blocks(values, form, importance):
+        with np.errstate(all="ignore"):
+            scale[part], zero[part] = (one.reshape(-1, shape[1]) for one in groups.best())
+    return scale, zero
+
+
+def _blocks(
+    values: np.ndarray, form: Quantisation, importance: np.ndarray | None = None
+) -> Iterator[tuple[slice, _Groups]]:
+    """Some rows of *values* after others, and their groups: one object, which holds them until the next."""
+    rows, columns = values.shape
+    step = min(rows, max(1, _BLOCK // columns))
+    groups = _Groups(form, step * columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        found = _search(_Groups(values[part], form, importance))
-        scale[part], zero[part] = (one.reshape(-1, shape[1]) for one in found)
-    return scale, zero
+        groups.take(values[part], importance)
+        yield part, groups
 
 
 class _Groups:
     """Groups of a block of weights, and what one scale each makes of them.
 
-    ``weights`` and ``rounded`` (codes less zero points, for the scales last tried) lie along ``axis``.
+    ``weights`` and ``rounded`` (codes less zero points, for the scales last tried) lie along ``axis``. Memory
+    for *most* elements is asked for once: fresh pages for every block would cost more than all arithmetic,
+    and threads would wait for each other there.
     """
 
-    def __init__(self, values: np.ndarray, form: Quantisation, importance: np.ndarray | None = None) -> None:
-        self.form, self.by_rows = form, values.reshape(-1, form.group)
+    def __init__(self, form: Quantisation, most: int) -> None:
+        self.form = form
         self.axis = 1 if form.group > _LONG else 0
-        self.weights = self._along(self.by_rows)
+        self._room = np.empty((3, most), np.float32)
+        self._codes = np.empty(most, np.int8 if form.signed else np.uint8)
+
+    def take(self, values: np.ndarray, importance: np.ndarray | None) -> None:
+        """Hold *values* [rows, columns]."""
+        groups = self._along(values)
+        self.weights, self.rounded, self._lost = (
+            part[: values.size].reshape(groups.shape) for part in self._room
+        )
+        np.copyto(self.weights, groups)
         self.importance = None
         if importance is not None:
-            each = np.broadcast_to(importance, values.shape)
-            self.importance = self._along(each.reshape(-1, form.group))
-        self.rounded = np.empty_like(self.weights)
-        self._lost = np.empty_like(self.weights)
+            self.importance = np.ascontiguousarray(self._along(np.broadcast_to(importance, values.shape)))
 
-    def _along(self, groups: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(groups if self.axis else groups.T, np.float32)
+    def _along(self, values: np.ndarray) -> np.ndarray:
+        groups = values.reshape(-1, self.form.group)
+        return groups if self.axis else groups.T
 
-    def spread(self, each: np.ndarray) -> np.ndarray:
+    def best(self) -> tuple[np.ndarray, np.ndarray]:
+        """The best scale of each group, as it is stored, and its zero point."""
+        low, high = self.weights.min(axis=self.axis), self.weights.max(axis=self.axis)
+        widest, zero = formats.scales(low, high, self.form)
+        best = as_stored(widest, self.form)
+        least = self._lose(best, zero)
+        for share in _SHRINK[self.form.bits]:
+            self._round(as_stored(widest * np.float32(share), self.form), zero)
+            scale = as_stored(self._fitted(), self.form)
+            loss = self._lose(scale, zero)
+            better = loss < least  # never where numbers are not finite
+            best, least = np.where(better, scale, best), np.where(better, loss, least)
+        return best, zero
+
+    def write_codes(self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
+        """Put the codes nearest to the weights into *codes* [rows, columns]."""
+        self._round(scale, zero)
+        self.rounded += self._spread(zero)
+        made = self._codes[: codes.size].reshape(self.rounded.shape)
+        np.copyto(made, self.rounded, casting="unsafe")
+        np.copyto(self._along(codes), made)
+
+    def _spread(self, each: np.ndarray) -> np.ndarray:
         """A number per group, to go with its elements."""
-        return np.expand_dims(each.reshape(-1), self.axis)
+        return np.expand_dims(each, self.axis)
 
-    def round(self, scale: np.ndarray, zero: np.ndarray) -> None:
-        """Round for spread *scale* and *zero*. A scale of 0 makes every weight 0."""
-        np.multiply(self.weights, np.where(scale == 0, 0, 1 / scale), out=self.rounded)
+    def _round(self, scale: np.ndarray, zero: np.ndarray) -> None:
+        """Round for a *scale* and *zero* per group. A scale of 0 makes every weight 0."""
+        np.multiply(self.weights, self._spread(np.where(scale == 0, 0, 1 / scale)), out=self.rounded)
         np.rint(self.rounded, out=self.rounded)
-        np.maximum(self.rounded, self.form.bottom - zero, out=self.rounded)
-        np.minimum(self.rounded, self.form.top - zero, out=self.rounded)
+        np.maximum(self.rounded, self._spread(self.form.bottom - zero), out=self.rounded)
+        np.minimum(self.rounded, self._spread(self.form.top - zero), out=self.rounded)
 
-    def lose(self, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    def _lose(self, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
         """Round for a *scale* and *zero* per group; the squared error of each."""
-        wide = self.spread(scale)
-        self.round(wide, self.spread(zero))
-        np.multiply(self.rounded, wide, out=self._lost)
+        self._round(scale, zero)
+        np.multiply(self.rounded, self._spread(scale), out=self._lost)
         np.subtract(self.weights, self._lost, out=self._lost)
         return self._sum(self._lost, self._lost)
 
-    def fitted(self, scale: np.ndarray) -> np.ndarray:
-        """The scale that suits the codes best which *scale*, tried last, gave."""
-        return scale + self._sum(self.rounded, self._lost) / self._sum(self.rounded, self.rounded)
+    def _fitted(self) -> np.ndarray:
+        """The scales that suit best the codes that were made last."""
+        return self._sum(self.rounded, self.weights) / self._sum(self.rounded, self.rounded)
 
     def _sum(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         if self.importance is not None:
             one = one * self.importance
         return np.einsum("ij,ij->i" if self.axis else "ij,ij->j", one, other)
-
-
-def _search(groups: _Groups) -> tuple[np.ndarray, np.ndarray]:
-    """The best scale of each group, as it is stored, and its zero point."""
-    form = groups.form
-    with np.errstate(all="ignore"):
-        widest, zero = formats.scales(groups.by_rows, form)
-        best = as_stored(widest, form)
-        least = groups.lose(best, zero)
-        for share in _SHRINK[form.bits]:
-            shrunk = as_stored(widest * np.float32(share), form)
-            lost = groups.lose(shrunk, zero)
-            fitted = as_stored(groups.fitted(shrunk), form)
-            for scale, loss in ((shrunk, lost), (fitted, groups.lose(fitted, zero))):
-                better = loss < least  # never where numbers are not finite
-                best, least = np.where(better, scale, best), np.where(better, loss, least)
-    return best, zero
 
 
 def as_stored(scale: np.ndarray, form: Quantisation) -> np.ndarray:
