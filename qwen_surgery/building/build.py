@@ -104,13 +104,15 @@ def build(request: BuildRequest | CompileRequest) -> BuildResult:
 
 def plan(request: BuildRequest | CompileRequest) -> dict[str, Any]:
     """What :func:`build` would do, as :func:`.session.plan_of` gives it. Before the first export the compile
-    steps are planned from the checkout alone. ``notes`` say what is not there yet and planned without."""
+    steps are planned from the checkout alone. ``notes`` say what is not there yet and planned without, and
+    what the bmodel will not suit."""
     lacking: list[str] = []
     opened = _open(request, Running(request.run), lacking)
     graph = opened.planned()
     graph.add(opened.verifying)
     done = session.plan_of(graph, opened.builder.outputs.store, opened.builder.running.jobs)
-    return done | {"notes": lacking}
+    note = unsuited(opened.builder.options)
+    return done | {"notes": [*lacking, *([note] if note else [])]}
 
 
 def _open(

@@ -47,8 +47,9 @@ def has_fused_head(engine: Engine) -> bool:
     """Whether lm_head gives a token instead of logits (multi-device models and the oldest runtime's)."""
     if "lm_head" not in engine.nets:
         return False
-    if isinstance(engine, OrtEngine):
-        return engine.manifest.net("lm_head").kind is NetKind.LM_HEAD_TOPK
+    manifest: Manifest | None = getattr(engine, "manifest", None)  # an exported folder's
+    if manifest is not None:
+        return manifest.net("lm_head").kind is NetKind.LM_HEAD_TOPK
     describe = getattr(engine, "describe", None)  # a bmodel knows its own shapes
     return describe is not None and math.prod(describe("lm_head")[1][0].shape) == 1
 

@@ -18,6 +18,7 @@ from qwen_surgery.nets import Geometry, Net
 from qwen_surgery.toolchain.worker import Worker
 
 if TYPE_CHECKING:
+    from qwen_surgery.exporting.manifest import Manifest
     from qwen_surgery.toolchain import Toolchain
     from qwen_surgery.verification.engines import OrtEngine
 
@@ -47,6 +48,11 @@ class MlirEngine:
     @property
     def nets(self) -> tuple[str, ...]:
         return self._folder.nets
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the exported folder."""
+        return self._folder.manifest
 
     def _mlir(self, name: str) -> Path:
         if name not in self._made:

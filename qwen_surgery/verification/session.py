@@ -468,7 +468,7 @@ def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
 
     def work() -> None:
         toolchain = Toolchain.find(parts.request.toolchain)
-        wanted = parts.selection.net_names(parts.geometry)
+        wanted = parts.selection.net_names(parts.geometry, heads=not has_fused_head(folder))
         with MlirEngine(folder, toolchain, parts.geometry) as engine:
             result.checks += check_nets(
                 engine,

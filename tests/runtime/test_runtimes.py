@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkout(folder, layers=2, hidden=128, heads=2, vocab=4096)
 
 
-def build(checkout: Path, out: Path, *flags: object, check: bool = True) -> Path:
-    """The first bmodel of a build without verification."""
+def built(checkout: Path, out: Path, *flags: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A build without verification."""
     base = ("--out", out, "--seq-length", SEQ_LENGTH, "--verify", "none", "--name", "tiny")
-    done = cli("build", checkout, *base, "--trust-remote-code", "--json", *flags, check=check)
-    return Path(json.loads(done.stdout)["bmodels"][0])
+    return cli("build", checkout, *base, "--trust-remote-code", "--json", *flags, check=check)
+
+
+def build(checkout: Path, out: Path, *flags: object, check: bool = True) -> Path:
+    """The first bmodel of :func:`built`."""
+    return Path(json.loads(built(checkout, out, *flags, check=check).stdout)["bmodels"][0])
 
 
 def inspected(bmodel: Path, *flags: object) -> dict[str, Any]:
@@ -137,13 +142,27 @@ def test_a_bundle_replays_in_the_runtime(bf16: Path, tmp_path: Path) -> None:
     assert cli("inspect", bf16, "--bundle", tmp_path / "bundle", check=False).returncode == 3
 
 
+#: What a build with ``--addr-mode basic`` says.
+UNSUITED = "--addr-mode basic does not suit LLM-TPU's chat.cpp"
+
+
+def test_a_plan_says_whom_shared_addresses_do_not_suit(checkout: Path, tmp_path: Path) -> None:
+    """Before hours are spent on it; the build says it again."""
+    shared = built(checkout, tmp_path, "--mode", "bf16", "--addr-mode", "basic", "--dry-run")
+    assert any(note.startswith(UNSUITED) for note in json.loads(shared.stdout)["notes"])
+    own = built(checkout, tmp_path, "--mode", "bf16", "--dry-run")
+    assert json.loads(own.stdout)["notes"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bf16", "int4"])
 def test_what_inspect_says_of_shared_addresses_is_what_happens(
     checkout: Path, tmp_path: Path, mode: str
 ) -> None:
     """Nets in one another's memory: the demos that the addresses condemn are those that go wrong."""
-    bmodel = build(checkout, tmp_path, "--mode", mode, "--addr-mode", "basic")
+    made = built(checkout, tmp_path, "--mode", mode, "--addr-mode", "basic")
+    assert UNSUITED in made.stderr
+    bmodel = Path(json.loads(made.stdout)["bmodels"][0])
     report = inspected(bmodel)
     condemned = {one["generation"] for one in report["runtimes"] if one["hazards"]}
     assert {"chat-2024", "chat-2025"} <= condemned

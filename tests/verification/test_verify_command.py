@@ -65,6 +65,19 @@ def test_no_trust_no_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 2 and not out and "--trust-remote-code" in err
 
 
+@pytest.mark.tpu
+def test_the_compilers_reading_of_an_lm_head_that_gives_tokens(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an export has no heads, so none may be asked for; the token itself is compared."""
+    args = ("--seq-length", SEQ_LENGTH, "--multi-device", "--onnx-path", tmp_path / "nets", TRUST)
+    assert run(capsys, "export", bench.path, *args)[0] == 0
+    asked = ("--level", "mlir", "--layers", 0, "--prompt-lengths", 3, "--onnx", tmp_path / "nets")
+    code, out, _ = run(capsys, "verify", bench.path, *asked, "--json", TRUST)
+    (level,) = json.loads(out)["levels"]
+    assert code == 0 and [check["net"] for check in level["checks"]].count("lm_head") == 2
+
+
 def test_sampling_layers_and_nets(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--seq-length", SEQ_LENGTH, "--layers", "1", "--nets", "block,lm_head", "--json", TRUST)
     code, out, _ = run(capsys, "verify", bench.path, *args)
