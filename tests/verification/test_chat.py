@@ -201,6 +201,9 @@ def test_sampling_is_what_generation_config_says(talking: tuple[Path, Path], tmp
     file.write_text(json.dumps(settings))
     found = Generation.of(tmp_path)
     assert found.sampling == Sampling(0.5, 1.0, 1.3) and found.stops == (5, 6)
+    for said, top_k in ((20, 20), (0, 50), (151936, 50)):
+        file.write_text(json.dumps({**settings, "top_k": said}))
+        assert Generation.of(tmp_path).sampling == Sampling(0.5, 1.0, 1.3, top_k=top_k)
     file.write_text('{"do_sample": true, "top_p": "much"}')
     with pytest.raises(Refused, match="generation_config"):
         Generation.of(tmp_path)
