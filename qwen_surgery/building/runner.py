@@ -139,7 +139,8 @@ class Runner:
             if state.state == "waiting"
             and all(states[need].state == "done" for need in tasks[name].needs if need in states)
         ]
-        for name in sorted(ready, key=lambda name: -self._tail(name)):
+        tails = self._tails()
+        for name in sorted(ready, key=lambda name: -tails[name]):
             if len(running) >= self.jobs:
                 return
             taken = sum(tasks[other].cost.memory for other in running.values())
@@ -149,10 +150,21 @@ class Runner:
             running[executor.submit(worker.run, self._job(name))] = name
             self.watch(self.progress, f"start {name}")
 
-    def _tail(self, name: str) -> float:
-        """Estimated seconds from the start of *name* to the end of the longest chain behind it."""
-        users = [user for user in self.graph.users(name) if user in self.progress.states]
-        return self.graph.tasks[name].cost.seconds + max((self._tail(user) for user in users), default=0.0)
+    def _tails(self) -> dict[str, float]:
+        """By task: estimated seconds from its start to the end of the longest chain behind it.
+
+        Each task is looked at once, from the last on: chains that part and meet again have as many ways
+        through them as two to the power of their meetings.
+        """
+        behind = dict.fromkeys(self.progress.states, 0.0)
+        tails: dict[str, float] = {}
+        for name in reversed(self.graph.order):
+            if name in behind:
+                task = self.graph.tasks[name]
+                tails[name] = task.cost.seconds + behind[name]
+                for need in behind.keys() & set(task.needs):
+                    behind[need] = max(behind[need], tails[name])
+        return tails
 
     def _job(self, name: str) -> worker.Job:
         task, keys = self.graph.tasks[name], self.graph.keys

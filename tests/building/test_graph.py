@@ -94,6 +94,28 @@ def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
     assert json.loads(marker.read_text())["info"] == {"length": 3}
 
 
+def test_chains_that_part_and_meet_again_start_at_once(tmp_path: Path) -> None:
+    """As layers that a text decides do: through eighty of them go more ways than can ever be walked."""
+    tasks = [Task("state0", Refuse())]
+    for i in range(80):
+        tasks.append(Task(f"chosen{i}", Write("c"), needs=(f"state{i}",)))
+        tasks.append(Task(f"state{i + 1}", Write("s"), needs=(f"state{i}", f"chosen{i}")))
+    with pytest.raises(Refused, match="the input is bad"):
+        runner(Graph(tasks), tmp_path).run()
+
+
+def test_the_task_with_most_behind_it_starts_first(tmp_path: Path) -> None:
+    """However short it is itself; with one job at a time the order is the same on every machine."""
+    count = str(tmp_path / "count")
+
+    def task(name: str, seconds: float, *needs: str) -> Task:
+        return Task(name, Write(name, count=count), needs=needs, cost=Cost(seconds=seconds))
+
+    tasks = [task("long", 5), task("first", 1), task("short", 2), task("second", 3, "first")]
+    runner(Graph([*tasks, task("last", 4, "second", "short")]), tmp_path, jobs=1).run()
+    assert (tmp_path / "count").read_text().split() == ["first", "second", "short", "long", "last"]
+
+
 def test_places_do_not_change_a_key_and_params_do() -> None:
     base = Task("a", Write("a", sleep=0.0))
     moved = Task("a", Write("a", sleep=0.1))
