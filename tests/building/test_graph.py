@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from qwen_surgery.building.graph import DONE, Answer, Cost, Expansion, Graph, Store, Task, peak_disk, stale
+from qwen_surgery.building.graph import (
+    DONE,
+    Answer,
+    Cost,
+    Expansion,
+    Graph,
+    Store,
+    Task,
+    duration,
+    peak_disk,
+    stale,
+)
 from qwen_surgery.building.runner import Progress, Runner
 from qwen_surgery.building.step import Step
 from qwen_surgery.errors import Refused, SurgeryError, ToolFailed
@@ -226,6 +237,17 @@ def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> Non
     ]
     assert etas[0] > 0
     assert etas[-1] == 0
+
+
+def test_a_chain_is_no_shorter_for_several_jobs() -> None:
+    """A build by gptq says twice too early that it will be done, where its layers are thought to share."""
+    long = Graph([Task(f"t{i}", Write("x"), needs=(f"t{i - 1}",) if i else ()) for i in range(9)])
+    apart = Graph([Task(f"t{i}", Write("x")) for i in range(9)])
+    seconds = {f"t{i}": 2.0 for i in range(9)}
+    assert [duration(long, seconds, jobs) for jobs in (1, 2, 4)] == [18.0, 18.0, 18.0]
+    assert [duration(apart, seconds, jobs) for jobs in (1, 2, 4)] == [18.0, 9.0, 4.5]
+    assert duration(long, {"t3": 2.0, "t4": 1.0}, 2) == 3.0, "what is done takes nothing"
+    assert duration(long, {}, 2) == 0.0
 
 
 def test_peak_disk_counts_what_is_held_at_one_time() -> None:
