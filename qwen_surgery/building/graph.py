@@ -276,6 +276,28 @@ def stale(graph: Graph, store: Store) -> tuple[str, ...]:
     return tuple(name for name in graph.order if name in wanted)
 
 
+def chains(graph: Graph, seconds: Mapping[str, float]) -> dict[str, float]:
+    """By task of *seconds*: how long from its start to the end of the longest chain of them behind it.
+
+    Each task is looked at once, from the last on: where chains part and meet again, the ways through them are
+    two to the power of the meetings.
+    """
+    behind = dict.fromkeys(seconds, 0.0)
+    found: dict[str, float] = {}
+    for name in reversed(graph.order):
+        if name in seconds:
+            found[name] = seconds[name] + behind[name]
+            for need in seconds.keys() & set(graph.tasks[name].needs):
+                behind[need] = max(behind[need], found[name])
+    return found
+
+
+def duration(graph: Graph, seconds: Mapping[str, float], jobs: int) -> float:
+    """About how many seconds the tasks of *seconds* take, *jobs* at a time: all of them shared out, or their
+    longest chain where that is longer."""
+    return max(sum(seconds.values()) / max(1, jobs), *chains(graph, seconds).values(), 0.0)
+
+
 def peak_disk(graph: Graph, names: Iterable[str]) -> int:
     """The most bytes in the store at one time when *names* run one by one and outputs are dropped as they go.
 

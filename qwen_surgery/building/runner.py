@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_surgery.building import resources, worker
-from qwen_surgery.building.graph import Done, Graph, Store, peak_disk, stale
+from qwen_surgery.building.graph import Done, Graph, Store, chains, duration, peak_disk, stale
 from qwen_surgery.building.step import encode
 from qwen_surgery.errors import ToolFailed
 from qwen_surgery.files import require_disk
@@ -37,22 +37,23 @@ class TaskState:
 class Progress:
     """What a display shows."""
 
+    graph: Graph
     states: dict[str, TaskState]
     jobs: int = 1
 
     def eta(self) -> float:
-        """Seconds to go: what is left by estimate, corrected by how finished tasks went, over the jobs."""
+        """Seconds to go: what is left by estimate, corrected by how finished tasks went."""
         done = [state for state in self.states.values() if state.state == "done"]
         spent = sum(state.seconds for state in done)
         planned = sum(state.expected for state in done)
         pace = spent / planned if planned > 0 and spent > 0 else 1.0
         now = time.monotonic()
-        left = 0.0
-        for state in self.states.values():
+        left = {}
+        for name, state in self.states.items():
             if state.state in ("waiting", "running"):
                 spent = now - state.started if state.state == "running" else 0.0
-                left += max(0.0, state.expected * pace - spent)
-        return left / max(1, self.jobs)
+                left[name] = max(0.0, state.expected * pace - spent)
+        return duration(self.graph, left, self.jobs)
 
 
 Watcher = Callable[[Progress, str], None]
@@ -78,7 +79,7 @@ class Runner:
     grown: Callable[[Graph], None] = lambda graph: None
 
     def __post_init__(self) -> None:
-        self.progress = Progress({}, self.jobs)
+        self.progress = Progress(self.graph, {}, self.jobs)
 
     def run(self) -> dict[str, Done]:
         """Bring what the graph wants up to date, and grow it as far as it goes; the record of every task.
@@ -139,7 +140,8 @@ class Runner:
             if state.state == "waiting"
             and all(states[need].state == "done" for need in tasks[name].needs if need in states)
         ]
-        for name in sorted(ready, key=lambda name: -self._tail(name)):
+        behind = chains(self.graph, {name: tasks[name].cost.seconds for name in states})
+        for name in sorted(ready, key=lambda name: -behind[name]):
             if len(running) >= self.jobs:
                 return
             taken = sum(tasks[other].cost.memory for other in running.values())
@@ -148,11 +150,6 @@ class Runner:
             states[name].state, states[name].started = "running", time.monotonic()
             running[executor.submit(worker.run, self._job(name))] = name
             self.watch(self.progress, f"start {name}")
-
-    def _tail(self, name: str) -> float:
-        """Estimated seconds from the start of *name* to the end of the longest chain behind it."""
-        users = [user for user in self.graph.users(name) if user in self.progress.states]
-        return self.graph.tasks[name].cost.seconds + max((self._tail(user) for user in users), default=0.0)
 
     def _job(self, name: str) -> worker.Job:
         task, keys = self.graph.tasks[name], self.graph.keys

@@ -12,7 +12,7 @@ from typing import Any
 from qwen_surgery import console, extras
 from qwen_surgery.building import resources
 from qwen_surgery.building.display import Display, clock, size
-from qwen_surgery.building.graph import Graph, Store, peak_disk, stale
+from qwen_surgery.building.graph import Graph, Store, duration, peak_disk, stale
 from qwen_surgery.building.request import RunRequest
 from qwen_surgery.building.runner import MEMORY_SHARE, Watcher
 from qwen_surgery.building.step_export import CLEAN, EXPORT
@@ -94,7 +94,7 @@ def plan_of(graph: Graph, store: Store, jobs: int) -> dict[str, Any]:
         "jobs": jobs,
         "memory": sum(memory),
         "disk": peak_disk(graph, todo),
-        "seconds": round(sum(task.cost.seconds for task in tasks) / max(1, jobs), 1),
+        "seconds": round(duration(graph, {task.name: task.cost.seconds for task in tasks}, jobs), 1),
     }
 
 

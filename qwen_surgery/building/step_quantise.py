@@ -239,7 +239,7 @@ class _Tasks:
 
 
 #: Seconds of one multiply-add in fp32, and the columns below which a row's work no longer shrinks.
-_SECONDS_MAC, _COLUMN = 2.2e-11, 1024
+_SECONDS_MAC, _COLUMN = 1.5e-11, 1024
 
 
 def _widths(kind: NetKind, geometry: Geometry) -> list[int]:

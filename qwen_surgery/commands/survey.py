@@ -64,7 +64,7 @@ def command(
     jobs: int | None,
     record: str | None,
 ) -> int:
-    """Try every codemod on every revision of every Qwen v1 modeling file in PATH; change nothing.
+    """Try every codemod on every revision of every Qwen modeling file in PATH; change nothing.
 
     PATH is a git repository (bare or not; its objects are read, its work tree is not touched), a folder that
     is searched through, or one file. Files are judged by content, whatever their names.

@@ -133,7 +133,7 @@ def to_markdown(rows: Sequence[SurveyRow], recipe: str) -> str:
 def to_page(rows: Sequence[SurveyRow], recipe: str, path: Path, since: str | None) -> str:
     """The matrix as a part of a page, under a heading that says what was looked at."""
     looked_at = console.printable(str(path)) + (f" since {console.printable(since)}" if since else "")
-    found = to_markdown(rows, recipe) if rows else "No revision of Qwen v1 modeling code."
+    found = to_markdown(rows, recipe) if rows else "No revision of Qwen modeling code."
     return f"## Survey of {looked_at}, recipe {recipe}\n\n{found}\n\n"
 
 

@@ -60,7 +60,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, _Groups]]:
     """Some rows of *values* after others, and their groups: one object, which holds them until the next."""
     rows, columns = values.shape
-    step = min(rows, max(1, _BLOCK // columns))
+    step = max(1, min(rows, _BLOCK // columns))
     groups = _Groups(form, step * columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from qwen_surgery.building.graph import DONE, Answer, Cost, Expansion, Graph, Store, Task, peak_disk, stale
+from qwen_surgery.building.graph import (
+    DONE,
+    Answer,
+    Cost,
+    Expansion,
+    Graph,
+    Store,
+    Task,
+    duration,
+    peak_disk,
+    stale,
+)
 from qwen_surgery.building.runner import Progress, Runner
 from qwen_surgery.building.step import Step
 from qwen_surgery.errors import Refused, SurgeryError, ToolFailed
@@ -92,6 +103,28 @@ def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
     assert Store(tmp_path / "store").done(graph.keys["d"]) is None
     runner(graph, tmp_path).run()
     assert json.loads(marker.read_text())["info"] == {"length": 3}
+
+
+def test_chains_that_part_and_meet_again_start_at_once(tmp_path: Path) -> None:
+    """As layers that a text decides do: through eighty of them go more ways than can ever be walked."""
+    tasks = [Task("state0", Refuse())]
+    for i in range(80):
+        tasks.append(Task(f"chosen{i}", Write("c"), needs=(f"state{i}",)))
+        tasks.append(Task(f"state{i + 1}", Write("s"), needs=(f"state{i}", f"chosen{i}")))
+    with pytest.raises(Refused, match="the input is bad"):
+        runner(Graph(tasks), tmp_path).run()
+
+
+def test_the_task_with_most_behind_it_starts_first(tmp_path: Path) -> None:
+    """However short it is itself; with one job at a time the order is the same on every machine."""
+    count = str(tmp_path / "count")
+
+    def task(name: str, seconds: float, *needs: str) -> Task:
+        return Task(name, Write(name, count=count), needs=needs, cost=Cost(seconds=seconds))
+
+    tasks = [task("long", 5), task("first", 1), task("short", 2), task("second", 3, "first")]
+    runner(Graph([*tasks, task("last", 4, "second", "short")]), tmp_path, jobs=1).run()
+    assert (tmp_path / "count").read_text().split() == ["first", "second", "short", "long", "last"]
 
 
 def test_places_do_not_change_a_key_and_params_do() -> None:
@@ -204,6 +237,17 @@ def test_progress_says_what_happens_and_how_long_it_takes(tmp_path: Path) -> Non
     ]
     assert etas[0] > 0
     assert etas[-1] == 0
+
+
+def test_a_chain_is_no_shorter_for_several_jobs() -> None:
+    """A build by gptq says twice too early that it will be done, where its layers are thought to share."""
+    long = Graph([Task(f"t{i}", Write("x"), needs=(f"t{i - 1}",) if i else ()) for i in range(9)])
+    apart = Graph([Task(f"t{i}", Write("x")) for i in range(9)])
+    seconds = {f"t{i}": 2.0 for i in range(9)}
+    assert [duration(long, seconds, jobs) for jobs in (1, 2, 4)] == [18.0, 18.0, 18.0]
+    assert [duration(apart, seconds, jobs) for jobs in (1, 2, 4)] == [18.0, 9.0, 4.5]
+    assert duration(long, {"t3": 2.0, "t4": 1.0}, 2) == 3.0, "what is done takes nothing"
+    assert duration(long, {}, 2) == 0.0
 
 
 def test_peak_disk_counts_what_is_held_at_one_time() -> None:

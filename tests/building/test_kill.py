@@ -103,24 +103,16 @@ def test_ctrl_c_leaves_a_state_that_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_real_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_twenty_kills_of_a_real_build(tmp_path: Path, quantizer: str) -> None:
     """The same with TPU-MLIR: the bmodel equals an uninterrupted build's, byte for byte."""
     checkout = tmp_path / "ck"
     tool = [sys.executable, "-m", "qwen_surgery"]
     subprocess.run([*tool, "demo-checkout", str(checkout)], cwd=ROOT, check=True)
 
     def command(out: Path) -> list[str]:
-        flags = [
-            "--seq-length",
-            "32",
-            "--mode",
-            "int4",
-            "--verify",
-            "none",
-            "--trust-remote-code",
-            "--jobs",
-            "2",
-        ]
+        flags = ["--seq-length", "32", "--mode", "int4", "--quantizer", quantizer, "--verify", "none"]
+        flags += ["--trust-remote-code", "--jobs", "2"]
         return [*tool, "build", str(checkout), "--out", str(out), *flags]
 
     subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True)

@@ -35,7 +35,13 @@ def test_the_command_does_what_the_rule_does(name: str) -> None:
         assert bool(context.warnings) == (example.status is Status.DECLINED)
 
 
-@pytest.mark.parametrize("flags", [["-x"], []], ids=["anywhere", "in the repository"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["-x"], id="anywhere"),
+        pytest.param([], id="in the repository", marks=pytest.mark.repository),
+    ],
+)
 def test_libcst_tool_runs_a_rule(tmp_path: Path, flags: list[str]) -> None:
     """The issue's own command line; -x is needed where .libcst.codemod.yaml is not at hand."""
     file = tmp_path / "modeling_qwen.py"

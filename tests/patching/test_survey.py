@@ -369,6 +369,6 @@ def test_a_summary_tells_a_failure_and_a_quiet_day(repository: Path, cli: Cli, t
     assert failed.code == 1 and "| absent |" in page.read_text()
     quiet = cli("survey", repository, "--since", "HEAD", "--fail-on", "declined", "--summary", page)
     assert quiet.code == 0
-    assert page.read_text().endswith("since HEAD, recipe static\n\nNo revision of Qwen v1 modeling code.\n\n")
+    assert page.read_text().endswith("since HEAD, recipe static\n\nNo revision of Qwen modeling code.\n\n")
     nowhere = cli("survey", repository, "--summary", tmp_path / "none" / "page.md")
     assert nowhere.code == 4 and "page.md" in nowhere.err
