@@ -11,7 +11,7 @@ class Chip:
 
     ``cores``: one bmodel is made for each of these core counts. ``several_devices``: boards with more than
     one such chip exist and may share a model. ``dynamic``: prefill at each prompt's own length. ``heads``:
-    the bmodel has greedy_head and penalty_sample_head. ``runtimes``: the vendor runtimes that run on it, the
+    the bmodel has greedy_head and a head to sample by. ``runtimes``: the vendor runtimes that run on it, the
     preferred first. ``emulators``: the library of TPU-MLIR's emulator, by its naming (newer, 1.6).
     ``in_file_name`` says whether a bmodel's name tells the chip; ``tags_addresses``, whether TPU-MLIR gives
     its nets tags in place of addresses unless told otherwise.
@@ -35,7 +35,7 @@ _ROWS = (
         several_devices=True,
         dynamic=True,
         heads=True,
-        runtimes=("llm-tpu", "sophon-demo", "sophon-demo-2024.1"),
+        runtimes=("llm-tpu", "sophon-demo", "sophon-demo-2024.1", "llm-tpu-generic"),
         emulators=("libcmodel_bm1684x.so", "libcmodel_1684x.so"),
         in_file_name=False,  # the vendor's guide and demos call its files without
     ),

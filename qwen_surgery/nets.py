@@ -7,6 +7,7 @@ vocabulary size.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,13 +27,19 @@ class NetKind(str, Enum):
     LM_HEAD_TOPK = "lm_head_topk"
     GREEDY_HEAD = "greedy_head"
     PENALTY_SAMPLE_HEAD = "penalty_sample_head"
+    SAMPLE_HEAD = "sample_head"
     BLOCK = "block"
     BLOCK_CACHE = "block_cache"
 
     @property
     def chooses(self) -> bool:
         """Whether it is a head that chooses a token: no weights of the checkpoint in it."""
-        return self in (NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
+        return self is NetKind.GREEDY_HEAD or self.samples
+
+    @property
+    def samples(self) -> bool:
+        """Whether it gives candidates to draw from: one per vendor's demo, and a bmodel holds one of them."""
+        return self in (NetKind.PENALTY_SAMPLE_HEAD, NetKind.SAMPLE_HEAD)
 
     @property
     def per_layer(self) -> bool:
@@ -92,6 +99,14 @@ def inputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
             Tensor("temperature", (1,)),
             Tensor("penalty", (1,)),
         ),
+        NetKind.SAMPLE_HEAD: (
+            Tensor("m_logits", (1, v)),
+            Tensor("input_ids", (1, s), "int"),  # launched with as many as the penalty looks back on
+            Tensor("penalty", (1,)),
+            Tensor("temperature", (1,)),
+            Tensor("top_k", (1,), "int"),
+            Tensor("top_p", (1,)),
+        ),
         NetKind.BLOCK: (
             Tensor("input_states", (1, s, h)),
             Tensor("position_ids", (1, s), "int"),
@@ -118,6 +133,7 @@ def outputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
         NetKind.LM_HEAD_TOPK: (Tensor("token", (1, 1, 1), "int"),),
         NetKind.GREEDY_HEAD: (Tensor("token", (1, 1), "int"),),
         NetKind.PENALTY_SAMPLE_HEAD: (Tensor("probs", (1, TOP_K)), Tensor("token", (1, TOP_K), "int")),
+        NetKind.SAMPLE_HEAD: (Tensor("probs", (1, TOP_K)), Tensor("token", (1, TOP_K), "int")),
         NetKind.BLOCK: (
             Tensor("hidden_states", (1, s, h)),
             Tensor("past_k", (1, s, n, d)),
@@ -132,11 +148,17 @@ def outputs(kind: NetKind, g: Geometry) -> tuple[Tensor, ...]:
     return table[kind]
 
 
-def nets(layers: int, *, heads: bool = True, multi_device: bool = False) -> tuple[Net, ...]:
+def nets(
+    layers: int,
+    *,
+    heads: bool = True,
+    multi_device: bool = False,
+    sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
+) -> tuple[Net, ...]:
     """Every net of a bmodel in its order.
 
-    ``heads`` adds greedy_head and penalty_sample_head (not every chip has them); ``multi_device`` takes the
-    lm_head with the top-1 inside, under the name ``lm_head``, and no heads.
+    ``heads`` adds greedy_head and the head to sample by, *sampler* (not every chip has them);
+    ``multi_device`` takes the lm_head with the top-1 inside, under the name ``lm_head``, and no heads.
     """
     head_kind = NetKind.LM_HEAD_TOPK if multi_device else NetKind.LM_HEAD
     result = [
@@ -145,10 +167,12 @@ def nets(layers: int, *, heads: bool = True, multi_device: bool = False) -> tupl
         Net("lm_head", head_kind),
     ]
     if heads and not multi_device:
-        result += [
-            Net("greedy_head", NetKind.GREEDY_HEAD),
-            Net("penalty_sample_head", NetKind.PENALTY_SAMPLE_HEAD),
-        ]
+        result += [Net(kind.value, kind) for kind in (NetKind.GREEDY_HEAD, sampler)]
     for i in range(layers):
         result += [Net(f"block_{i}", NetKind.BLOCK, i), Net(f"block_cache_{i}", NetKind.BLOCK_CACHE, i)]
     return tuple(result)
+
+
+def sampler_of(names: Container[str]) -> NetKind:
+    """Which head to sample by a file with the nets *names* has; Qwen v1's where it has none."""
+    return NetKind.SAMPLE_HEAD if NetKind.SAMPLE_HEAD.value in names else NetKind.PENALTY_SAMPLE_HEAD

@@ -20,6 +20,7 @@ from qwen_surgery.building.step_sample import sample_task
 from qwen_surgery.building.step_verify import depth_for, load_report, verify_task
 from qwen_surgery.compiling.options import (
     GPTQ,
+    CompileOptions,
     needed_passes,
     refuse_for_runtime,
     refuse_uncleaned,
@@ -27,6 +28,7 @@ from qwen_surgery.compiling.options import (
 )
 from qwen_surgery.errors import Refused, ToolFailed, Usage
 from qwen_surgery.files import require_disk
+from qwen_surgery.nets import NetKind
 from qwen_surgery.toolchain import Toolchain
 
 if TYPE_CHECKING:
@@ -170,7 +172,14 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     refuse_uncleaned(options, passes)
     refuse_for_runtime(options, passes)
     digests = source_digests(sources, index)
-    exporting = export_tasks(request, digests, geometry, passes, fused_head=options.fused_head)
+    exporting = export_tasks(
+        request,
+        digests,
+        geometry,
+        passes,
+        fused_head=options.fused_head,
+        sampler=options.runs_on.sampler,
+    )
     depth = depth_for(request.verify, geometry, options, request.steps)
     if depth != "full" and (request.questions or request.text):
         raise Usage(f"with --verify {depth} no model answers or reads a text", hint="add --verify full")
@@ -229,10 +238,17 @@ def _open_exported(request: CompileRequest, running: Running) -> Opened:
         if have.get(net.name) is not net.kind:
             raise Refused(
                 f"{folder} lacks net {net.name} ({net.kind.value}), which --runtime {options.runtime} needs",
-                hint="export " + ("with" if options.fused_head else "without") + " --multi-device",
+                hint=_export_hint(options),
             )
     refuse_for_runtime(options, manifest.passes)
     return Opened(builder, manifest.passes, manifest.config, folder)
+
+
+def _export_hint(options: CompileOptions) -> str:
+    """How to export what a runtime needs."""
+    if options.runs_on.sampler is NetKind.SAMPLE_HEAD:
+        return "export with --generic"
+    return "export " + ("with" if options.fused_head else "without") + " --multi-device and without --generic"
 
 
 def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:

@@ -12,7 +12,7 @@ from qwen_surgery.building.inputs import code_digest, pass_modules
 from qwen_surgery.building.request import BuildRequest
 from qwen_surgery.building.sizes import MB
 from qwen_surgery.building.step import PLACE, Info, Needs, Step
-from qwen_surgery.nets import Geometry
+from qwen_surgery.nets import Geometry, NetKind
 
 EXPORT, CLEAN = "export", "clean"
 #: Where both leave the nets, inside their task's folder.
@@ -26,6 +26,7 @@ class Export(Step):
     recipe: str
     seq_length: int
     fused_head: bool
+    sampler: NetKind
     twin: bool
     version: str
     code: str
@@ -48,6 +49,7 @@ class Export(Step):
             trust_remote_code=self.trust_remote_code,
             prove=prove if self.twin else skipped,
             multi_device=self.fused_head,
+            sampler=self.sampler,
         )
         return {"nets": len(manifest.nets), "weights": manifest.weights["mode"]}
 
@@ -78,6 +80,7 @@ def export_tasks(
     passes: tuple[str, ...],
     *,
     fused_head: bool,
+    sampler: NetKind,
 ) -> list[Task]:
     """The export, and cleaning it unless there are no *passes*. *digests* are the sources'."""
     length, checkout = geometry.seq_length, request.checkout
@@ -90,6 +93,7 @@ def export_tasks(
         recipe=request.recipe,
         seq_length=length,
         fused_head=fused_head,
+        sampler=sampler,
         twin=request.twin,
         version=__version__,
         code=f"{code} {proof}" if request.twin else code,

@@ -18,7 +18,7 @@ from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.errors import Usage
 from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.nets import inputs as net_inputs
-from qwen_surgery.runtime.generations import FUSED, HEADS, LOGITS, conversations
+from qwen_surgery.runtime.generations import FUSED, LOGITS, SAMPLERS, conversations
 from qwen_surgery.toolchain.preload import c_compiler
 
 #: What the emulator takes, measured: a 1.8B prefill block at S=512 is 5 minutes; the smallest net 0.05
@@ -151,7 +151,9 @@ def _kind(options: CompileOptions) -> str:
     """What demos take a bmodel of *options* for."""
     if options.fused_head:
         return FUSED
-    return HEADS if options.chip.heads else LOGITS
+    if not options.chip.heads:
+        return LOGITS
+    return next(kind for kind, head in SAMPLERS.items() if head == options.runs_on.sampler.value)
 
 
 def verify_task(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_surgery.errors import Refused, Usage
-from qwen_surgery.nets import Geometry
+from qwen_surgery.nets import TOP_K, Geometry
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.tokenizer import Tokenizer, read_json
 from qwen_surgery.verification.engines import Engine, OrtEngine
@@ -39,10 +39,12 @@ class Generation:
         data = read_json(folder / "generation_config.json")
         try:
             ends = data.get("eos_token_id", [])
+            best = int(data.get("top_k", TOP_K))
             sampling = Sampling(
                 float(data.get("top_p", 1.0)),
                 float(data.get("temperature", 1.0)),
                 float(data.get("repetition_penalty", 1.0)),
+                top_k=best if 0 < best < TOP_K else TOP_K,  # 0 is no limit, and no head holds more
             )
             return cls(
                 sampling if data.get("do_sample") else None,

@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 from qwen_surgery import console, extras
+from qwen_surgery.errors import Usage
+from qwen_surgery.nets import NetKind
 
 
 @click.command(help="Export every net of CHECKOUT to ONNX (opset 15), one trace per kind of net.")
@@ -41,6 +43,7 @@ from qwen_surgery import console, extras
     "--nets", "wanted", default="", help="Only these nets or kinds, comma-separated (block,lm_head,block_3)."
 )
 @click.option("--multi-device", is_flag=True, help="The lm_head with the top-1 inside, and no heads.")
+@click.option("--generic", is_flag=True, help="The sampling head of --runtime llm-tpu-generic.")
 @click.option(
     "--no-twin", is_flag=True, help="Skip the proof that nets and unpatched model agree at a tiny size."
 )
@@ -55,11 +58,14 @@ def command(
     weights: str | None,
     wanted: str,
     multi_device: bool,
+    generic: bool,
     no_twin: bool,
     verbose: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
+    if generic and multi_device:
+        raise Usage("--generic has no use with --multi-device, which exports no heads")
     extras.require("export")
     from qwen_surgery.checkout import DEFAULT_RECIPE, DEFAULT_SEQ_LENGTH, Checkout
     from qwen_surgery.exporting.export import export
@@ -102,6 +108,7 @@ def command(
             trust_remote_code=trust_remote_code,
             mode=WeightMode(weights) if weights else None,
             multi_device=multi_device,
+            sampler=NetKind.SAMPLE_HEAD if generic else NetKind.PENALTY_SAMPLE_HEAD,
             wanted=[name.strip() for name in wanted.split(",") if name.strip()],
             prove=skipped if no_twin else prove,
             announce=console.err().print,

@@ -73,7 +73,7 @@ def refuse_unsupported(options: CompileOptions, toolchain: Toolchain) -> None:
         "--q_symmetric": options.symmetric,
         "--num_device": options.num_device > 1,
         "--num_core": 2 in options.cores,
-        "--dynamic": options.dynamic,
+        "--dynamic": options.dynamic or options.runs_on.sampler is NetKind.SAMPLE_HEAD,
     }
     for flag, asked in wanted.items():
         if asked and not supports(toolchain, "model_deploy", flag):

@@ -48,6 +48,9 @@ class VendorRuntime:
     count: str
     #: Passes that its demos need beside those that always run.
     passes: tuple[str, ...] = ()
+    #: The head that its demos sample by, where they do.
+    sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD
+    several_devices: bool = True
 
     @property
     def chips(self) -> tuple[str, ...]:
@@ -65,6 +68,10 @@ RUNTIMES = {
         "sophon-demo-2024.1", ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2",
         # It writes float16's -10000 as mask, whatever the nets' type is.
         ("bounded-mask",),
+    ),
+    "llm-tpu-generic": VendorRuntime(
+        "llm-tpu-generic", ("bf16", "f16", "int8", "int4"), False, True,
+        "(nets - 3 - greedy_head - sample_head) / 2", sampler=NetKind.SAMPLE_HEAD, several_devices=False,
     ),
 }  # fmt: skip
 
@@ -145,6 +152,11 @@ class CompileOptions:
             raise Usage(
                 f"--num-device {self.num_device} needs {with_ability('several_devices')}; "
                 f"{self.target} is one chip on its board"
+            )
+        if self.num_device > 1 and not runtime.several_devices:
+            raise Usage(
+                f"--runtime {runtime.name} is for sampling, and a model on several chips gives tokens",
+                hint="use --runtime llm-tpu",
             )
         if self.num_core not in (None, *self.chip.cores):
             able = ", ".join(chip.name for chip in CHIPS.values() if self.num_core in chip.cores)
@@ -264,7 +276,12 @@ class CompileOptions:
     @property
     def fused_head(self) -> bool:
         """Whether the lm_head gives the token itself."""
-        return self.num_device > 1 or RUNTIMES[self.runtime or self.chip.runtimes[0]].fused_head
+        return self.num_device > 1 or self.runs_on.fused_head
+
+    @property
+    def runs_on(self) -> VendorRuntime:
+        """The row of the runtime; of the chip's preferred one before options are resolved."""
+        return RUNTIMES[self.runtime or self.chip.runtimes[0]]
 
     @property
     def cores(self) -> tuple[int, ...]:
@@ -273,7 +290,12 @@ class CompileOptions:
 
     def nets(self, layers: int) -> tuple[Net, ...]:
         """The nets of the bmodel, in its order."""
-        return nets(layers, heads=self.chip.heads, multi_device=self.fused_head)
+        return nets(
+            layers,
+            heads=self.chip.heads,
+            multi_device=self.fused_head,
+            sampler=self.runs_on.sampler,
+        )
 
     def file_name(self, seq_length: int, cores: int = 1) -> Path:
         """Where the bmodel goes, relative to the output folder: ``BM1684X/qwen_int4_seq512_1dev.bmodel``."""
@@ -357,8 +379,10 @@ def deploy_flags(kind: NetKind, options: CompileOptions, cores: int) -> list[str
         flags += ["--num_device", str(options.num_device)]
     if cores > 1:
         flags += ["--num_core", str(cores)]
-    if options.dynamic and kind in (NetKind.EMBEDDING, NetKind.BLOCK):
-        # Not block_cache: it has one length, and compiled dynamic it gives wrong tokens.
+    own_length = options.dynamic and kind in (NetKind.EMBEDDING, NetKind.BLOCK)
+    if own_length or kind is NetKind.SAMPLE_HEAD:
+        # Not block_cache: it has one length, and compiled dynamic it gives wrong tokens. The generic demo's
+        # sampling head always gets as many tokens as its penalty looks back on.
         flags += ["--dynamic"]
     if options.addr_mode == "io_alone" and kind is not NetKind.BLOCK:
         # Runtimes that share memory between nets would write one net's inputs over another's results. Only

@@ -40,6 +40,7 @@ def export(
     trust_remote_code: bool,
     mode: WeightMode | None = None,
     multi_device: bool = False,
+    sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
     wanted: Iterable[str] = (),
     prove: Prove | None = None,
     announce: Callable[[str], None] = lambda text: None,
@@ -61,6 +62,7 @@ def export(
         onnx_path=onnx_path,
         mode=mode,
         multi_device=multi_device,
+        sampler=sampler,
         wanted=wanted,
     )
     announce(todo.cost)

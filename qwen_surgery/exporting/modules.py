@@ -81,6 +81,7 @@ class ModuleFactory:
             NetKind.LM_HEAD_TOPK: self._lm_head,
             NetKind.GREEDY_HEAD: lambda kind: NetModule(kind, GreedyHead().eval(), {}),
             NetKind.PENALTY_SAMPLE_HEAD: lambda kind: NetModule(kind, PenaltySampleHead().eval(), {}),
+            NetKind.SAMPLE_HEAD: lambda kind: NetModule(kind, SampleHead().eval(), {}),
             NetKind.BLOCK: self._block,
             NetKind.BLOCK_CACHE: self._block,
         }
@@ -222,6 +223,39 @@ class PenaltySampleHead(nn.Module):
         kept = best.softmax(dim=1).cumsum(dim=1) < top_p + self.head_start
         kept_best = torch.where(kept, best, torch.full_like(best, _DROPPED))
         return kept_best.softmax(dim=1), tokens.int()
+
+
+class SampleHead(PenaltySampleHead):
+    """The same for the vendor's generic demos, which also say how many candidates they read: ``top_k``,
+    int32 [1], from 1 to 50. Those behind it get no share before the cumulative probability is taken, so the
+    first ``top_k`` entries are what would come out of a list of that length.
+    """
+
+    rank: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rank", torch.arange(TOP_K, dtype=torch.float32)[None], persistent=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        m_logits: torch.Tensor,
+        input_ids: torch.Tensor,
+        penalty: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = input_ids.long()
+        seen = torch.gather(m_logits, 1, ids)
+        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+        best, tokens = torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
+        # Below the best one: so what is dropped scores next to nothing at any temperature.
+        best = (best - best[:, :1]) / temperature
+        dropped = torch.full_like(best, _DROPPED)
+        best = torch.where(self.rank < top_k.float(), best, dropped)
+        kept = best.softmax(dim=1).cumsum(dim=1) < top_p + self.head_start
+        return torch.where(kept, best, dropped).softmax(dim=1), tokens.int()
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from qwen_surgery.exporting.folder import refuse_foreign
 from qwen_surgery.exporting.placement import WeightMode
 from qwen_surgery.exporting.template import PROTOBUF_LIMIT, Binding, make_binding, refuse_extra, resolve
 from qwen_surgery.files import require_disk
-from qwen_surgery.nets import Geometry, Net
+from qwen_surgery.nets import Geometry, Net, NetKind
 from qwen_surgery.weights import ITEM_SIZE, TensorRef, WeightIndex
 from qwen_surgery.weights.quantised import refuse_half_quantised
 
@@ -97,6 +97,7 @@ def plan(
     onnx_path: Path,
     mode: WeightMode | None = None,
     multi_device: bool = False,
+    sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
     wanted: Iterable[str] = (),
 ) -> ExportPlan:
     """Bind every net to its tensors and decide how weights are kept.
@@ -105,7 +106,7 @@ def plan(
     that do not fit the config, for a length that cannot be exact and for links that are asked for and
     impossible; Usage for an unknown net.
     """
-    every_net = nets.nets(geometry.layers, multi_device=multi_device)
+    every_net = nets.nets(geometry.layers, multi_device=multi_device, sampler=sampler)
     bindings, refs = bind(sources, index, geometry, every_net)
     chosen = {net.name for net in select(every_net, wanted)}
     kept = tuple(binding for binding in bindings if binding.net in chosen)

@@ -17,6 +17,7 @@ from codemods.config.facts import CONFIG, ModelFacts
 from qwen_surgery import families
 from qwen_surgery.checkout import Checkout
 from qwen_surgery.errors import Refused
+from qwen_surgery.nets import NetKind
 from qwen_surgery.packing import formats, sidefile
 from qwen_surgery.packing.container import Bmodel, Region
 from qwen_surgery.packing.expand import Piece, Progress, write
@@ -34,6 +35,8 @@ from qwen_surgery.weights.quantised import (
 if TYPE_CHECKING:
     from qwen_surgery.weights import TensorRef
 
+#: Nets without weights of the checkpoint.
+_CHOOSING = tuple(kind.value for kind in NetKind if kind.chooses)
 #: Gives the integers of weights for a side file and its nets' tensors, all by net and slot.
 Choose = Callable[[SideFile, Mapping[str, Mapping[str, "TensorRef"]]], Mapping[str, Given]]
 
@@ -144,7 +147,7 @@ def refit(
         names = [net["name"] for net in opened.nets]
         weighty = [net["name"] for net in opened.nets if "coeff_mem" in net["parameter"][0]]
     fixed = [name for name in weighty if name not in side.nets]
-    needed = [name for name in fixed if not name.startswith(("greedy_head", "penalty_sample_head"))]
+    needed = [name for name in fixed if name not in _CHOOSING]
     if needed:
         raise Refused(
             f"{bmodel}: it is not known where the weights of {', '.join(needed[:4])} lie",

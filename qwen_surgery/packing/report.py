@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_surgery.errors import Refused
-from qwen_surgery.nets import Geometry, NetKind, Tensor, inputs, nets, outputs
+from qwen_surgery.nets import Geometry, NetKind, Tensor, inputs, nets, outputs, sampler_of
 from qwen_surgery.packing import sidefile
 from qwen_surgery.packing.container import Bmodel, Region, regions
 from qwen_surgery.packing.schema import DATA_TYPES
@@ -162,8 +162,9 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
         return [f"not the nets of a model of this contract (missing or odd: {error})"]
     if layers > len(reports):
         return [f"a net of layer {layers - 1}, but {len(reports)} nets in all"]
-    heads = "greedy_head" in found or "penalty_sample_head" in found
-    wanted = [net.name for net in nets(layers, heads=heads, multi_device=fused)]
+    sampler = sampler_of(found)
+    heads = "greedy_head" in found or sampler.value in found
+    wanted = [net.name for net in nets(layers, heads=heads, multi_device=fused, sampler=sampler)]
     if names != wanted:
         first = next(
             (i for i, pair in enumerate(zip(names, wanted, strict=False)) if pair[0] != pair[1]), None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_surgery.nets import MASK_VALUE
+from qwen_surgery.nets import MASK_VALUE, NetKind
 from qwen_surgery.runtime.host import (
     Sampling,
     decode_mask,
@@ -21,6 +21,7 @@ from qwen_surgery.runtime.host import (
     padded,
     prefill_mask,
     prefill_positions,
+    sampler_knobs,
     sampling_ids,
 )
 from qwen_surgery.runtime.memory import Memory, NetMemory, Place
@@ -67,8 +68,8 @@ def own(place: Place) -> Argument:
 class DataFlow(ABC):
     """One conversation. ``tokens`` are those in the cache, and what the demo calls its visited tokens."""
 
-    #: Whether it can sample by penalty_sample_head; the others are greedy only.
-    samples = False
+    #: The head that it samples by; empty for those that are greedy only.
+    sampler = ""
     #: The mask's closed value as the demo always writes it; None: it goes by the net's own type.
     mask_bits: int | None = None
     #: Whether it launches a dynamic prefill at the prompt's own length.
@@ -159,16 +160,23 @@ class DataFlow(ABC):
         """float32 [V], read back."""
         return self.machine.read(self.result).view(np.float32)
 
+    @property
+    def samples(self) -> bool:
+        """Whether it can sample from this file."""
+        return self.sampler in self.nets
+
     def candidates(self, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities and tokens [1, 50] of penalty_sample_head."""
-        net = self.nets["penalty_sample_head"]
+        """Probabilities and tokens [1, 50] of the head that it samples by."""
+        net = self.nets[self.sampler]
         write = self.machine.write
         write(net.inputs[1].memory, sampling_ids(self.tokens, self.seq_length, sampling.last_n))
-        for place, knob in zip(
-            net.inputs[2:], (sampling.top_p, sampling.temperature, sampling.penalty), strict=True
-        ):
-            write(place.memory, np.array([knob], np.float32))
+        for place, knob in zip(net.inputs[2:], sampler_knobs(NetKind(self.sampler), sampling), strict=True):
+            write(place.memory, knob)
         self.head(net.name)
+        return self.drawn_from(net)
+
+    def drawn_from(self, net: NetMemory) -> tuple[np.ndarray, np.ndarray]:
+        """What the sampling head *net* has just given."""
         probabilities, tokens = (self.machine.read(place.memory) for place in net.outputs)
         return probabilities.view(np.float32)[None], tokens.view(np.int32)[None]
 
@@ -182,7 +190,7 @@ class Copying(DataFlow):
     before each step; the demos from 2025-06 on have no such case.
     """
 
-    samples = True
+    sampler = "penalty_sample_head"
     mask_bits: int | None = MASK_BITS["bf16"]
     #: Whether it can hold the caches itself.
     holds_cache = True
@@ -256,7 +264,7 @@ class Copying(DataFlow):
 class CopyingToken(Copying):
     """LLM-TPU's demo.cpp of 2024-02, whose lm_head gives the token: the device copies it from there."""
 
-    samples = False
+    sampler = ""
 
     def feed(self, to: Memory, token: int) -> None:
         self.machine.copy(to, self.result)
@@ -269,12 +277,15 @@ class CopyingAlone(Copying):
 
 
 class OwnLength(Copying):
-    """LLM-TPU's generic demos (Qwen2 to Qwen3), which read a file without heads or with a greedy head: a
-    dynamic prefill is launched at the prompt's own length; a decode net reads where the one before it wrote,
-    and writes straight into the cache. They know float16 from 2025-08 on.
+    """LLM-TPU's generic demos (Qwen2 to Qwen3), which read a file without heads, with a greedy head, and with
+    one to sample by: a dynamic prefill is launched at the prompt's own length; a decode net reads where the
+    one before it wrote, and writes straight into the cache. They know float16 from 2025-08 on.
+
+    Sampling as from 2026-07 on: the sampling head is launched with the tokens that the penalty looks back
+    on, however many they are. Before, it got all S places, zeros behind the text.
     """
 
-    samples = False
+    sampler = "sample_head"
     mask_bits = None
     own_length = True
     holds_cache = False
@@ -329,6 +340,18 @@ class OwnLength(Copying):
         self.machine.copy(net.inputs[0].memory, self.result)
         self.launch(net.name)
         return int(self.machine.read(net.outputs[0].memory).view(np.int32)[0])
+
+    def candidates(self, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+        net = self.nets[self.sampler]
+        latest = np.array([self.tokens[-sampling.last_n :]], np.int32)
+        knobs = sampler_knobs(NetKind(self.sampler), sampling)
+        for place, data in zip(net.inputs[1:], (latest, *knobs), strict=True):
+            self.machine.write(place.memory, data)
+        self.machine.copy(net.inputs[0].memory, self.result)
+        inputs = [own(place) for place in net.inputs]
+        inputs[1] = Argument(net.inputs[1].memory, latest.shape)
+        self.machine.launch(net.name, inputs, [own(place) for place in net.outputs])
+        return self.drawn_from(net)
 
 
 class InPlace(DataFlow):

@@ -9,12 +9,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_surgery.nets import NetKind
 from qwen_surgery.runtime import flows
 from qwen_surgery.runtime.hazards import hazards
 from qwen_surgery.runtime.memory import NetMemory, layout
 
-#: What a file's lm_head and heads are: two heads that choose, a lm_head that gives a token, or logits alone.
-HEADS, FUSED, LOGITS = "heads", "fused", "logits"
+#: What a file's lm_head and heads are: two heads that choose, as Qwen v1's demos or as the generic ones want
+#: them, a lm_head that gives a token, or logits alone.
+HEADS, GENERIC, FUSED, LOGITS = "heads", "generic heads", "fused", "logits"
+#: The head that a kind of file has to sample by.
+SAMPLERS = {HEADS: NetKind.PENALTY_SAMPLE_HEAD.value, GENERIC: NetKind.SAMPLE_HEAD.value}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,17 @@ class DemoGeneration:
         return ""
 
 
+_TOO_MANY = (
+    "it counts every net but two or three as a layer's: with two heads it looks for a layer that is not "
+    "there, and ends in a segmentation fault"
+)
 #: (what the demo takes, what the file is) -> why it cannot run
 _WHY_NOT = {
+    (HEADS, GENERIC): "it samples by penalty_sample_head, which this file does not have",
     (HEADS, FUSED): "it takes the layers for one fewer than there are, and looks for greedy_head in vain",
     (HEADS, LOGITS): "it takes the layers for one fewer than there are, and looks for greedy_head in vain",
-    (FUSED, HEADS): "it counts every net but two or three as a layer's: with two heads it looks for a layer "
-    "that is not there, and ends in a segmentation fault",
+    (FUSED, HEADS): _TOO_MANY,
+    (FUSED, GENERIC): _TOO_MANY,
     (FUSED, LOGITS): "it takes lm_head's output for a token, and gets the first logit's bits",
 }
 
@@ -64,12 +73,12 @@ GENERATIONS = (
         ("llm-tpu",), flows.CopyingAlone, (HEADS,), (True,),
     ),
     DemoGeneration(
-        "generic", "LLM-TPU models/Qwen2_5/python_demo/chat.cpp and its likes, greedy",
-        ("llm-tpu",), flows.OwnLength, (HEADS, FUSED), (True,),
+        "generic", "LLM-TPU models/Qwen2_5/python_demo/chat.cpp and its likes",
+        ("llm-tpu", "llm-tpu-generic"), flows.OwnLength, (GENERIC, HEADS, FUSED), (True,),
     ),
     DemoGeneration(
         "qwen.py-2024-08", "sophon-demo sample/Qwen/python/qwen.py, from 2024-08",
-        ("sophon-demo",), flows.InPlace, (HEADS, LOGITS, FUSED), (True, False),
+        ("sophon-demo",), flows.InPlace, (HEADS, GENERIC, LOGITS, FUSED), (True, False),
     ),
     DemoGeneration(
         "demo.cpp-2024-02", "LLM-TPU models/Qwen/demo/demo.cpp, 2024-02-19 to 2024-03-19",
@@ -89,14 +98,14 @@ GENERATIONS = (
 def kind_of(nets: Mapping[str, NetMemory]) -> str:
     """Which kind of file *nets* make."""
     if "greedy_head" in nets:
-        return HEADS
+        return GENERIC if SAMPLERS[GENERIC] in nets else HEADS
     return FUSED if nets["lm_head"].outputs[0].dtype == "i32" else LOGITS
 
 
 def conversations(profile: str, kind: str) -> int:
     """How many conversations of one prompt the level ``runtime`` has with a file of *kind* of *profile*."""
     return sum(
-        len(one.shared) * (2 if one.flow.samples and kind == HEADS else 1)
+        len(one.shared) * (2 if one.flow.sampler and one.flow.sampler == SAMPLERS.get(kind) else 1)
         for one in of_profile(profile)
         if kind in one.heads
     )

@@ -204,7 +204,7 @@ def hazards(nets: Sequence[NetMemory], flow: type[DataFlow]) -> tuple[str, ...]:
     case. A prompt that nearly fills the export length, some decode steps, greedily and with sampling.
     """
     found: dict[str, None] = {}
-    sampling = flow.samples and any(net.name == "penalty_sample_head" for net in nets)
+    sampling = any(net.name == flow.sampler for net in nets)
     for sampled in (False, True) if sampling else (False,):
         meant, real = (_run(flow, Tracker(places), sampled) for places in (apart(nets), nets))
         for (reader, wanted, expected), (_, memory, seen) in zip(meant.reads, real.reads, strict=True):

@@ -45,10 +45,17 @@ class Selection:
     def wants(self, name: str, kind: NetKind) -> bool:
         return not self.names or name in self.names or kind.value in self.names
 
-    def net_names(self, geometry: Geometry, *, heads: bool = True, multi_device: bool = False) -> list[str]:
+    def net_names(
+        self,
+        geometry: Geometry,
+        *,
+        heads: bool = True,
+        multi_device: bool = False,
+        sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
+    ) -> list[str]:
         """Nets that must be compared; raises Usage when *names* holds one that the contract does not know."""
-        contract = nets.nets(geometry.layers, heads=heads, multi_device=multi_device)
-        known = {n.name for n in contract} | {n.kind.value for n in contract}
+        contract = nets.nets(geometry.layers, heads=heads, multi_device=multi_device, sampler=sampler)
+        known = {kind.value for kind in NetKind} | {n.name for n in contract}
         for name in self.names:
             if name not in known:
                 raise Usage(f"there is no net {name}", hint="a net's name (block_3) or a kind (block)")
@@ -59,7 +66,8 @@ class Selection:
 
     def kept(self, geometry: Geometry) -> tuple[int, ...] | None:
         """The layers that the reference needs for what is chosen; None: the whole model."""
-        kinds = {n.kind for n in nets.nets(geometry.layers) if self.wants(n.name, n.kind)}
+        every = [net for kind in _SETTINGS for net in nets.nets(geometry.layers, sampler=kind)]
+        kinds = {n.kind for n in every if self.wants(n.name, n.kind)}
         if kinds & _AFTER_THE_LAYERS:
             return None
         if self.sample:
@@ -68,7 +76,12 @@ class Selection:
 
 
 _BLOCKS = {NetKind.BLOCK, NetKind.BLOCK_CACHE}
-_AFTER_THE_LAYERS = {NetKind.LM_HEAD, NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD}
+#: What each head to sample by is fed with: fewer candidates than it holds, where it can be told so.
+_SETTINGS = {
+    NetKind.PENALTY_SAMPLE_HEAD: host.Sampling(),
+    NetKind.SAMPLE_HEAD: host.Sampling(top_p=0.95, top_k=20),
+}
+_AFTER_THE_LAYERS = {NetKind.LM_HEAD, NetKind.GREEDY_HEAD, *_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class NetCase:
         if len(outputs) != len(specs):
             fault = f"{len(outputs)} outputs instead of {len(specs)}"
             return [("all outputs", Distance(np.inf, np.inf, 0.0, 0.0, 0, (fault,)))]
-        if self.kind is NetKind.PENALTY_SAMPLE_HEAD:
+        if self.kind.samples:
             return [("probs", _sampled_distance(self.expected, outputs))]
         result = []
         for spec, expected, found in zip(specs, self.expected, outputs, strict=True):
@@ -260,11 +273,10 @@ class CaseMaker:
         yield NetCase("lm_head", NetKind.LM_HEAD, None, label, (record.last_hidden[None],), (logits,))
         best = np.array([[int(np.argmax(logits))]], dtype=np.int32)
         yield NetCase("greedy_head", NetKind.GREEDY_HEAD, None, label, (logits,), (best,))
-        settings = host.Sampling()
         # As if the three best tokens had just been said: a head that forgets the penalty must show.
         said = [*record.tokens, *(int(token) for token in np.argsort(logits[0])[-3:])]
-        ids = host.sampling_ids(said, g.seq_length, settings.last_n)
-        knobs = (settings.top_p, settings.temperature, settings.penalty)
-        inputs = (logits, ids, *(np.array([knob], dtype=np.float32) for knob in knobs))
-        expected = runtime.penalty_sample(logits, ids, settings)
-        yield NetCase("penalty_sample_head", NetKind.PENALTY_SAMPLE_HEAD, None, label, inputs, expected)
+        for kind, settings in _SETTINGS.items():
+            ids = host.sampling_ids(said, g.seq_length, settings.last_n)
+            inputs = (logits, ids, *host.sampler_knobs(kind, settings))
+            expected = runtime.penalty_sample(logits, ids, settings)
+            yield NetCase(kind.value, kind, None, label, inputs, expected)

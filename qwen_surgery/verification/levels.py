@@ -38,7 +38,7 @@ SAMPLED_STEPS = 8
 def _limits_of(kind: NetKind) -> str:
     if kind in (NetKind.GREEDY_HEAD, NetKind.LM_HEAD_TOPK):
         return "exact"
-    return "probabilities" if kind is NetKind.PENALTY_SAMPLE_HEAD else "net"
+    return "probabilities" if kind.samples else "net"
 
 
 def check_nets(
@@ -109,7 +109,7 @@ def check_contract(engine: Engine, geometry: Geometry) -> list[Check]:
     """A bmodel's nets must be the contract's, in its order: consumers count nets and go by index."""
     found = engine.nets
     variants = [
-        nets.nets(geometry.layers),
+        nets.nets(geometry.layers, sampler=nets.sampler_of(found)),
         nets.nets(geometry.layers, heads=False),
         nets.nets(geometry.layers, multi_device=True),
     ]

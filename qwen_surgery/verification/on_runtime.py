@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_surgery.errors import ToolFailed
-from qwen_surgery.nets import Geometry
+from qwen_surgery.nets import Geometry, sampler_of
 from qwen_surgery.runtime.device import Device
 from qwen_surgery.runtime.flows import DataFlow
 from qwen_surgery.runtime.generations import DemoGeneration, of_profile
@@ -74,7 +74,7 @@ def net_by_net(
 ) -> Conversation:
     """The same conversation on the emulator without a runtime's memory."""
     run = Runtime(chip, geometry)
-    sampled = "penalty_sample_head" in chip.nets
+    sampled = sampler_of(chip.nets).value in chip.nets
     found = Conversation(list(prompt), [], [], [])
     logits = run.prefill(prompt)
     for step in range(steps + 1):

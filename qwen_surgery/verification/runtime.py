@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen_surgery.errors import Refused, Usage
-from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry
+from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, Geometry, sampler_of
 from qwen_surgery.runtime.host import (
     Sampling,
     decode_mask,
@@ -23,6 +23,7 @@ from qwen_surgery.runtime.host import (
     padded,
     prefill_mask,
     prefill_positions,
+    sampler_knobs,
     sampling_ids,
 )
 from qwen_surgery.verification.engines import has_fused_head
@@ -49,7 +50,7 @@ def penalised(logits: np.ndarray, input_ids: np.ndarray, sampling: Sampling) -> 
 def penalty_sample(
     logits: np.ndarray, input_ids: np.ndarray, sampling: Sampling
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What penalty_sample_head computes: probabilities float32 [1, 50] and their tokens int32 [1, 50].
+    """What a head to sample by computes: probabilities float32 [1, 50] and their tokens int32 [1, 50].
 
     Written from the contract, independently of the exported net, so that it can judge it; it also serves
     models whose heads run on the host.
@@ -58,9 +59,11 @@ def penalty_sample(
     best = np.argsort(-scores, kind="stable")[:TOP_K]
     top = scores[best] / np.float32(sampling.temperature)
     exact = np.exp(top - top.max())
+    exact[sampling.top_k :] = 0.0
     running = np.cumsum(exact / exact.sum())
     dropped = running >= sampling.top_p
     dropped[:MIN_TOKENS_TO_KEEP] = False
+    dropped[sampling.top_k :] = True
     exact = np.where(dropped, 0.0, exact)
     return (exact / exact.sum()).astype(np.float32)[None], best.astype(np.int32)[None]
 
@@ -104,7 +107,8 @@ class Runtime:
         self._engine = engine
         self._geometry = geometry
         self.fused_head = has_fused_head(engine)
-        self._has_heads = {"greedy_head", "penalty_sample_head"} <= have
+        self._sampler = sampler_of(have)
+        self._has_heads = {"greedy_head", self._sampler.value} <= have
         self._keys: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self.tokens: list[int] = []
@@ -181,7 +185,7 @@ class Runtime:
         ids = sampling_ids(self.tokens, self._geometry.seq_length, sampling.last_n)
         if not self._has_heads:
             return penalty_sample(logits, ids, sampling)
-        knobs = (sampling.top_p, sampling.temperature, sampling.penalty)
-        inputs = [logits, ids, *(np.array([knob], dtype=np.float32) for knob in knobs)]
-        probabilities, tokens = self._engine.run("penalty_sample_head", inputs)
+        probabilities, tokens = self._engine.run(
+            self._sampler.value, [logits, ids, *sampler_knobs(self._sampler, sampling)]
+        )
         return probabilities, tokens

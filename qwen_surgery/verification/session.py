@@ -14,6 +14,7 @@ from golden import tolerances
 from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
+from qwen_surgery.nets import sampler_of
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification import duration, language
 from qwen_surgery.verification.cases import (
@@ -333,7 +334,7 @@ def _level(
                 *check_contract(engine, parts.geometry),
                 _memory_check(bmodel, parts.request.runtime or None),
             ]
-        wanted = parts.selection.net_names(parts.geometry, heads=heads)
+        wanted = parts.selection.net_names(parts.geometry, heads=heads, sampler=sampler_of(engine.nets))
         result.checks += check_nets(
             engine,
             parts.cases(),
@@ -468,7 +469,9 @@ def _mlir_level(parts: _Opened, folder: OrtEngine) -> LevelResult:
 
     def work() -> None:
         toolchain = Toolchain.find(parts.request.toolchain)
-        wanted = parts.selection.net_names(parts.geometry, heads=not has_fused_head(folder))
+        wanted = parts.selection.net_names(
+            parts.geometry, heads=not has_fused_head(folder), sampler=sampler_of(folder.nets)
+        )
         with MlirEngine(folder, toolchain, parts.geometry) as engine:
             result.checks += check_nets(
                 engine,

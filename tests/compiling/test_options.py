@@ -72,6 +72,7 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         ),
         (NetKind.GREEDY_HEAD, {"mode": "int4"}, "--chip bm1684x --addr_mode io_alone"),
         (NetKind.PENALTY_SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x --addr_mode io_alone"),
+        (NetKind.SAMPLE_HEAD, {"mode": "bf16"}, "--chip bm1684x --dynamic --addr_mode io_alone"),
         (
             NetKind.BLOCK,
             {"mode": "int8", "q_group_size": 128},
@@ -106,6 +107,11 @@ def test_two_cores_are_bm1688s() -> None:
     ("options", "names", "count"),
     [
         ({}, ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head"], 5),
+        (
+            {"runtime": "llm-tpu-generic"},
+            ["embedding", "embedding_cache", "lm_head", "greedy_head", "sample_head"],
+            5,
+        ),
         ({"target": "bm1688"}, ["embedding", "embedding_cache", "lm_head"], 3),
         ({"num_device": 2}, ["embedding", "embedding_cache", "lm_head"], 3),
         ({"runtime": "sophon-demo-2024.1"}, ["embedding", "embedding_cache", "lm_head"], 2),
@@ -150,6 +156,8 @@ def test_names_are_those_of_the_reference_scripts(options: dict[str, object], pa
     [
         ({"runtime": "llm-tpu", "target": "bm1688"}, "runs on bm1684x, not on bm1688"),
         ({"runtime": "llm-tpu", "mode": "f16"}, "cannot run --mode f16"),
+        ({"runtime": "llm-tpu-generic", "num_device": 2}, "is for sampling"),
+        ({"runtime": "llm-tpu-generic", "target": "bm1688"}, "runs on bm1684x, not on bm1688"),
         ({"runtime": "sophon-demo-2024.1", "dynamic": True}, "--dynamic has no use"),
         ({"target": "bm1688", "dynamic": True}, "--dynamic is not supported on bm1688"),
         ({"target": "cv186x", "num_device": 2}, "--num-device 2 needs bm1684x"),

@@ -11,7 +11,7 @@ import torch
 
 from golden.eras import ERAS
 from qwen_surgery.exporting.placement import WeightMode
-from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K
+from qwen_surgery.nets import MIN_TOKENS_TO_KEEP, TOP_K, NetKind
 from qwen_surgery.runtime.host import decode_mask, padded, prefill_mask, prefill_positions
 from qwen_surgery.verification.engines import OrtEngine
 from qwen_surgery.verification.reference import ReferenceModel
@@ -151,3 +151,46 @@ def test_sampling_head_against_plain_arithmetic(
     weights = np.where(kept, np.exp(scores - scores.max()), 0)
     assert tokens[0].tolist() == best.tolist()
     np.testing.assert_allclose(probabilities[0], weights / weights.sum(), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def generic(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> OrtEngine:
+    """The generic demos' sampling head."""
+    folder = tmp_path_factory.mktemp("generic") / "onnx"
+    tiny.export(folder, sampler=NetKind.SAMPLE_HEAD, wanted=["sample_head"])
+    return OrtEngine(folder, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature", "penalty"),
+    [
+        (1, 0.8, 0.7, 1.05),
+        (3, 0.99, 1.0, 2.0),
+        (20, 0.8, 0.7, 1.05),
+        (20, 0.95, 0.004, 1.3),
+        (50, 1.0, 5.0, 0.8),
+    ],
+)
+def test_a_sampling_head_that_is_told_its_candidates_against_plain_arithmetic(
+    tiny: Tiny, generic: OrtEngine, top_k: int, top_p: float, temperature: float, penalty: float
+) -> None:
+    """The demo reads the first top_k entries and draws by their shares: the list must be as if it ended
+    there, also where scores over the temperature are below anything that marks a dropped one.
+    """
+    generator = np.random.default_rng(top_k)
+    logits = 4 * generator.standard_normal((1, tiny.geometry.vocab), dtype=np.float32) - 20
+    seen = np.argsort(-logits[0])[: 2 * LENGTH : 2].astype(np.int32)[None]
+    knobs = [np.array([x], np.float32) for x in (penalty, temperature)]
+    rest = [np.array([top_k], np.int32), np.array([top_p], np.float32)]
+    probabilities, tokens = generic.run("sample_head", [logits, seen, *knobs, *rest])
+
+    changed = logits[0].copy()
+    for token in seen[0].tolist():
+        changed[token] = changed[token] * np.float32(penalty if changed[token] < 0 else 1 / penalty)
+    best = np.argsort(-changed, kind="stable")[:TOP_K]
+    scores = (changed[best[:top_k]] - changed[best[0]]).astype(np.float64) / temperature
+    shares = np.exp(scores) / np.exp(scores).sum()
+    kept = np.where((np.cumsum(shares) < top_p) | (np.arange(top_k) < MIN_TOKENS_TO_KEEP), shares, 0)
+    assert tokens[0].tolist() == best.tolist()
+    np.testing.assert_allclose(probabilities[0, :top_k], kept / kept.sum(), atol=1e-5)
+    assert not probabilities[0, top_k:].any()

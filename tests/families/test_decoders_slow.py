@@ -71,6 +71,23 @@ def test_the_emulated_chip_computes_what_the_unpatched_model_does(
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("mode", ["bf16", "int4"])
+@pytest.mark.parametrize(("kind", "config"), [("qwen2", {}), ("qwen3", {"head_dim": 64})])
+def test_the_generic_demo_samples_from_a_file_for_it(
+    kind: str, config: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    """Greedily and drawing, in bmruntime with shared memory; and every net against the unpatched model."""
+    path = make(tmp_path / "model", kind, **config)
+    flags = ("--seq-length", 48, "--mode", mode, "--runtime", "llm-tpu-generic", "--dynamic", "--json")
+    report = json.loads(cli("build", path, "--out", tmp_path, *flags, "--verify", "full").stdout)["report"]
+    assert report["passed"]
+    levels = {level["level"]: level["checks"] for level in report["levels"]}
+    assert "sample_head" in {check["net"] for check in levels["chip"]}
+    demos = {(check["net"], check["label"].split()[0]) for check in levels["runtime"]}
+    assert demos == {("generic", "greedy"), ("generic", "sampling")}
+
+
+@pytest.mark.tpu
 def test_a_dynamic_build_runs_at_a_prompt_s_own_length(tmp_path: Path) -> None:
     """Keys and values are repeated for groups of heads: at a fixed length that ended the vendor's runtime."""
     path = make(tmp_path / "model", "qwen2")

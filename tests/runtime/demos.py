@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_surgery.runtime.generations import FUSED, HEADS
+from qwen_surgery.runtime.generations import FUSED, GENERIC, HEADS
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import emulator_library
 from qwen_surgery.toolchain.preload import EMULATOR_YIELD, compile_shared
@@ -31,7 +31,7 @@ _PAST_THE_END = re.compile(r"\[0 \+ out_num(_cache)?\]")
 class Demo:
     """One demo at one commit. ``driver`` is how its class is used, ``asks`` whether it asks for shared
     memory itself; where it does not, it was written for runtimes that always shared. ``samples``: its name
-    for sampling by penalty_sample_head, empty where it has none.
+    for sampling, empty where it has none. ``window``: it hands the sampling head the latest tokens alone.
     """
 
     commit: str
@@ -40,6 +40,7 @@ class Demo:
     heads: str = HEADS
     asks: bool = True
     samples: str = ""
+    window: bool = True
 
     @property
     def name(self) -> str:
@@ -60,6 +61,8 @@ DEMOS = (
     ),
     Demo("1cf8611", "models/Qwen2_5/python_demo/chat.cpp", "chat"),
     Demo("1cf8611", "models/Qwen3/python_demo/chat.cpp", "chat"),
+    Demo("e70eb9f", "models/Qwen2_5/python_demo/chat.cpp", "chat", GENERIC, samples="sample", window=False),
+    Demo("c443027", "models/Qwen3/python_demo/chat.cpp", "chat", GENERIC, samples="sample"),
     *(Demo(commit, PARALLEL, "parallel", FUSED) for commit in ("1e8f264", "a4637c9", "1cf8611")),
 )
 
@@ -140,7 +143,7 @@ template <class M> static auto text_in(M &model, int token, int) -> decltype(mod
 }
 #ifdef SAMPLES
 static void candidates(Qwen &model) {
-  auto &places = model.net_penalty_sample_head->stages[0].output_mems;
+  auto &places = model.SAMPLES->stages[0].output_mems;
   std::vector<float> shares(50);
   std::vector<int> tokens(50);
   bm_memcpy_d2s(model.bm_handle, shares.data(), places[0]);
@@ -225,7 +228,8 @@ class Workshop:
         (folder / "pybind11/stl.h").write_text("")
         (folder / "driver.cpp").write_text(_HEAD + self._driver(demo))
         libraries = self._toolchain.root / "lib"
-        flags = [*(["-DSHARE"] if not demo.asks else []), *(["-DSAMPLES"] if demo.samples else [])]
+        head = "net_sample_head" if demo.heads == GENERIC else "net_penalty_sample_head"
+        flags = [*(["-DSHARE"] if not demo.asks else []), *([f"-DSAMPLES={head}"] if demo.samples else [])]
         command = ["g++", "-std=c++17", "-O1", "-w", "-fpermissive", *flags, f"-I{folder}", "driver.cpp"]
         links = [f"-L{libraries}", "-lbmrt", "-lbmlib", "-lpthread", "-ldl", "-Wl,--allow-shlib-undefined"]
         done = subprocess.run(
@@ -240,6 +244,9 @@ class Workshop:
         knobs = ""
         if demo.path == DEMO and demo.driver == "chat":
             start = 'm.init({0}, f, "", 0.98f, 0.8f, 1.1f, 32, 8, "greedy", "")'
+        elif demo.heads == GENERIC:
+            knobs = "m.temperature = 0.98f; m.top_p = 0.8f; m.penalty = 1.1f; m.top_k = 20;"
+            knobs += " m.repetition_window = 32;" if demo.window else ""
         elif demo.samples:
             knobs = "m.temperature = 0.98f; m.top_p = 0.8f; m.repeat_penalty = 1.1f; m.repeat_last_n = 32;"
         return f"#define START(m, f) {start}\n#define KNOBS(m) {knobs}\n{_DRIVERS[demo.driver]}"

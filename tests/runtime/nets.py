@@ -15,17 +15,22 @@ from qwen_surgery.runtime.memory import Memory, NetMemory, Place
 GEOMETRY = Geometry(layers=2, hidden=8, heads=2, head_dim=4, vocab=64, intermediate=16, seq_length=16)
 #: Bytes from one net's own memory to the next one's.
 APART = 1 << 20
-_HEADS = (NetKind.LM_HEAD, NetKind.GREEDY_HEAD, NetKind.PENALTY_SAMPLE_HEAD)
+_HEADS = (NetKind.LM_HEAD, *(kind for kind in NetKind if kind.chooses))
 
 
 def made(
-    *, heads: bool = True, dynamic: bool = False, shared: bool = True, moved: Mapping[str, int] | None = None
+    *,
+    heads: bool = True,
+    sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
+    dynamic: bool = False,
+    shared: bool = True,
+    moved: Mapping[str, int] | None = None,
 ) -> tuple[NetMemory, ...]:
     """Every net's tensors one after the other in memory of its own; the prefill blocks' in one place when
     *shared*. *moved*: ``net.tensor`` -> another address.
     """
     result = []
-    for index, net in enumerate(nets(GEOMETRY.layers, heads=heads)):
+    for index, net in enumerate(nets(GEOMETRY.layers, heads=heads, sampler=sampler)):
         prefill = net.kind is NetKind.BLOCK
         base = 1 << 30 if prefill and shared else APART * (index + 1)
         places, end = [], base
@@ -38,6 +43,7 @@ def made(
         count = len(inputs(net.kind, GEOMETRY))
         work = Memory(base, end - base + 64) if prefill else Memory(1 << 30, 64)
         is_dynamic = dynamic and net.kind in (NetKind.BLOCK, NetKind.EMBEDDING)
+        is_dynamic = is_dynamic or net.kind is NetKind.SAMPLE_HEAD
         result.append(
             NetMemory(net.name, not prefill, is_dynamic, tuple(places[:count]), tuple(places[count:]), work)
         )

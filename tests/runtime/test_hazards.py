@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from qwen_surgery.nets import NetKind
 from qwen_surgery.runtime import flows
-from qwen_surgery.runtime.generations import GENERATIONS, suits
+from qwen_surgery.runtime.generations import GENERATIONS, GENERIC, HEADS, conversations, suits
 from qwen_surgery.runtime.hazards import hazards
 from qwen_surgery.runtime.memory import Place
 from tests.runtime.nets import first_layout, made, place
@@ -49,6 +50,29 @@ def test_a_heads_input_inside_the_logits_is_named(flow: type[flows.DataFlow]) ->
     assert found == (
         "penalty_sample_head as its m_logits reads 256 bytes, of which 4 are penalty_sample_head.top_p"
     )
+
+
+def test_the_generic_demo_s_copy_of_the_logits_may_be_nobody_else_s() -> None:
+    """It writes tokens and settings first, copies the logits last, and both must be there at the launch."""
+    generic = {"sampler": NetKind.SAMPLE_HEAD}
+    assert hazards(made(**generic), flows.OwnLength) == ()
+    nets = {net.name: net for net in made(**generic)}
+    logits = nets["sample_head"].inputs[0].memory
+    (found,) = hazards(made(**generic, moved={"sample_head.top_k": logits.address + 8}), flows.OwnLength)
+    assert found.startswith("sample_head as its top_k reads 4 bytes, of which 4 are")
+    keys = nets["block_cache_0"].inputs[3].memory
+    found = hazards(made(**generic, moved={"sample_head.input_ids": keys.address}), flows.OwnLength)
+    assert any("block_cache_0 as its history_k" in one for one in found)
+
+
+def test_heads_of_the_generic_demo_are_for_demos_that_know_them() -> None:
+    nets = made(sampler=NetKind.SAMPLE_HEAD)
+    said = {one.name: one.refuses(nets) for one in GENERATIONS}
+    assert {name for name, why in said.items() if not why} == {"generic", "qwen.py-2024-08"}
+    assert "penalty_sample_head, which this file does not have" in said["chat-2025"]
+    assert "segmentation fault" in said["demo_parallel"]
+    assert conversations("llm-tpu-generic", GENERIC) == 2
+    assert conversations("llm-tpu", HEADS) == 5, "the generic demo cannot sample from a file of Qwen v1's"
 
 
 @pytest.mark.parametrize("distance", [-16, 16])

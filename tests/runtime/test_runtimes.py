@@ -177,20 +177,25 @@ FILES: tuple[tuple[object, ...], ...] = (
     *(("--mode", mode, "--dynamic") for mode in ("f16", "int8", "int4")),
     *(("--mode", mode, "--runtime", "sophon-demo-2024.1") for mode in ("bf16", "int8", "int4")),
     ("--mode", "int8", "--runtime", "sophon-demo"),
+    *(("--mode", mode, "--runtime", "llm-tpu-generic") for mode in ("bf16", "int8", "int4")),
+    *(("--mode", mode, "--runtime", "llm-tpu-generic", "--dynamic") for mode in ("bf16", "f16", "int4")),
     *(
         ("--mode", mode, "--target", *chip)
         for chip in (("cv186x",), ("bm1688", "--num-core", 1))
         for mode in ("bf16", "f16", "int8", "int4")
     ),
 )
-#: Of these, the one that the ordinary suite builds beside the fixture: other demos than the fixture's.
-QUICK = ("--mode", "int4", "--runtime", "sophon-demo-2024.1")
+#: Of these, those that the ordinary suite builds beside the fixture: other demos than the fixture's.
+QUICK = (
+    ("--mode", "int4", "--runtime", "sophon-demo-2024.1"),
+    ("--mode", "int4", "--runtime", "llm-tpu-generic", "--dynamic"),
+)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(flags, id=" ".join(map(str, flags)), marks=() if flags == QUICK else pytest.mark.slow)
+        pytest.param(flags, id=" ".join(map(str, flags)), marks=() if flags in QUICK else pytest.mark.slow)
         for flags in FILES
     ],
 )
@@ -204,11 +209,14 @@ def test_every_demo_that_can_read_a_file_gives_its_nets_tokens(
     expected = HEADS
     if "--target" in flags:
         expected = {"qwen.py-2024-08"}
-    elif "f16" in flags:
+    elif "f16" in flags or "llm-tpu-generic" in flags:
         expected = {"generic", "qwen.py-2024-08"}
     elif "sophon-demo-2024.1" in flags:
         expected = FUSED
     assert generations(level) == expected
+    if "llm-tpu-generic" in flags:
+        labels = {check["label"] for check in level["checks"] if check["net"] == "generic"}
+        assert labels == {f"{how} shared {n}+3" for how in ("greedy", "sampling") for n in (22, 61)}
 
 
 @pytest.mark.slow
@@ -261,12 +269,13 @@ def answers_with(bmodel: Path, masks: tuple[int, ...]) -> dict[int, str]:
 
 
 @pytest.mark.slow
-def test_the_whole_vocabulary_is_sampled_from_undamaged_logits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["llm-tpu", "llm-tpu-generic"])
+def test_the_whole_vocabulary_is_sampled_from_undamaged_logits(tmp_path: Path, runtime: str) -> None:
     """151,936 tokens: the heads' inputs used to lie inside the logits. Sampling once takes the emulator a
     minute at this size.
     """
     checkout = make_checkout(tmp_path / "wide", layers=1, hidden=128, heads=2, vocab=151936)
-    bmodel = build(checkout, tmp_path / "out", "--mode", "int4")
+    bmodel = build(checkout, tmp_path / "out", "--mode", "int4", "--runtime", runtime)
     assert inspected(bmodel)["contract"] == []
     level = in_runtime(checkout, bmodel, steps=1)
     assert level["passed"], missed(level)

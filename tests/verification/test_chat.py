@@ -201,9 +201,41 @@ def test_sampling_is_what_generation_config_says(talking: tuple[Path, Path], tmp
     file.write_text(json.dumps(settings))
     found = Generation.of(tmp_path)
     assert found.sampling == Sampling(0.5, 1.0, 1.3) and found.stops == (5, 6)
+    for said, top_k in ((20, 20), (0, 50), (151936, 50)):
+        file.write_text(json.dumps({**settings, "top_k": said}))
+        assert Generation.of(tmp_path).sampling == Sampling(0.5, 1.0, 1.3, top_k=top_k)
     file.write_text('{"do_sample": true, "top_p": "much"}')
     with pytest.raises(Refused, match="generation_config"):
         Generation.of(tmp_path)
+
+
+def test_chat_draws_by_the_generic_demo_s_head_from_as_many_as_top_k_says(
+    talking: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From one candidate the draw is the best token, whatever the temperature; from fifty it is not."""
+    path = talking[0]
+    flags = ("--onnx-path", tmp_path / "nets", "--seq-length", 96, "--generic", "--no-twin", "--json")
+    code, out, _ = run(capsys, "export", path, *flags, "--trust-remote-code")
+    assert code == 0 and "sample_head" in {net["name"] for net in json.loads(out)["nets"]}
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    said = {}
+    for top_k in (1, 50):
+        settings = {"do_sample": True, "temperature": 100.0, "top_k": top_k, "eos_token_id": []}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        args = ("--onnx", tmp_path / "nets", "--tokenizer", folder, "--prompt", "3 + 4", "--max-tokens", 8)
+        said[top_k] = run(capsys, "chat", *args, "--seed", 1)[1]
+        greedy = run(capsys, "chat", *args, "--greedy")[1]
+    assert said[1] == greedy != said[50]
+
+
+def test_heads_of_two_kinds_cannot_be_asked_for(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--onnx-path", tmp_path / "nets", "--generic", "--multi-device", "--trust-remote-code")
+    code, _, err = run(capsys, "export", bench.path, *flags)
+    assert code == 2 and "--generic has no use with --multi-device" in err
+    assert not (tmp_path / "nets").exists()
 
 
 def test_greedy_takes_no_sampling_settings(

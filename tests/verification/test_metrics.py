@@ -116,5 +116,8 @@ def test_penalty_sampling_follows_the_contract() -> None:
     assert probabilities.sum() == pytest.approx(1, abs=1e-6)
     assert (probabilities > 0).sum() == 5, "top-p never leaves fewer than five"
     assert tokens[0, 0] == 1, "a token that was just said is penalised"
+    few, same = runtime.penalty_sample(logits, np.array([[0]]), host.Sampling(0.9, 4.0, 2.0, top_k=3))
+    assert (few > 0).sum() == 3 and np.array_equal(same, tokens), "as many as top_k says, if fewer than five"
+    assert few.sum() == pytest.approx(1, abs=1e-6)
     draws = [runtime.draw(probabilities, tokens, u) for u in np.linspace(0, 0.999, 200)]
     assert set(draws) == set(tokens[0, :5].tolist())

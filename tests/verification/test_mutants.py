@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from golden.eras import ERAS
 from qwen_surgery import nets
+from qwen_surgery.exporting.modules import SampleHead
 from qwen_surgery.verification.engines import OrtEngine, TorchEngine
-from qwen_surgery.verification.levels import END_TO_END
+from qwen_surgery.verification.levels import END_TO_END, check_nets
 from qwen_surgery.verification.results import Check
 from tests.verification.conftest import Bench, make_bench
 from tests.verification.mutants import MUTANTS, Mutant, Tampered
@@ -79,3 +83,32 @@ def test_an_error_in_one_layer_is_named(bench: Bench) -> None:
     wrong = Tampered(OrtEngine(bench.folder), names={"block_1": "block_0"})
     missed = {check.net for check in bench.judge(wrong, "onnx", end_to_end=False) if not check.passed}
     assert missed == {"block_1"}
+
+
+class Sampler:
+    """The generic demos' sampling head alone, in torch; *deaf* to one of its settings."""
+
+    nets = ("sample_head",)
+
+    def __init__(self, deaf: int | None, value: float) -> None:
+        self._deaf, self._value = deaf, value
+
+    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs]
+        if self._deaf is not None:
+            given[self._deaf] = torch.full_like(given[self._deaf], self._value)
+        return [output.numpy() for output in SampleHead()(*given)]
+
+
+@pytest.mark.parametrize(
+    ("deaf", "value"),
+    [(None, 0), (2, 1), (3, 1), (4, 50), (5, 1)],
+    ids=["sound", "penalty", "temperature", "top_k", "top_p"],
+)
+def test_a_generic_sampling_head_that_ignores_a_setting_is_caught(
+    bench: Bench, deaf: int | None, value: float
+) -> None:
+    limits = bench.limits("onnx")
+    checks = check_nets(Sampler(deaf, value), bench.cases, bench.geometry, limits, ["sample_head"])
+    assert flagged(checks) == (set() if deaf is None else {"sample_head"})
+    assert {check.label.split()[0] for check in checks} == {"prefill", "decode"}
