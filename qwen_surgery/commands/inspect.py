@@ -97,11 +97,11 @@ def _print_regions(nets: tuple[NetMemory, ...], every: bool) -> None:
         seen.append(kind)
         region = "of its own" if net.io_alone else "shared"
         work = f", works in {net.work.size:,} shared bytes" if net.work and net.work.size else ""
-        out.print(f"[bold]{net.name}[/bold]  inputs and outputs {region}{work}")
+        out.print(console.styled(f"[bold]{escape(net.name)}[/bold]  inputs and outputs {region}{work}"))
         start = min(place.memory.address for place in (*net.inputs, *net.outputs)) if net.io_alone else 0
         for arrow, places in (("in ", net.inputs), ("out", net.outputs)):
             for place in places:
-                out.print(f"  {arrow} {escape(place.name)}  {_range(place.memory, start)}")
+                out.print(f"  {arrow} {place.name}  {_range(place.memory, start)}")
 
 
 def _range(memory: Memory, start: int) -> str:

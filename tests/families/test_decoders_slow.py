@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.families.speaking import add_tokenizer
 from tests.families.test_decoders import ROOT, cli
 from tests.families.tiny import make
 
@@ -85,6 +86,22 @@ def test_the_generic_demo_samples_from_a_file_for_it(
     assert "sample_head" in {check["net"] for check in levels["chip"]}
     demos = {(check["net"], check["label"].split()[0]) for check in levels["runtime"]}
     assert demos == {("generic", "greedy"), ("generic", "sampling")}
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_integers_that_a_text_chose_reach_the_chip(kind: str, tmp_path: Path) -> None:
+    """Heads of keys are fewer than those of queries, and weights have other names than Qwen v1's."""
+    path = add_tokenizer(make(tmp_path / "model", kind))
+    flags = ("--seq-length", 48, "--mode", "int4", "--json", "--quantizer")
+    rounded, chosen = (
+        json.loads(cli("build", path, "--out", tmp_path / name, *flags, name, "--verify", "full").stdout)
+        for name in ("rtn", "gptq")
+    )
+    assert chosen["integers"].endswith("chosen by gptq") and chosen["report"]["passed"]
+    files = [Path(made["bmodels"][0]) for made in (rounded, chosen)]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert files[0].read_bytes() != files[1].read_bytes()
 
 
 @pytest.mark.tpu

@@ -52,6 +52,10 @@ def inspected(bmodel: Path, *flags: object) -> dict[str, Any]:
     return json.loads(cli("inspect", bmodel, "--json", *flags, check=False).stdout)
 
 
+def inspected_nets(bmodel: Path) -> list[str]:
+    return [net["name"] for net in inspected(bmodel)["nets"]]
+
+
 def in_runtime(checkout: Path, bmodel: Path, steps: int = 3) -> dict[str, Any]:
     """The level ``runtime`` of a verification."""
     flags = ("--level", "runtime", "--steps", steps, "--trust-remote-code", "--json")
@@ -91,6 +95,14 @@ def test_the_addresses_that_inspect_shows_are_bmruntimes(bf16: Path) -> None:
     first = [{net.name: net for net in nets}["block_0"] for nets in (ours, real)]
     for one, other in zip(first, blocks, strict=True):
         assert [p.memory for p in one.inputs] == [p.memory for p in other.inputs], "layers share their places"
+
+
+def test_regions_are_plain_lines_in_a_pipe(bf16: Path) -> None:
+    """A net's name, and below it where each input and output lies; nothing of how a terminal shows it."""
+    said = cli("inspect", bf16, "--regions").stdout.partition("memory of each net")[2].splitlines()
+    lines = dict.fromkeys(line.split("  ")[0] for line in said[1:] if not line.startswith(" "))
+    assert list(lines) == [name for name in inspected_nets(bf16) if not name.endswith("_1")]
+    assert any(line.startswith("  in  history_k  ") for line in said)
 
 
 def test_a_dynamic_bf16_model_gives_every_demo_the_right_tokens(checkout: Path, bf16: Path) -> None:
