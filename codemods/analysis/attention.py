@@ -111,9 +111,21 @@ class ScorePath:
                 or ((masked or self._masked_in_place) and kind == "write")
                 or (kind == "keep" and self._upsets(stmt, masked))
                 or (kind == "add" and any(self._upsets(s, masked) for s in self._beside(stmt)))
+                or self._goes_by_the_mask(stmt)
             ):
                 found.append(stmt)
         return found + [stmt for stmt in self._softmaxes if stmt is not self.softmax]
+
+    def _goes_by_the_mask(self, stmt: ast.stmt) -> bool:
+        """Something other than its sum depends on whether there is a mask: the nets are always given one,
+        upstream's model need not be."""
+        if not isinstance(stmt, ast.If) or self.mask_parameter not in syntax.reads(stmt.test):
+            return False
+        inside = [s for s in (*stmt.body, *stmt.orelse) if not (self._adds(s) or _binds_itself(s))]
+        bound = frozenset().union(*(syntax.binds(s) for s in inside)) - {self.mask_parameter}
+        others = (s for s in self.function.body if s is not stmt)
+        elsewhere = frozenset().union(*(syntax.reads(s) for s in others))
+        return bool(bound & elsewhere) or any(_gives_away(n) for s in inside for n in syntax.walk(s))
 
     def _upsets(self, stmt: ast.stmt, masked: bool) -> bool:
         """A statement that may write the scores besides binding them, or keeps masked ones for later."""
@@ -458,6 +470,11 @@ def is_not_none(test: ast.expr, name: str) -> bool:
         and isinstance(test.comparators[0], ast.Constant)
         and test.comparators[0].value is None
     )
+
+
+def _binds_itself(stmt: ast.stmt) -> bool:
+    """``x = x``, ``x = x * 1`` and the like."""
+    return isinstance(stmt, ast.Assign) and all(syntax.same(t, unwrapped(stmt.value)) for t in stmt.targets)
 
 
 def _gives_away(node: ast.AST) -> bool:

@@ -344,6 +344,38 @@ KNOWN = {
         _ONE_PAST.replace("earlier_key,", "earlier_key[:, 1:],"),
         "early-present",
     ),
+    "the triangle registered anew from outside": Known(
+        "bias-buffer",
+        "        self.post_init()\n\n    def set_output_embeddings",
+        "        self.post_init()\n        first = self.transformer.h[0].attn\n"
+        "        first.register_buffer('bias', torch.ones_like(first.bias), persistent=False)\n\n"
+        "    def set_output_embeddings",
+    ),
+    "a buffer registered under a name that does not show": Known(
+        "bias-buffer",
+        "        self.post_init()\n\n    def set_output_embeddings",
+        "        self.post_init()\n        for name, kept in [*self.named_buffers()]:\n"
+        "            self.register_buffer(name, torch.ones_like(kept))\n\n"
+        "    def set_output_embeddings",
+    ),
+    "values changed where there is a mask": Known(
+        "kv-quant",
+        _LATE_SUM,
+        "        if attention_mask is not None:\n            value = value * 0\n"
+        "            attn_weights = attn_weights + attention_mask\n",
+    ),
+    "values changed in an `if` of their own": Known(
+        "kv-quant",
+        _LATE_SUM,
+        f"        if attention_mask is not None:\n            value = value * 0\n{_LATE_SUM}",
+    ),
+    "the branch that goes replaces what the module holds": Known(
+        "tril-forward",
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "                    self.register_buffer('logn_tensor', torch.ones_like(self.logn_tensor))\n"
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "disable-torch2",
+    ),
     "part of the history handed on": Known(
         "registered-mask-list",
         "            layer_past=layer_past,\n            output",
