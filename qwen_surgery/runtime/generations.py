@@ -53,6 +53,7 @@ _TOO_MANY = (
     "it counts every net but two or three as a layer's: with two heads it looks for a layer that is not "
     "there, and ends in a segmentation fault"
 )
+_BITS = "it takes lm_head's output for a token, and gets the first logit's bits"
 #: (what the demo takes, what the file is) -> why it cannot run
 _WHY_NOT = {
     (HEADS, GENERIC): "it samples by penalty_sample_head, which this file does not have",
@@ -60,7 +61,8 @@ _WHY_NOT = {
     (HEADS, LOGITS): "it takes the layers for one fewer than there are, and looks for greedy_head in vain",
     (FUSED, HEADS): _TOO_MANY,
     (FUSED, GENERIC): _TOO_MANY,
-    (FUSED, LOGITS): "it takes lm_head's output for a token, and gets the first logit's bits",
+    (GENERIC, LOGITS): _BITS,
+    (FUSED, LOGITS): _BITS,
 }
 
 GENERATIONS = (

@@ -8,9 +8,9 @@ import pytest
 
 from qwen_surgery.nets import NetKind
 from qwen_surgery.runtime import flows
-from qwen_surgery.runtime.generations import GENERATIONS, GENERIC, HEADS, conversations, suits
+from qwen_surgery.runtime.generations import FUSED, GENERATIONS, GENERIC, HEADS, LOGITS, conversations, suits
 from qwen_surgery.runtime.hazards import hazards
-from qwen_surgery.runtime.memory import Place
+from qwen_surgery.runtime.memory import NetMemory, Place
 from tests.runtime.nets import first_layout, made, place
 
 SHARING = (flows.Copying, flows.CopyingAlone, flows.OwnLength)
@@ -73,6 +73,23 @@ def test_heads_of_the_generic_demo_are_for_demos_that_know_them() -> None:
     assert "segmentation fault" in said["demo_parallel"]
     assert conversations("llm-tpu-generic", GENERIC) == 2
     assert conversations("llm-tpu", HEADS) == 5, "the generic demo cannot sample from a file of Qwen v1's"
+
+
+def test_every_demo_has_a_reason_for_every_kind_of_file_that_it_cannot_read() -> None:
+    """Or inspect ends in an error of its own, as once for chips without heads."""
+
+    def with_token(net: NetMemory) -> NetMemory:
+        return replace(net, outputs=(replace(net.outputs[0], dtype="i32"),)) if net.name == "lm_head" else net
+
+    logits = made(heads=False)
+    files = {
+        HEADS: made(),
+        GENERIC: made(sampler=NetKind.SAMPLE_HEAD),
+        LOGITS: logits,
+        FUSED: tuple(map(with_token, logits)),
+    }
+    for one in GENERATIONS:
+        assert {kind for kind, nets in files.items() if not one.refuses(nets)} == {*one.heads}, one.name
 
 
 @pytest.mark.parametrize("distance", [-16, 16])
