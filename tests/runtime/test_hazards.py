@@ -8,7 +8,8 @@ import pytest
 
 from qwen_surgery.nets import NetKind
 from qwen_surgery.runtime import flows
-from qwen_surgery.runtime.generations import FUSED, GENERATIONS, GENERIC, HEADS, LOGITS, conversations, suits
+from qwen_surgery.runtime.generations import FUSED, GENERATIONS, GENERIC, HEADS, conversations, suits
+from qwen_surgery.runtime.generations import LOGITS as LOGITS_ALONE
 from qwen_surgery.runtime.hazards import hazards
 from qwen_surgery.runtime.memory import NetMemory, Place
 from tests.runtime.nets import first_layout, made, place
@@ -85,7 +86,7 @@ def test_every_demo_has_a_reason_for_every_kind_of_file_that_it_cannot_read() ->
     files = {
         HEADS: made(),
         GENERIC: made(sampler=NetKind.SAMPLE_HEAD),
-        LOGITS: logits,
+        LOGITS_ALONE: logits,
         FUSED: tuple(map(with_token, logits)),
     }
     for one in GENERATIONS:
