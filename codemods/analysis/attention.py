@@ -119,9 +119,11 @@ class ScorePath:
     def _goes_by_the_mask(self, stmt: ast.stmt) -> bool:
         """Something other than its sum depends on whether there is a mask: the nets are always given one,
         upstream's model need not be."""
-        if not isinstance(stmt, ast.If) or self.mask_parameter not in syntax.reads(stmt.test):
+        choices = (n.test for n in syntax.walk(stmt) if isinstance(n, (ast.If, ast.IfExp, ast.While)))
+        if not any(self.mask_parameter in syntax.reads(test) for test in choices):
             return False
-        inside = [s for s in (*stmt.body, *stmt.orelse) if not (self._adds(s) or _binds_itself(s))]
+        simple = [s for s in syntax.statements([stmt]) if not any(syntax.blocks(s))]
+        inside = [s for s in simple if not (self._adds(s) or _binds_itself(s))]
         bound = frozenset().union(*(syntax.binds(s) for s in inside)) - {self.mask_parameter}
         others = (s for s in self.function.body if s is not stmt)
         elsewhere = frozenset().union(*(syntax.reads(s) for s in others))

@@ -529,13 +529,25 @@ class _Reader:
             return self._all(call.args[1:2])
         return given if name in _VIEWS or between & {"autograd"} else NOTHING
 
+    def _register(self, call: ast.Call, given: Roots) -> Roots:
+        """A buffer is born where a class's ``__init__`` registers it on self; anywhere else, and under a name
+        that does not show, one may be replaced."""
+        label = syntax.constant(call.args[0] if call.args else syntax.keyword(call, "name"))
+        own = isinstance(call.func, ast.Attribute) and syntax.is_name(call.func.value, "self")
+        if not isinstance(label, str):
+            self._write(call, self.file.buffers)
+            return NOTHING
+        self.flow.join((f"@{label}", *sorted(given)))
+        if not own or self.flow.function.name != "__init__":
+            self._write(call, frozenset((f"@{label}",)))
+        return NOTHING
+
     def _method(self, call: ast.Call, name: str, own: Roots, given: Roots) -> Roots:
         if is_in_place(name):
             self._write(call, own)
             return own | given
         if name == "register_buffer":
-            self.flow.join((f"@{syntax.constant(call.args[0] if call.args else None)}", *sorted(given)))
-            return NOTHING
+            return self._register(call, given)
         if name in {"buffers", "named_buffers"}:
             return self.file.buffers
         if name in {"get_buffer", "get_parameter"} and call.args:

@@ -25,10 +25,6 @@ from codemods.analysis.source import Source, kept_on_source
 SDPA = "scaled_dot_product_attention"
 #: What a name stands for where some way to it does not set it.
 _UNSET: Term = ("unset",)
-#: Calls that give a module something to keep, or take it away.
-_KEEPERS = frozenset(
-    ("register_buffer", "register_parameter", "register_module", "add_module", "setattr", "delattr")
-)
 _LIMIT = 400  #: statements followed, calls included
 _LARGEST, _DEEPEST = 20_000, 300  #: expressions in one, and levels; upstream's have 2,123 and 23
 
@@ -344,8 +340,6 @@ class _Branch:
 
     def _call(self, call: ast.Call, env: dict[str, Term]) -> Term:
         name = syntax.last_name(call.func)
-        if name in _KEEPERS:
-            raise _Unknown(f"line {call.lineno} changes what the module holds")
         args = tuple(self._term(a, env) for a in call.args)
         keywords = tuple(sorted((k.arg or "**", self._term(k.value, env)) for k in call.keywords))
         if not isinstance(call.func, ast.Attribute):

@@ -359,12 +359,6 @@ def changed_buffer(source: Source, name: str) -> Found | None:
             label = syntax.constant(node.args[1]) if len(node.args) > 1 else None
             if not isinstance(label, str) or label == name:
                 return Found(f"setattr may replace the buffer {name}", node.lineno)
-        if isinstance(node, ast.Call) and syntax.call_name(node) == "register_buffer":
-            label = syntax.constant(node.args[0] if node.args else syntax.keyword(node, "name"))
-            mine = isinstance(node.func, ast.Attribute) and syntax.is_name(node.func.value, "self")
-            # Under a name that shows, on self: the class that registers it, which is looked at elsewhere.
-            if not isinstance(label, str) or (label == name and not mine):
-                return Found(f"register_buffer may replace the buffer {name}", node.lineno)
     return None
 
 

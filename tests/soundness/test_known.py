@@ -369,6 +369,25 @@ KNOWN = {
         _LATE_SUM,
         f"        if attention_mask is not None:\n            value = value * 0\n{_LATE_SUM}",
     ),
+    "values changed by an expression that looks for a mask": Known(
+        "kv-quant",
+        _LATE_SUM,
+        f"        value = value if attention_mask is None else value * 0\n{_LATE_SUM}",
+    ),
+    "the branch that goes sets an attribute by its name": Known(
+        "tril-forward",
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "                    setattr(self, 'logn_tensor', torch.ones_like(self.logn_tensor))\n"
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "disable-torch2",
+    ),
+    "the branch that goes replaces a parameter": Known(
+        "tril-forward",
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "                    self.c_proj.register_parameter('weight', nn.Parameter(self.c_proj.weight * 2))\n"
+        "                    lowest = torch.finfo(query.dtype).min\n",
+        "disable-torch2",
+    ),
     "the branch that goes replaces what the module holds": Known(
         "tril-forward",
         "                    lowest = torch.finfo(query.dtype).min\n",
