@@ -15,8 +15,10 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.families.release import unpacked
 
 ROOT = Path(__file__).resolve().parents[1]
 #: model_type -> the first release that has it.
@@ -33,7 +35,7 @@ def main() -> int:
     print("| transformers | family | edited layer | whole model |\n|---|---|---|---|")
     wrong = 0
     for version in args.versions or last_of_minors():
-        folder = unpacked(version, args.work.resolve())
+        folder = unpacked(version, args.work.resolve() / version)
         for kind, first in FIRST.items():
             if numbers(version)[:2] >= first:
                 row, held = compared(folder, kind)
@@ -53,19 +55,6 @@ def last_of_minors() -> list[str]:
     versions = sorted(map(numbers, set(re.findall(r"\b\d+\.\d+\.\d+\b(?=,|\s|$)", said))))
     newest = {version[:2]: version for version in versions if version[:2] >= min(FIRST.values())}
     return [".".join(map(str, version)) for version in newest.values()]
-
-
-def unpacked(version: str, work: Path) -> Path:
-    """The folder that has the release, downloaded once."""
-    folder = work / version
-    if not (folder / "transformers").is_dir():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, f"transformers=={version}", "-d", str(folder)], check=True)
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        wheel.unlink()
-    return folder
 
 
 def compared(folder: Path, kind: str) -> tuple[str, bool]:

@@ -190,6 +190,16 @@ class GreedyHead(nn.Module):
         return torch.topk(m_logits, 1)[1].int()
 
 
+def _best(
+    m_logits: torch.Tensor, input_ids: torch.Tensor, penalty: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best 50 scores [1, 50] and their tokens, once those of *input_ids* are penalised."""
+    ids = input_ids.long()
+    seen = torch.gather(m_logits, 1, ids)
+    seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+    return torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
+
+
 class PenaltySampleHead(nn.Module):
     """The candidates to sample from: probs float32 [1, 50] and their tokens int32 [1, 50].
 
@@ -214,10 +224,7 @@ class PenaltySampleHead(nn.Module):
         temperature: torch.Tensor,
         penalty: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = input_ids.long()
-        seen = torch.gather(m_logits, 1, ids)
-        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-        best, tokens = torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
+        best, tokens = _best(m_logits, input_ids, penalty)
         best = best / temperature
         # One comparison with a limit per place: TPU-MLIR has no Or with a constant.
         kept = best.softmax(dim=1).cumsum(dim=1) < top_p + self.head_start
@@ -246,10 +253,7 @@ class SampleHead(PenaltySampleHead):
         top_k: torch.Tensor,
         top_p: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = input_ids.long()
-        seen = torch.gather(m_logits, 1, ids)
-        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-        best, tokens = torch.topk(m_logits.scatter(1, ids, seen), TOP_K)
+        best, tokens = _best(m_logits, input_ids, penalty)
         # Below the best one: so what is dropped scores next to nothing at any temperature.
         best = (best - best[:, :1]) / temperature
         dropped = torch.full_like(best, _DROPPED)

@@ -7,12 +7,26 @@ the packages around it are left out: a model's forward needs none of them.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
+
+
+def unpacked(version: str, folder: Path) -> Path:
+    """*folder*, with the release *version* in it: its wheel is downloaded once, without dependencies."""
+    if not (folder / "transformers").is_dir():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*command, f"transformers=={version}", "-d", str(folder)], check=True)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wheel.unlink()
+    return folder
 
 
 def use(folder: str) -> None:

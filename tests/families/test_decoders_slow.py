@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.families.release import unpacked
 from tests.families.speaking import add_tokenizer
 from tests.families.test_decoders import ROOT, cli
 from tests.families.tiny import make
@@ -123,14 +123,7 @@ def release(pytestconfig: pytest.Config) -> Callable[[str], Path]:
     """An unpacked release of transformers, by version; its wheel is downloaded once, without dependencies."""
 
     def fetch(version: str) -> Path:
-        folder = Path(pytestconfig.cache.mkdir(f"transformers-{version}"))
-        if not (folder / "transformers").is_dir():
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            subprocess.run([*command, f"transformers=={version}", "-d", str(folder)], check=True)
-            (wheel,) = folder.glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
-        return folder
+        return unpacked(version, Path(pytestconfig.cache.mkdir(f"transformers-{version}")))
 
     return fetch
 
