@@ -50,12 +50,11 @@ class Selection:
         geometry: Geometry,
         *,
         heads: bool = True,
-        multi_device: bool = False,
         sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
     ) -> list[str]:
         """Nets that must be compared; raises Usage when *names* holds one that the contract does not know."""
-        contract = nets.nets(geometry.layers, heads=heads, multi_device=multi_device, sampler=sampler)
-        known = {kind.value for kind in NetKind} | {n.name for n in contract}
+        contract = nets.nets(geometry.layers, heads=heads, sampler=sampler)
+        known = {n.name for n in contract} | {n.kind.value for n in contract}
         for name in self.names:
             if name not in known:
                 raise Usage(f"there is no net {name}", hint="a net's name (block_3) or a kind (block)")

@@ -85,7 +85,7 @@ class TorchEngine:
         index: Mapping[str, TensorRef],
         geometry: Geometry,
         *,
-        multi_device: bool = False,
+        sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         from qwen_surgery.exporting.modules import ModuleFactory
@@ -95,7 +95,7 @@ class TorchEngine:
         self._factory = ModuleFactory(patched, reference, geometry)
         self._anatomy = patched.family.anatomy
         self._index = index
-        self._contract = {net.name: net for net in nets.nets(geometry.layers, multi_device=multi_device)}
+        self._contract = {net.name: net for net in nets.nets(geometry.layers, sampler=sampler)}
         self._open: _Kept[Any] = _Kept(keep_bytes)
 
     @property

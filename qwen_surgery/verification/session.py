@@ -14,7 +14,7 @@ from golden import tolerances
 from golden.speaking.model import TEXT
 from qwen_surgery.errors import Refused, Usage
 from qwen_surgery.exporting.remote_code import require_trust
-from qwen_surgery.nets import sampler_of
+from qwen_surgery.nets import NetKind, sampler_of
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.verification import duration, language
 from qwen_surgery.verification.cases import (
@@ -118,6 +118,8 @@ class _Opened:
     sources: Sources
     index: WeightIndex
     geometry: Geometry
+    #: The head to sample by of what is verified.
+    sampler: NetKind
     selection: Selection
     reference: ReferenceModel
     limits: dict[tuple[str, str], dict[str, tolerances.Limit]]
@@ -225,7 +227,8 @@ def _open(
     index = WeightIndex.open(request.checkout)
     lengths = request.prompt_lengths or default_lengths(seq_length)
     selection = Selection(lengths, request.layers, request.nets, request.seed, request.sample)
-    selection.net_names(geometry)
+    sampler = _sampler(folders, request.bmodels)
+    selection.net_names(geometry, sampler=sampler)
     reference = ReferenceModel(
         sources.reference,
         index,
@@ -235,7 +238,8 @@ def _open(
         whole_model_bytes=request.hold,
     )
     limits = tolerances.load()
-    return _Opened(request, sources, index, geometry, selection, reference, limits, progress), folders
+    opened = _Opened(request, sources, index, geometry, sampler, selection, reference, limits, progress)
+    return opened, folders
 
 
 def _announced(parts: _Opened, levels: Sequence[str], folders: int) -> str:
@@ -280,6 +284,17 @@ def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequenc
     if len(set(said.values())) > 1:
         raise Refused("export lengths differ: " + ", ".join(f"{who} has {s}" for who, s in said.items()))
     return next(iter(said.values()), 512)
+
+
+def _sampler(folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> NetKind:
+    """The head to sample by that an exported folder or a bmodel has. Raises Refused for what is no bmodel."""
+    from qwen_surgery.packing.container import Bmodel
+
+    names = {name for folder in folders for name in folder.nets}
+    for bmodel in bmodels:
+        with Bmodel(bmodel) as opened:
+            names |= {net["name"] for net in opened.nets}
+    return sampler_of(names)
 
 
 def _chip_seq_length(bmodel: Path) -> int | None:
@@ -363,7 +378,9 @@ def _level(
 
 def _source_level(parts: _Opened) -> LevelResult:
     """The patched code in torch, whose weights go when it is done."""
-    engine = TorchEngine(parts.sources, parts.index, parts.geometry, keep_bytes=parts.request.hold)
+    engine = TorchEngine(
+        parts.sources, parts.index, parts.geometry, sampler=parts.sampler, keep_bytes=parts.request.hold
+    )
     return _level(parts, "source", "fp32", "torch", engine)
 
 

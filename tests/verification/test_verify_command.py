@@ -65,6 +65,22 @@ def test_no_trust_no_run(bench: Bench, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 2 and not out and "--trust-remote-code" in err
 
 
+def test_the_generic_demos_head_is_judged_wherever_it_is(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the patched code as in the export; and a head that the export has not is no net to ask for."""
+    args = ("--seq-length", SEQ_LENGTH, "--generic", "--no-twin", "--onnx-path", tmp_path / "nets", TRUST)
+    assert run(capsys, "export", bench.path, *args)[0] == 0
+    asked = ("verify", bench.path, "--onnx", tmp_path / "nets", TRUST, "--json", "--nets")
+    code, out, _ = run(capsys, *asked, "sample_head")
+    assert code == 0
+    found = [{check["net"] for check in level["checks"]} for level in json.loads(out)["levels"]]
+    assert found == [{"sample_head"}, {"sample_head"}]
+    for other in ("penalty_sample_head", "lm_head_topk"):
+        code, _, err = run(capsys, *asked, other)
+        assert code == 2 and f"there is no net {other}" in err
+
+
 @pytest.mark.tpu
 def test_the_compilers_reading_of_an_lm_head_that_gives_tokens(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
