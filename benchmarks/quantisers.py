@@ -3,9 +3,9 @@
     python benchmarks/quantisers.py [--calibration FILE] [--chip FOLDER --rows int4-g64,...] [--tokens N]
 
 In torch every row of the table takes seconds: the patched nets in fp32 with the weights that the integers
-stand for. With ``--chip`` the rows named are also built, refitted by each quantiser and run on the emulator,
-which takes minutes a row. The text is golden/speaking/heldout.txt, which neither training nor calibration
-has; each window's first quarter is read and not scored, as ``verify --text`` does.
+stand for. With ``--chip`` the rows named are built instead, refitted by each quantiser and run on the
+emulator, which takes minutes a row. The text is golden/speaking/heldout.txt, which neither training nor
+calibration has; each window's first quarter is read and not scored, as ``verify --text`` does.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=1500, help="of the text, in torch; a quarter on the chip"
     )
-    parser.add_argument("--chip", type=Path, help="a folder for bmodels; without it the chip is left out")
+    parser.add_argument("--chip", type=Path, help="a folder for bmodels: the rows on the emulated chip")
     parser.add_argument("--rows", default="int4-g64:int4,int4-g64:int8")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -222,12 +222,11 @@ def main() -> None:
         text = given.calibration.read_text(encoding="utf-8")
         model = Model.make(Path(folder) / "Qwen-tiny-Chat", given.tokens, text)
         print("| blocks | lm_head | quantiser | perplexity | KL (nats) | best token equal |\n|" + "---|" * 6)
-        for row in in_torch(model):
-            print("| " + " | ".join(row) + " |", flush=True)
+        rows = in_torch(model)
         if given.chip is not None:
-            print("\non the emulated chip\n")
-            for row in on_chip(model, given.chip.absolute(), given.rows.split(","), given.tokens // 4):
-                print("| " + " | ".join(row) + " |", flush=True)
+            rows = on_chip(model, given.chip.absolute(), given.rows.split(","), given.tokens // 4)
+        for row in rows:
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

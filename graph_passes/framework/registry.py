@@ -32,6 +32,7 @@ ONNX_PASSES = (
 #: module:class of every built-in pass on the Top-dialect text, in running order.
 MLIR_PASSES = (
     "graph_passes.mlir.top_rope:TopRope",
+    "graph_passes.mlir.fused_attention:FusedAttention",
     "graph_passes.mlir.kv_join:KvJoin",
     "graph_passes.mlir.grouped_norm:GroupedNorm",
 )

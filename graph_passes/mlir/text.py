@@ -12,6 +12,7 @@ by them: a pass may drop an operation, but an operation that computes the same v
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -155,6 +156,17 @@ class Module:
     def producer(self, value: str) -> Op | None:
         """The operation whose result is *value*."""
         return next((op for op in self.ops if op.result == value), None)
+
+    def shape_of(self, value: str) -> tuple[int, ...]:
+        """The shape of a value; raises :class:`NotTopText` where no operation makes it."""
+        op = self.producer(value)
+        if op is None:
+            raise NotTopText(f"nothing makes {value}")
+        return op.shape()
+
+    def readers(self) -> Counter[str]:
+        """How many times each value is read, by operations and as a result."""
+        return Counter([*(o for op in self.ops for o in op.operands), *self.returned()])
 
     def returned(self) -> list[str]:
         """The values the function returns, in order."""

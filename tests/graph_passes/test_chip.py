@@ -11,6 +11,7 @@ import pytest
 
 from golden import cycles
 from graph_passes.framework import recipe, registry
+from graph_passes.mlir.fused_attention import LONG
 from qwen_surgery.compiling.options import CompileOptions
 from qwen_surgery.exporting.template import Template
 from qwen_surgery.measuring import accuracy
@@ -101,6 +102,50 @@ def test_block_and_block_cache_share_one_set_of_weights(
     toolchain.run("model_tool", args, tmp_path, tmp_path / "log", net="both")
     combined = (tmp_path / "both.bmodel").stat().st_size
     assert combined < 1.1 * max(f.stat().st_size for f in files)
+
+
+@pytest.mark.parametrize(("model_type", "mode"), [("qwen2", "bf16"), ("qwen2", "int4"), ("qwen3", "bf16")])
+def test_fused_attention_is_as_exact_as_its_parts(
+    model_type: str, mode: str, toolchain: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a length that the emulator runs in seconds. Wrong: a head that reads another group's keys, another
+    scale, a mask that is left out.
+    """
+    sizes = cycles.LayerSizes(256, 4, 512, 768, model_type, kv_heads=2, head_dim=64)
+    template = templates_of(sizes, SEQ_LENGTH, [NetKind.BLOCK], tmp_path / "checkout")[NetKind.BLOCK]
+    inputs = accuracy.inputs_of(template, LENGTH, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
+    (fused,) = registry.select(registry.mlir_passes(), ["fused-attention"])
+    found = {}
+    for length in (SEQ_LENGTH + 1, SEQ_LENGTH):
+        monkeypatch.setattr(fused, "from_length", length)
+        options = CompileOptions(mode=mode).resolved()
+        work = tmp_path / str(length)
+        bmodel, made = compile_template(template, recipe.without(()), options, toolchain, work)
+        with ChipEngine(bmodel, toolchain) as chip:
+            outputs = chip.run(NetKind.BLOCK.value, inputs)
+        found[length] = made.top_ops, accuracy.cosines(NetKind.BLOCK, wanted, outputs, LENGTH)
+    (parts, apart), (one, together) = found.values()
+    assert one < parts, "the pass found nothing"
+    for exact, cosine in zip(apart, together, strict=True):
+        assert cosine >= exact - 2e-6
+        assert cosine > {"bf16": 0.9999, "int4": 0.98}[mode]
+
+
+@pytest.mark.slow
+def test_a_prompt_so_long_that_its_attention_is_fused(toolchain: Toolchain, tmp_path: Path) -> None:
+    """Minutes: the emulator multiplies for each pair of 7,168 tokens."""
+    sizes = cycles.LayerSizes(128, 2, 256, 768, "qwen2", kv_heads=1, head_dim=64)
+    template = templates_of(sizes, LONG, [NetKind.BLOCK], tmp_path / "checkout")[NetKind.BLOCK]
+    inputs = accuracy.inputs_of(template, LONG - 7, seed=3)
+    wanted = accuracy.reference(template, random_weights(template), inputs)
+    options = CompileOptions(mode="bf16").resolved()
+    bmodel, _ = compile_template(template, recipe.without(()), options, toolchain, tmp_path / "work")
+    text = next((tmp_path / "work").glob("*_final.mlir")).read_text()
+    assert "tpu.FAttention" in text
+    with ChipEngine(bmodel, toolchain) as chip:
+        outputs = chip.run(NetKind.BLOCK.value, inputs)
+    assert min(accuracy.cosines(NetKind.BLOCK, wanted, outputs, LONG - 7)) > 0.9999
 
 
 @pytest.mark.slow

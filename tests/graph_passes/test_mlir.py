@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from graph_passes import mlir
+from graph_passes.mlir.fused_attention import FusedAttention
 from graph_passes.mlir.text import Module, NotTopText
 
-LOCATIONS = "\n".join(f'#loc{i} = loc("value{i}")' for i in range(1, 21))
+LOCATIONS = "\n".join(f'#loc{i} = loc("value{i}")' for i in range(1, 23))
 X, TABLE, HALF = "tensor<1x1x2x8xf32>", "tensor<1x1x1x8xf32>", "tensor<1x1x2x4xf32>"
 PLAIN = "do_relu = false, is_scalar = false, relu_limit = -1.000000e+00 : f64"
 
@@ -67,6 +68,56 @@ def norm(rows: int) -> str:
     )
 
 
+def attention(
+    length: int = 4,
+    shared: int = 2,
+    scale: str = "5.000000e-01",
+    order: str = "[0, 2, 3, 1]",
+    mask: tuple[int, ...] = (1, 1, 4, 4),
+    beta: str = "1.000000e+00",
+    extra: str = "",
+) -> str:
+    """Four heads of 8, keys and values of which belong to groups of heads."""
+
+    def kind(*shape: int) -> str:
+        return f"tensor<{'x'.join(map(str, shape))}xf32>"
+
+    times = 4 // shared
+    one, few, apart = kind(1, length, 32), kind(1, length, shared, 8), kind(1, length, shared, 1, 8)
+    each, all_heads = kind(1, length, shared, times, 8), kind(1, length, 4, 8)
+    first, across = kind(1, 4, length, 8), kind(1, 4, 8, length)
+    scores, open_places = kind(1, 4, length, length), kind(*mask)
+    product = "do_relu = false, hdim_is_batch = false, left_transpose = false, right_transpose = false"
+    return module(
+        '%0 = "top.None"() : () -> none loc(#loc)',
+        f'%1 = "top.Input"(%arg0) {{do_preprocess = true}} : ({all_heads}) -> {all_heads} loc(#loc1)',
+        f'%2 = "top.Weight"() : () -> {few} loc(#loc2)',
+        f'%3 = "top.Weight"() : () -> {kind(1, length, shared * 8)} loc(#loc3)',
+        f'%4 = "top.Weight"() : () -> {open_places} loc(#loc4)',
+        f'%5 = "top.Reshape"(%3) {{shape = [1, -1, {shared}, 8]}} : (none) -> {few} loc(#loc5)',
+        f'%6 = "top.Reshape"(%3) {{shape = [1, -1, {shared}, 1, 8]}} : (none) -> {apart} loc(#loc6)',
+        f'%7 = "top.Unsqueeze"(%2) {{axes = [3]}} : ({few}) -> {apart} loc(#loc7)',
+        f'%8 = "top.Tile"(%7) {{tile = [1, 1, 1, {times}, 1]}} : ({apart}) -> {each} loc(#loc8)',
+        f'%10 = "top.Tile"(%6) {{tile = [1, 1, 1, {times}, 1]}} : ({apart}) -> {each} loc(#loc10)',
+        f'%11 = "top.Reshape"(%8) {{shape = [1, -1, 4, 8]}} : ({each}) -> {all_heads} loc(#loc11)',
+        f'%12 = "top.Reshape"(%10) {{shape = [1, -1, 4, 8]}} : ({each}) -> {all_heads} loc(#loc12)',
+        f'%13 = "top.Permute"(%1) {{order = [0, 2, 1, 3]}} : ({all_heads}) -> {first} loc(#loc13)',
+        f'%14 = "top.Permute"(%11) {{order = {order}}} : ({all_heads}) -> {across} loc(#loc14)',
+        f'%15 = "top.Permute"(%12) {{order = [0, 2, 1, 3]}} : ({all_heads}) -> {first} loc(#loc15)',
+        f'%16 = "top.MatMul"(%13, %14, %0) {{{product}}} : ({first}, {across}, none) -> {scores} loc(#loc16)',
+        f'%17 = "top.MulConst"(%16) {{const_val = {scale} : f64, {PLAIN}}} : '
+        f"({scores}) -> {scores} loc(#loc17)",
+        f'%18 = "top.Add"(%17, %4) {{{PLAIN}}} : ({scores}, {open_places}) -> {scores} loc(#loc18)',
+        f'%19 = "top.Softmax"(%18) {{axis = 3 : si32, beta = {beta} : f64, log = false}} : '
+        f"({scores}) -> {scores} loc(#loc19)",
+        f'%20 = "top.MatMul"(%19, %15, %0) {{{product}}} : ({scores}, {first}, none) -> {first} loc(#loc20)',
+        f'%21 = "top.Permute"(%20) {{order = [0, 2, 1, 3]}} : ({first}) -> {all_heads} loc(#loc)',
+        *([extra.format(scores=scores)] if extra else []),
+        f'%9 = "top.Reshape"(%21) {{shape = [1, -1, 32]}} : ({all_heads}) -> {one} loc(#loc9)',
+        kind=one,
+    )
+
+
 def sites(text: str, name: str) -> tuple[str, ...]:
     _, reports = mlir.apply(text, [name])
     return reports[0].sites
@@ -119,6 +170,55 @@ def test_a_single_row_gets_a_neighbour_for_its_norm() -> None:
     assert float(product.attrs["const_val"].split()[0]) == 1.0
     assert parsed.location_name(product) not in ("", "value1", "value9")
     assert sites(norm(rows=512), "grouped-norm") == ()
+
+
+def test_shared_heads_become_one_operation_that_reads_them_unrepeated() -> None:
+    text, (report,) = mlir.apply(attention(), [FusedAttention(from_length=4)])
+    assert report.sites == ("value9",)
+    parsed = Module.parse(text)
+    (fused,) = [op for op in parsed.ops if op.name == "top.FAttention"]
+    assert fused.operands == ["%1", "%2", "%5", "%4", "%0"]  # queries, keys, values, mask, no buffer
+    assert fused.input_types[1] == fused.input_types[2] == "tensor<1x4x2x8xf32>"
+    assert fused.attrs["scale"] == "5.000000e-01 : f64"
+    numbers = {
+        name: int(fused.attrs[name].split(":")[0]) for name in ("q_head", "kv_head", "dim", "mq", "mk")
+    }
+    assert numbers == {"q_head": 4, "kv_head": 2, "dim": 8, "mq": 4, "mk": 4}
+    assert fused.loc == "#loc9" and fused.output_type == "tensor<1x4x32xf32>"
+    assert not [
+        op for op in parsed.ops if op.name in ("top.Softmax", "top.MatMul", "top.Tile", "top.Permute")
+    ]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        attention(order="[0, 2, 1, 3]"),
+        attention(beta="5.000000e-01"),
+        attention(mask=(1, 4, 4, 4)),
+        attention(extra='%22 = "top.Abs"(%19) : ({scores}) -> {scores} loc(#loc)'),
+        attention().replace("do_relu = false, hdim", "do_relu = true, hdim"),
+        attention().replace("right_transpose = false", "right_transpose = true", 1),
+        attention().replace("tile = [1, 1, 1, 2, 1]", "tile = [1, 1, 2, 1, 1]"),
+    ],
+    ids=[
+        "keys not turned",
+        "beta",
+        "mask of each head",
+        "weights read",
+        "rectified",
+        "turned",
+        "heads in turn",
+    ],
+)
+def test_what_only_looks_like_attention_stays(other: str) -> None:
+    assert mlir.apply(other, [FusedAttention(from_length=4)])[1][0].sites == ()
+
+
+def test_attention_of_a_short_prompt_stays() -> None:
+    """Its parts keep what lies between them in local memory, and take fewer cycles than the fused kernel."""
+    assert mlir.apply(attention(), [FusedAttention(from_length=5)])[1][0].sites == ()
+    assert sites(attention(), "fused-attention") == ()
 
 
 @pytest.mark.parametrize("text", ["", "not mlir", rotary().replace("return", "yield")])
