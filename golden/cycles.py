@@ -97,8 +97,10 @@ LLM_CONVERT = {
     ("Qwen3-4B", "block", 8192): 288_324_607,
     ("Qwen3-8B", "block_cache", 512): 2_060_727,
     ("Qwen3-8B", "block_cache", 2048): 2_202_007,
+    ("Qwen3-8B", "block_cache", 8192): 2_701_351,
     ("Qwen3-8B", "block", 512): 17_007_622,
     ("Qwen3-8B", "block", 2048): 73_826_337,
+    ("Qwen3-8B", "block", 8192): 397_941_477,
 }
 
 

@@ -289,10 +289,15 @@ class _Region:
 
 
 def _region(graph: Any, wanted: list[Any], hashes: dict[int, str], shared: set[str]) -> _Region:
-    """The part of *graph* that makes *wanted*; uses the graph up."""
+    """The part of *graph* that makes *wanted*; uses the graph up.
+
+    What depends on constants alone stands there as its value: only sizes that are written down, not worked
+    out, can be shortened.
+    """
     inputs: dict[str, Any] = {}
     body: list[Any] = []
     done: set[int] = set()
+    fixed = {key: gs.Constant(f"fixed_{n}", v) for n, (key, v) in enumerate(_folded(graph).items())}
 
     def visit(tensor: Any) -> None:
         if id(tensor) in done or isinstance(tensor, gs.Constant) or tensor.is_empty():
@@ -303,8 +308,11 @@ def _region(graph: Any, wanted: list[Any], hashes: dict[int, str], shared: set[s
         if node is None or (node.op in _CUT_BEHIND and key in shared):
             inputs[key] = tensor
             return
-        for source in node.inputs:
-            visit(source)
+        for slot, source in enumerate(node.inputs):
+            if id(source) in fixed:
+                node.inputs[slot] = fixed[id(source)]
+            else:
+                visit(source)
         if all(node is not n for n in body):
             body.append(node)
 
