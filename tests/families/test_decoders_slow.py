@@ -89,6 +89,46 @@ def test_the_generic_demo_samples_from_a_file_for_it(
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mode", "f16", "--runtime", "sophon-demo"),
+        ("--mode", "int4", "--target", "bm1688"),
+        ("--mode", "bf16", "--target", "bm1688"),
+        ("--mode", "int4", "--target", "cv186x"),
+        ("--mode", "f16", "--runtime", "llm-tpu-generic"),
+        ("--mode", "int8", "--runtime", "llm-tpu-generic"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(("kind", "config"), [("qwen2", {}), ("qwen3", {"head_dim": 64})])
+def test_other_precisions_and_chips(
+    kind: str, config: dict[str, Any], flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Every net within its tolerance on the emulator, and the demos that run there; of two cores' file the
+    emulator, which is one core, runs nothing.
+    """
+    path = make(tmp_path / "model", kind, **config)
+    given = ("--seq-length", 48, "--verify", "full", "--json", *flags)
+    made = json.loads(cli("build", path, "--out", tmp_path, *given).stdout)
+    assert made["report"]["passed"]
+    levels = {level["level"]: level["checks"] for level in made["report"]["levels"]}
+    nets = [check for check in levels["chip"] if check["net"].startswith("block")]
+    assert nets and min(check["values"]["cosine"] for check in nets) >= COSINES.get(flags[1], 0.9999)
+    assert len(made["bmodels"]) == (2 if "bm1688" in flags else 1)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_several_devices_share_a_decoder(kind: str, tmp_path: Path) -> None:
+    """Compiled, and the nets compared with the unpatched model; there is no emulator of two chips."""
+    flags = ("--seq-length", 48, "--mode", "int4", "--num-device", 2, "--verify", "sample", "--json")
+    made = json.loads(cli("build", make(tmp_path / "model", kind), "--out", tmp_path, *flags).stdout)
+    (bmodel,) = made["bmodels"]
+    assert made["report"]["passed"] and "2dev" in bmodel
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_integers_that_a_text_chose_reach_the_chip(kind: str, tmp_path: Path) -> None:
     """Heads of keys are fewer than those of queries, and weights have other names than Qwen v1's."""
