@@ -4,6 +4,7 @@ golden/cycles.json.
     python benchmarks/cycles.py --geometry 1.8B --seq-length 512 --seq-length 4096
     python benchmarks/cycles.py --geometry 1.8B --seq-length 512 --ablation
     python benchmarks/cycles.py --geometry tiny --seq-length 128 --mode all --record
+    python benchmarks/cycles.py --geometry Qwen3-4B --seq-length 2048 --kind block --fused-from 1
 
 Needs the TPU-MLIR toolchain. A 1.8B net takes about 20 s and 2 GB, a 7B one about a minute and 6 GB.
 """
@@ -22,6 +23,7 @@ import click
 
 from golden import cycles
 from qwen_surgery import console
+from qwen_surgery.chips import CHIPS, DEFAULT_CHIP
 from qwen_surgery.nets import NetKind
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ MODES = ("bf16", "int8", "int4")
 @click.option("--raw/--no-raw", default=True, show_default=True, help="Measure the nets as exported, too.")
 @click.option("--ablation", is_flag=True, help="Each pass alone and each pass left out.")
 @click.option("--pass", "passes", multiple=True, help="Ablate these only; may be repeated.")
+@click.option("--fused-from", type=int, help="Where fused-attention begins, in place of its own length.")
+@click.option("--target", type=click.Choice(list(CHIPS)), default=DEFAULT_CHIP, show_default=True)
 @click.option("--toolchain", "version", default=None, help="TPU-MLIR version.")
 @click.option("--record", is_flag=True, help="Write the cleaned nets' predictions to golden/cycles.json.")
 def main(
@@ -49,15 +53,23 @@ def main(
     raw: bool,
     ablation: bool,
     passes: tuple[str, ...],
+    fused_from: int | None,
+    target: str,
     version: str | None,
     record: bool,
 ) -> None:
+    from graph_passes.framework import registry
     from qwen_surgery.toolchain import Toolchain
 
+    if record and (fused_from is not None or target != DEFAULT_CHIP):
+        raise click.UsageError(f"--record is for the passes as they are, on {DEFAULT_CHIP}")
+    if fused_from is not None:
+        (fused,) = registry.select(registry.mlir_passes(), ["fused-attention"])
+        fused.from_length = fused_from
     toolchain = Toolchain.find(version)
-    bench = Bench(geometry, toolchain)
+    bench = Bench(geometry, toolchain, target)
     modes = MODES if mode == "all" else (mode,)
-    console.out().print(f"TPU-MLIR {toolchain.version}, {geometry} geometry, bm1684x")
+    console.out().print(f"TPU-MLIR {toolchain.version}, {geometry} geometry, {target}")
     console.out().print("| net | S | mode | passes | nodes | Top ops | cycles | ms | bmodel bytes |")
     console.out().print("|---|---|---|---|---|---|---|---|---|")
     records = []
@@ -77,10 +89,11 @@ def main(
 class Bench:
     """Compiles nets of one geometry and prints a table row each."""
 
-    def __init__(self, geometry: str, toolchain: Toolchain) -> None:
+    def __init__(self, geometry: str, toolchain: Toolchain, target: str) -> None:
         from graph_passes.framework import recipe, registry
 
         self.name, self.sizes, self.toolchain = geometry, cycles.GEOMETRIES[geometry], toolchain
+        self.target = target
         self.everything = recipe.without(registry.unfit(toolchain.version))
         self._templates: dict[tuple[str, int], object] = {}
         self._found: dict[tuple[str, ...], NetPrediction] = {}
@@ -113,7 +126,7 @@ class Bench:
             work = Path(tempfile.mkdtemp(prefix="qwen-surgery-cycles-"))
             try:
                 address = "io_alone" if supports(self.toolchain, "model_deploy", "--addr_mode") else "basic"
-                options = CompileOptions(mode=mode, addr_mode=address).resolved()
+                options = CompileOptions(mode=mode, target=self.target, addr_mode=address).resolved()
                 _, self._found[key] = compile_template(
                     self.template(kind, length),
                     passes,

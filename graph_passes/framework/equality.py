@@ -51,7 +51,7 @@ def compare_regions(before: onnx.ModelProto, after: onnx.ModelProto, seed: int =
 
     Inputs and outputs must agree in name, shape, dtype and order.
     """
-    a, b = gs.import_onnx(before), gs.import_onnx(after)
+    a, b = _folded(before), _folded(after)
     if (odd := _interface_difference(a, b)) is not None:
         return odd
     hashes_a, hashes_b = _hashes(a), _hashes(b)
@@ -63,7 +63,7 @@ def compare_regions(before: onnx.ModelProto, after: onnx.ModelProto, seed: int =
     if odd is None or pairs == outputs:
         return odd
     # Equal parts make equal outputs, but the outputs may be equal without: the outputs decide.
-    a, b = gs.import_onnx(before), gs.import_onnx(after)
+    a, b = _folded(before), _folded(after)
     hashes_a, hashes_b = _hashes(a), _hashes(b)
     outputs = list(zip(a.outputs, b.outputs, strict=True))
     return odd if _compare_pairs(a, b, hashes_a, hashes_b, outputs, seed) is not None else None
@@ -163,7 +163,6 @@ def _attributes(node: Any) -> str:
 def _hashes(graph: Any) -> dict[int, str]:
     """id(tensor) -> hash of the computation that makes it; of the values, where they depend on nothing."""
     result: dict[int, str] = {}
-    folded = _folded(graph)
 
     def digest(*parts: str) -> str:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -180,9 +179,7 @@ def _hashes(graph: Any) -> dict[int, str]:
     for node in graph.nodes:  # sorted topologically by the importer's source model
         inputs = [result.get(id(t), "none") for t in node.inputs]
         for slot, tensor in enumerate(node.outputs):
-            if id(tensor) in folded:
-                result[id(tensor)] = constant(folded[id(tensor)])
-            elif _passes_on(node):
+            if _passes_on(node):
                 result[id(tensor)] = inputs[0]
             else:
                 result[id(tensor)] = digest(node.op, _attributes(node), str(slot), *inputs)
@@ -197,7 +194,18 @@ def _passes_on(node: Any) -> bool:
     return kept is not None and kept == node.outputs[0].dtype
 
 
-def _folded(graph: Any) -> dict[int, np.ndarray]:
+def _folded(model: onnx.ModelProto) -> Any:
+    """The model's graph, in which what depends on constants alone is read as its value: two ways to work out
+    one size are one, and a region is made shorter only where its sizes are written down.
+    """
+    graph = gs.import_onnx(model)
+    fixed = {key: gs.Constant(f"fixed_{n}", v) for n, (key, v) in enumerate(_fixed_values(graph).items())}
+    for node in graph.nodes:
+        node.inputs = [fixed.get(id(tensor), tensor) for tensor in node.inputs]
+    return graph
+
+
+def _fixed_values(graph: Any) -> dict[int, np.ndarray]:
     """id(tensor) -> values of everything that is computed from constants alone, by onnxruntime."""
     values: dict[int, np.ndarray] = {}
     body: list[Any] = []
@@ -289,15 +297,10 @@ class _Region:
 
 
 def _region(graph: Any, wanted: list[Any], hashes: dict[int, str], shared: set[str]) -> _Region:
-    """The part of *graph* that makes *wanted*; uses the graph up.
-
-    What depends on constants alone stands there as its value: only sizes that are written down, not worked
-    out, can be shortened.
-    """
+    """The part of *graph* that makes *wanted*; uses the graph up."""
     inputs: dict[str, Any] = {}
     body: list[Any] = []
     done: set[int] = set()
-    fixed = {key: gs.Constant(f"fixed_{n}", v) for n, (key, v) in enumerate(_folded(graph).items())}
 
     def visit(tensor: Any) -> None:
         if id(tensor) in done or isinstance(tensor, gs.Constant) or tensor.is_empty():
@@ -308,11 +311,8 @@ def _region(graph: Any, wanted: list[Any], hashes: dict[int, str], shared: set[s
         if node is None or (node.op in _CUT_BEHIND and key in shared):
             inputs[key] = tensor
             return
-        for slot, source in enumerate(node.inputs):
-            if id(source) in fixed:
-                node.inputs[slot] = fixed[id(source)]
-            else:
-                visit(source)
+        for source in node.inputs:
+            visit(source)
         if all(node is not n for n in body):
             body.append(node)
 

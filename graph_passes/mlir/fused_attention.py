@@ -16,13 +16,11 @@ HEADS_FIRST, HEADS_FIRST_ACROSS = [0, 2, 1, 3], [0, 2, 3, 1]
 
 @dataclass(frozen=True)
 class _Attention:
-    """What one attention reads, by value: queries [1, S, heads, d], keys and values [1, S, kv_heads, d]."""
+    """What one attention reads, by value: queries [1, S, heads, d], keys and values [1, S, kv_heads, d], mask
+    [1, 1, S, S]; its scale as MLIR writes a float."""
 
-    queries: str
-    keys: str
-    values: str
-    mask: str
-    scale: str  #: as MLIR writes a float
+    read: tuple[str, str, str, str]
+    scale: str
 
 
 class FusedAttention(MlirPass):
@@ -45,28 +43,25 @@ class FusedAttention(MlirPass):
         sites = []
         for op in [o for o in module.ops if o.name == "top.Reshape"]:
             found = _match(module, op)
-            if found is None or (kind := _types(module, found))["queries"][1] < self.from_length:
+            if found is None:
                 continue
-            _fuse(module, op, found, kind)
+            shapes = [module.shape_of(value) for value in found.read]
+            if not _fit(shapes, op) or shapes[0][1] < self.from_length:
+                continue
+            _fuse(module, op, found, shapes)
             sites.append(module.location_name(op) or op.result)
         if sites:
             module.drop_dead()
         return sites
 
 
-def _types(module: Module, found: _Attention) -> dict[str, tuple[int, ...]]:
-    return {name: module.shape_of(getattr(found, name)) for name in ("queries", "keys", "values", "mask")}
-
-
-def _fuse(module: Module, op: Op, found: _Attention, kind: dict[str, tuple[int, ...]]) -> None:
-    _, length, heads, dim = kind["queries"]
+def _fuse(module: Module, op: Op, found: _Attention, shapes: list[tuple[int, ...]]) -> None:
+    (_, length, heads, dim), (_, _, shared, _) = shapes[:2]
     none = next(o.result for o in module.ops if o.name == "top.None")
     op.name = "top.FAttention"
-    op.operands = [found.queries, found.keys, found.values, found.mask, none]
-    op.input_types = [*(tensor_type(shape) for shape in kind.values()), "none"]
-    numbers = {
-        "batch": 1, "q_head": heads, "kv_head": kind["keys"][2], "dim": dim, "mq": length, "mk": length
-    }  # fmt: skip
+    op.operands = [*found.read, none]
+    op.input_types = [*map(tensor_type, shapes), "none"]
+    numbers = {"batch": 1, "q_head": heads, "kv_head": shared, "dim": dim, "mq": length, "mk": length}
     op.attrs = {
         "scale": found.scale,
         **{name: f"{value} : i64" for name, value in numbers.items()},
@@ -110,8 +105,8 @@ def _match(module: Module, end: Op) -> _Attention | None:
     keys, values = (_shared(module, each.operands[0]) for each in (across, down))
     if keys is None or values is None:
         return None
-    found = _Attention(queries.operands[0], keys, values, masked.operands[1], scaled.attrs["const_val"])
-    return found if _fits(module, found, end) else None
+    read = (queries.operands[0], keys, values, masked.operands[1])
+    return _Attention(read, scaled.attrs["const_val"])
 
 
 def _orders(op: Op, order: list[int]) -> bool:
@@ -155,16 +150,15 @@ def _shared(module: Module, repeated: str) -> str | None:
     return next((o.result for o in like if o.shape() == wanted), None)
 
 
-def _fits(module: Module, found: _Attention, end: Op) -> bool:
-    """Whether shapes say that the parts belong together: one prompt, each query before all keys."""
-    kind = _types(module, found)
-    if len(kind["queries"]) != 4 or kind["queries"][0] != 1:
+def _fit(shapes: list[tuple[int, ...]], end: Op) -> bool:
+    """Whether *shapes* say that the parts belong together: one prompt, each query before all keys."""
+    queries, keys, values, mask = shapes
+    if len(queries) != 4 or queries[0] != 1:
         return False
-    _, length, heads, dim = kind["queries"]
-    shared = kind["keys"][2]
+    _, length, heads, dim = queries
     return (
-        kind["keys"] == kind["values"] == (1, length, shared, dim)
-        and heads % shared == 0
-        and kind["mask"] == (1, 1, length, length)
+        keys == values == (1, length, keys[2], dim)
+        and heads % keys[2] == 0
+        and mask == (1, 1, length, length)
         and end.shape() == (1, length, heads * dim)
     )
