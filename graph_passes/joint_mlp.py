@@ -19,6 +19,7 @@ class JointMlp(GraphPass):
         "where two have two (1.8B, int4, one token: 230,567 cycles against 235,802)"
     )
     precondition = "two products of one tensor with two weights of one shape, even in width, without bias"
+    undivided = True
 
     def rewrite(self, graph: Any) -> list[str]:
         sites = []

@@ -21,6 +21,7 @@ class TokenLanes(GraphPass):
         "2,000 cycles)"
     )
     precondition = "a * (b * Sigmoid(b)) on [1, 1, w] with w a multiple of 64"
+    undivided = True
 
     def rewrite(self, graph: Any) -> list[str]:
         sites = []

@@ -19,6 +19,7 @@ class ZeroBias(GraphPass):
         "hides the last tile's arithmetic (attn.c_proj of 1.8B, int4, one token: 46,034 cycles, not 47,604)"
     )
     precondition = "a product with a two-dimensional weight, at least as many outputs as inputs, no bias yet"
+    undivided = True
 
     def rewrite(self, graph: Any) -> list[str]:
         sites = []

@@ -41,6 +41,8 @@ class BasePass:
     not_for: ClassVar[tuple[str, ...]] = ()
     #: Whether it only runs where it is asked for by name.
     optional: ClassVar[bool] = False
+    #: Whether it hides from TPU-MLIR what that splits over several devices; there it is off.
+    undivided: ClassVar[bool] = False
 
 
 class GraphPass(BasePass, ABC):

@@ -35,6 +35,7 @@ MLIR_PASSES = (
     "graph_passes.mlir.fused_attention:FusedAttention",
     "graph_passes.mlir.kv_join:KvJoin",
     "graph_passes.mlir.grouped_norm:GroupedNorm",
+    "graph_passes.mlir.split_attention:SplitAttention",
 )
 
 
@@ -100,6 +101,11 @@ def require_known(names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise UnknownPass(name, known)
+
+
+def undivided() -> set[str]:
+    """Names of the passes that hide from TPU-MLIR what it splits over several devices."""
+    return {p.name for p in all_passes() if p.undivided}
 
 
 def unfit(toolchain: str) -> set[str]:

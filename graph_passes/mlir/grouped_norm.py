@@ -17,6 +17,7 @@ class GroupedNorm(MlirPass):
     )
     precondition = "a top.RMSNorm of one row whose operand is an input of the net"
     not_for = ("1.6",)
+    undivided = True
 
     def rewrite(self, module: Module) -> list[str]:
         sites = []

@@ -17,6 +17,7 @@ class TopRope(MlirPass):
     )
     precondition = "x*cos + Concat(-x[half:], x[:half])*sin, all steps 1, nobody else reads the parts"
     not_for = ("1.6",)
+    undivided = True
 
     def rewrite(self, module: Module) -> list[str]:
         sites = []

@@ -168,7 +168,12 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     builder = Builder(request.out, geometry, options, toolchain, running, release, calibration)
     version = toolchain.version if toolchain.version != "unknown" else None
     needed = needed_passes(options)
-    passes = chosen_passes(skip=request.skip, toolchain=version, also=needed) if request.clean else ()
+    several = options.num_device > 1
+    passes = (
+        chosen_passes(skip=request.skip, toolchain=version, also=needed, several=several)
+        if request.clean
+        else ()
+    )
     refuse_uncleaned(options, passes)
     refuse_for_runtime(options, passes)
     digests = source_digests(sources, index)
@@ -186,8 +191,7 @@ def _open_checkout(request: BuildRequest, running: Running, lacking: list[str] |
     if depth == "full":
         longest_prompt(geometry.seq_length, request.steps)  # refused now, not when all is built
     inputs, exports = builder.inputs(Path(), passes), tuple(task.name for task in exporting)
-    checked = depth != "none" and options.num_device == 1
-    made = zip(options.cores, builder.bmodels(), strict=True) if checked else ()
+    made = zip(options.cores, builder.bmodels(), strict=True) if depth != "none" else ()
     return Opened(
         builder,
         passes,
@@ -278,9 +282,7 @@ def _verify(opened: Opened, graph: Graph, result: BuildResult) -> None:
 
 def _notes(request: BuildRequest, opened: Opened, result: BuildResult) -> Iterator[str]:
     """What the user should know of how the bmodels were verified."""
-    if opened.depth != "none" and not opened.verifying:
-        yield "the bmodel is not verified: the emulator is one chip, this bmodel needs several"
-    elif 2 in opened.builder.options.cores:
+    if 2 in opened.builder.options.cores:
         yield (
             "the two-core bmodel is checked for nets, shapes and types only: on two cores, TPU-MLIR's "
             "emulator gives other numbers from run to run"

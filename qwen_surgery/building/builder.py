@@ -201,7 +201,7 @@ class Builder:
         self.outputs = Outputs(out, json.dumps([asdict(options), toolchain.identity], sort_keys=True))
         self.pack = running.request.pack and options.num_device == 1
         if self.pack != running.request.pack:
-            running.say("several chips: TPU-MLIR compiles every layer, and puts all of it on each of them")
+            running.say("several chips: TPU-MLIR compiles every layer, and splits it over them")
         self._refuse_compiled_layers()
 
     def _refuse_compiled_layers(self) -> None:

@@ -20,6 +20,7 @@ from qwen_surgery.verification.language import SYSTEM
 from qwen_surgery.verification.runtime import Runtime, draw
 
 if TYPE_CHECKING:
+    from qwen_surgery.runtime.several import DevicesEngine
     from qwen_surgery.toolchain.emulator import ChipEngine
 
 
@@ -61,7 +62,7 @@ def open_onnx(folder: Path) -> tuple[Engine, Geometry]:
     return engine, engine.manifest.geometry
 
 
-def chip_geometry(engine: ChipEngine) -> Geometry:
+def chip_geometry(engine: ChipEngine | DevicesEngine) -> Geometry:
     """The geometry that a bmodel's tensors speak of (``intermediate`` is not among them and 0 here).
 
     Raises Refused when it has no block_cache_0 or no lm_head.

@@ -83,12 +83,13 @@ def command(
             engine, geometry = open_onnx(onnx)
         else:
             from qwen_surgery.packing.report import inspect
-            from qwen_surgery.toolchain.emulator import ChipEngine
+            from qwen_surgery.runtime.several import open_chip
             from qwen_surgery.toolchain.environment import Toolchain
 
             assert bmodel is not None
             speed = inspect(bmodel).speed
-            chip = stack.enter_context(ChipEngine(bmodel, Toolchain.find(toolchain)))
+            chip = open_chip(bmodel, Toolchain.find(toolchain))
+            stack.callback(chip.close)
             engine, geometry = chip, chip_geometry(chip)
             console.err().print(
                 "The emulator computes what the chip computes, thousands of times slower: "

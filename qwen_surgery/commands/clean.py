@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     help="Leave out what this TPU-MLIR version cannot take.",
 )
 @click.option(
+    "--multi-device",
+    is_flag=True,
+    help="Run the passes that let TPU-MLIR split the nets over several devices (export has the same option).",
+)
+@click.option(
     "--check",
     type=click.Choice(["each", "end", "off"]),
     default="each",
@@ -52,6 +57,7 @@ def command(
     passes_file: Path | None,
     skip: tuple[str, ...],
     for_toolchain: str | None,
+    multi_device: bool,
     check: str,
     explain: bool,
     as_json: bool,
@@ -60,7 +66,7 @@ def command(
     from qwen_surgery.errors import Usage
     from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 
-    names = chosen_passes(passes_file, skip, for_toolchain)
+    names = chosen_passes(passes_file, skip, for_toolchain, several=multi_device)
     if onnx_dir is None:
         if not explain:
             raise Usage("ONNX_DIR is missing", hint="or ask for --explain alone to read about the passes")

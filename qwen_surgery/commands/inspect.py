@@ -14,7 +14,7 @@ from qwen_surgery.compiling.options import RUNTIMES
 from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
-    from qwen_surgery.packing.report import BmodelReport, NetReport
+    from qwen_surgery.packing.report import BmodelReport, NetReport, TensorReport
     from qwen_surgery.runtime.memory import Memory, NetMemory
 
 
@@ -33,14 +33,26 @@ def _like(one: NetReport, other: NetReport) -> bool:
 def _lines(net: NetReport) -> Iterator[str]:
     weights = "weights shared" if net.shared else f"weights {_size(net.weight_bytes)}"
     flags = "".join(f", {name}" for name, on in (("dynamic", net.dynamic), ("io_alone", net.io_alone)) if on)
+    flags += f", on each of {len(net.devices)} devices" if len(net.devices) > 1 else ""
     yield (
         f"[bold]{escape(net.name)}[/bold]  {weights}, instructions {_size(net.instruction_bytes)}, "
         f"runtime memory {_size(net.runtime_bytes)}{flags}"
     )
-    for arrow, tensors in (("in ", net.inputs), ("out", net.outputs)):
+    shown: list[list[str]] = []
+    for device in net.devices:
+        lines = list(_tensor_lines(*net.on(device)))
+        if lines and lines not in shown:
+            if shown:
+                yield f"  on device {device}"
+            shown.append(lines)
+            yield from lines
+
+
+def _tensor_lines(given: tuple[TensorReport, ...], gives: tuple[TensorReport, ...]) -> Iterator[str]:
+    for arrow, tensors in (("in ", given), ("out", gives)):
         for tensor in tensors:
-            shape = escape(str(list(tensor.shape)))
-            yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {shape}"
+            share = ", each device's share" if tensor.share else ""
+            yield f"  {arrow} {escape(tensor.name)}  {tensor.dtype} {escape(str(list(tensor.shape)))}{share}"
 
 
 def _nets(report: BmodelReport, every: bool) -> Iterator[str]:
@@ -109,10 +121,13 @@ def _range(memory: Memory, start: int) -> str:
 
 
 def _bundle(model: Path, folder: Path) -> None:
-    from qwen_surgery.packing.report import geometry_of
+    from qwen_surgery.errors import Usage
+    from qwen_surgery.packing.report import geometry_of, inspect
     from qwen_surgery.toolchain.emulator import ChipEngine
     from qwen_surgery.verification.bundle import write_bundle
 
+    if inspect(model).devices > 1:
+        raise Usage(f"--bundle is for one device, and {model.name} is for several")
     with ChipEngine(model) as chip, console.err().status("bundle") as status:
         write_bundle(model, chip, geometry_of(model), folder, lambda net: status.update(f"bundle {net}"))
     console.err().print(f"bundle: {folder}; copy it to the board with its files and run run.sh")

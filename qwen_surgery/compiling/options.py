@@ -50,7 +50,12 @@ class VendorRuntime:
     passes: tuple[str, ...] = ()
     #: The head that its demos sample by, where they do.
     sampler: NetKind = NetKind.PENALTY_SAMPLE_HEAD
-    several_devices: bool = True
+    #: Why no file for it can be for several devices; empty where one can.
+    one_device: str = ""
+
+    @property
+    def several_devices(self) -> bool:
+        return not self.one_device
 
     @property
     def chips(self) -> tuple[str, ...]:
@@ -68,10 +73,12 @@ RUNTIMES = {
         "sophon-demo-2024.1", ("bf16", "int8", "int4"), True, False, "(nets - 2) // 2",
         # It writes float16's -10000 as mask, whatever the nets' type is.
         ("bounded-mask",),
+        one_device="its masks need a floor (bounded-mask), behind which TPU-MLIR splits no attention",
     ),
     "llm-tpu-generic": VendorRuntime(
         "llm-tpu-generic", ("bf16", "f16", "int8", "int4"), False, True,
-        "(nets - 3 - greedy_head - sample_head) / 2", sampler=NetKind.SAMPLE_HEAD, several_devices=False,
+        "(nets - 3 - greedy_head - sample_head) / 2", sampler=NetKind.SAMPLE_HEAD,
+        one_device="it is for sampling, and a model on several chips gives tokens",
     ),
 }  # fmt: skip
 
@@ -121,6 +128,8 @@ class CompileOptions:
         self._check_devices(runtime)
         if release is not None:
             self._check_release(release)
+        if self.num_device > 1:
+            refuse_unsplit(self, geometry)
         group = self._group(geometry, release)
         if self.symmetric and self.mode != "int4":
             raise Usage(f"--symmetric has no effect on --mode {self.mode}", hint="it belongs to --mode int4")
@@ -155,7 +164,7 @@ class CompileOptions:
             )
         if self.num_device > 1 and not runtime.several_devices:
             raise Usage(
-                f"--runtime {runtime.name} is for sampling, and a model on several chips gives tokens",
+                f"--runtime {runtime.name} does not go with --num-device: {runtime.one_device}",
                 hint="use --runtime llm-tpu",
             )
         if self.num_core not in (None, *self.chip.cores):
@@ -319,10 +328,44 @@ _NEEDS_PASSES = {
         "without, a launch at a prompt's own length ends the process or gives wrong numbers",
     ),
     "--num-device": (
-        ("rotary",),
-        "TPU-MLIR cannot split the raw graphs over several chips (it fails an assertion)",
+        ("rotary", "split-attention"),
+        "TPU-MLIR cannot split other graphs over several chips (it fails an assertion)",
     ),
 }
+#: Over so many devices TPU-MLIR 1.30.2 splits a layer, and matrices of more numbers than this.
+DEVICES, SPLIT_FROM = (1, 2, 4, 6, 8), 1 << 22
+
+
+def refuse_unsplit(options: CompileOptions, geometry: Geometry | None) -> None:
+    """Raise Usage where TPU-MLIR cannot split every layer over the devices: what it splits in part no demo
+    can run, and what it repeats on every device is better off on one.
+    """
+    count = options.num_device
+    if count not in DEVICES:
+        raise Usage(f"--num-device {count} is impossible: TPU-MLIR splits over 2, 4, 6 or 8 devices")
+    if options.mode == "int8":
+        raise Usage(
+            "--mode int8 does not go with --num-device: TPU-MLIR 1.30.2 cannot split its weights (it fails "
+            "an assertion)",
+            hint="use --mode int4 or bf16",
+        )
+    if geometry is None:
+        return
+    if geometry.kv_heads % count:
+        raise Usage(
+            f"--num-device {count} does not divide the {geometry.kv_heads} heads of keys and values: TPU-MLIR "
+            "loses some where devices get different numbers of them"
+        )
+    for what, size in (
+        ("MLP", geometry.hidden * geometry.mlp_width),
+        ("table of tokens", geometry.hidden * geometry.vocab),
+    ):
+        if size <= SPLIT_FROM:
+            raise Usage(
+                f"this model is too small for --num-device: its {what} has {size:,} numbers a matrix, and "
+                f"TPU-MLIR splits from {SPLIT_FROM:,} on",
+                hint="leave --num-device out",
+            )
 
 
 def unsuited(options: CompileOptions) -> str:
@@ -342,15 +385,27 @@ def needed_passes(options: CompileOptions) -> tuple[str, ...]:
 
 
 def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
-    """Raise :class:`Usage` for options that only work on nets that certain passes have been over."""
-    asked = {"--dynamic": options.dynamic, "--num-device": options.num_device > 1}
+    """Raise :class:`Usage` for options that only work on nets that certain passes have been over, or not."""
+    from graph_passes.framework import registry
+
+    several = options.num_device > 1
+    asked = {"--dynamic": options.dynamic, "--num-device": several}
     for option, (needed, why) in _NEEDS_PASSES.items():
         missing = [name for name in needed if name not in passes]
+        flag = " --multi-device" if several else ""
         if asked[option] and missing:
             raise Usage(
                 f"{option} needs cleaned nets: {why}",
-                hint=f"run `qwen-surgery clean` on the export first, with the pass {' and '.join(missing)}",
+                hint=f"run `qwen-surgery clean{flag}` on the export first, "
+                f"with the pass {' and '.join(missing)}",
             )
+    hiding = [name for name in passes if name in registry.undivided()] if several else []
+    if hiding:
+        raise Usage(
+            f"--num-device does not go with the pass {' and '.join(hiding)}: TPU-MLIR cannot split what it "
+            "leaves",
+            hint="run `qwen-surgery clean --multi-device` on a fresh export",
+        )
 
 
 def refuse_for_runtime(options: CompileOptions, passes: tuple[str, ...]) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from qwen_surgery.exporting.template import Template
 
 
+#: Passes that run where TPU-MLIR splits nets over several devices, and nowhere else.
+SPLITTING = ("split-attention",)
+
+
 @dataclass(frozen=True)
 class KindReport:
     """What cleaning did to one kind of net: ops by type before and after, the passes' reports in order."""
@@ -48,17 +52,21 @@ def chosen_passes(
     skip: Iterable[str] = (),
     toolchain: str | None = None,
     also: Iterable[str] = (),
+    *,
+    several: bool = False,
 ) -> tuple[str, ...]:
     """Names of the passes that run, ONNX and Top dialect, in running order.
 
     *recipe* is a TOML file (see :mod:`graph_passes.framework.recipe`), *skip* switches more of them off, and
     *toolchain* (a TPU-MLIR version such as "1.6") those that version cannot take; *also* are passes that only
-    run where something needs them. Raises Usage for a bad recipe or an unknown name.
+    run where something needs them. For *several* devices those run that let TPU-MLIR split the nets. Raises
+    Usage for a bad recipe or an unknown name.
     """
     from graph_passes.framework import recipe as recipes
     from graph_passes.framework import registry
 
     skip = tuple(skip)
+    also = (*also, *(SPLITTING if several else ()))
     try:
         names = recipes.read(recipe) if recipe is not None else recipes.without((), also)
         registry.require_known(skip)
@@ -67,6 +75,7 @@ def chosen_passes(
     except ValueError as error:  # a bad recipe, or two passes of one name
         raise Usage(str(error)) from error
     off = set(skip) | (registry.unfit(toolchain) if toolchain else set())
+    off |= registry.undivided() if several else set()
     return tuple(name for name in names if name not in off)
 
 

@@ -11,6 +11,15 @@ from typing import Any
 from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, NetKind, Tensor, inputs, nets, outputs, sampler_of
 from qwen_surgery.packing import sidefile
+from qwen_surgery.packing.cascade import (
+    SHARED_AXIS,
+    DevicePart,
+    WholeNet,
+    is_share,
+    name_of,
+    shape_of,
+    whole_nets,
+)
 from qwen_surgery.packing.container import Bmodel, Region, regions
 from qwen_surgery.packing.schema import DATA_TYPES
 from qwen_surgery.packing.sidefile import Prediction, SideFile
@@ -22,18 +31,23 @@ _PER_LAYER = re.compile(r"(block|block_cache)_(\d+)")
 
 @dataclass(frozen=True)
 class TensorReport:
-    """An input or output as the file declares it."""
+    """An input or output as the file declares it, on one of the devices that share its net. ``share``: it is
+    a part of the tensor, and the other devices have the rest.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    device: int = 0
+    share: bool = False
 
 
 @dataclass(frozen=True)
 class NetReport:
-    """One net: its tensors and the bytes it takes. ``shared`` says that another net before it holds its
-    weights; ``io_alone``, that its inputs and outputs have addresses of their own; ``tagged``, that they have
-    none, but tags that the demos do not know."""
+    """One net: its tensors and the bytes it takes, on the device where they are most. ``shared`` says that
+    another net before it holds its weights; ``io_alone``, that its inputs and outputs have addresses of their
+    own; ``tagged``, that they have none, but tags that the demos do not know. ``devices`` share it.
+    """
 
     name: str
     inputs: tuple[TensorReport, ...]
@@ -45,6 +59,23 @@ class NetReport:
     dynamic: bool
     io_alone: bool
     tagged: bool
+    devices: tuple[int, ...] = (0,)
+
+    def on(self, device: int) -> tuple[tuple[TensorReport, ...], tuple[TensorReport, ...]]:
+        """Its inputs and outputs on one device."""
+        here = tuple(tensor for tensor in self.inputs if tensor.device == device)
+        return here, tuple(tensor for tensor in self.outputs if tensor.device == device)
+
+    @property
+    def whole_inputs(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its inputs as one device would have them: shares of a KV cache put together."""
+        found = []
+        for tensors in zip(*(self.on(device)[0] for device in self.devices), strict=False):
+            shape = list(tensors[0].shape)
+            if tensors[0].share:
+                shape[SHARED_AXIS] = sum(tensor.shape[SHARED_AXIS] for tensor in tensors)
+            found.append(tuple(shape))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -84,45 +115,71 @@ class BmodelReport:
         return asdict(self)
 
 
-def _tensors(declared: list[dict[str, Any]]) -> tuple[TensorReport, ...]:
+def _tensors(whole: WholeNet, key: str) -> tuple[TensorReport, ...]:
     return tuple(
         TensorReport(
-            tensor["name"],
-            tuple(tensor["shape"][0].get("dim", [])) if tensor.get("shape") else (),
+            name_of(part, tensor),
+            shape_of(tensor),
             DATA_TYPES.get(tensor["data_type"], (f"type {tensor['data_type']}", 0))[0],
+            part.device,
+            is_share(whole, tensor),
         )
-        for tensor in declared
+        for part, tensor in whole.tensors(key)
     )
 
 
-def _net(net: dict[str, Any], seen: set[Region]) -> NetReport:
-    parameter = net["parameter"][0]
-    coefficients = parameter.get("coeff_mem", {}).get("binary_coeff", {"start": 0, "size": 0})
-    weights = Region.of(coefficients)
-    others = {Region.of(b) for b in regions(parameter, "NetParameter") if b is not coefficients}
-    shared = weights in seen
-    seen.add(weights)
+@dataclass(frozen=True)
+class _Bytes:
+    """What one device holds of a net; ``new``: of its weights, those that no net before it brought there."""
+
+    weights: int
+    new: int
+    instructions: int
+    runtime: int
+
+    @classmethod
+    def of(cls, parts: tuple[DevicePart, ...], seen: set[Region]) -> _Bytes:
+        weights = new = instructions = runtime = 0
+        for parameter in (part.parameter for part in parts):
+            coefficients = parameter.get("coeff_mem", {}).get("binary_coeff", {"start": 0, "size": 0})
+            region = Region.of(coefficients)
+            weights += region.size
+            new += region.size if region not in seen else 0
+            seen.add(region)
+            others = {Region.of(b) for b in regions(parameter, "NetParameter") if b is not coefficients}
+            instructions += sum(other.size for other in others)
+            runtime += parameter["ctx_size"] + parameter["io_size"]
+        return cls(weights, new, instructions, runtime)
+
+
+def _net(whole: WholeNet, seen: dict[int, set[Region]]) -> NetReport:
+    """*seen* are the weights of nets before it, by device."""
+    held = [_Bytes.of(whole.on(device), seen.setdefault(device, set())) for device in whole.devices]
+    weights, first = max(one.weights for one in held), whole.parts[0]
+    modes = {part.table["addr_mode"] for part in whole.parts}
     return NetReport(
-        name=net["name"],
-        inputs=_tensors(parameter["input_tensor"]),
-        outputs=_tensors(parameter["output_tensor"]),
-        weight_bytes=weights.size,
-        instruction_bytes=sum(region.size for region in others),
-        runtime_bytes=parameter["ctx_size"] + parameter["io_size"],
-        shared=shared and weights.size > 0,
-        dynamic=bool(parameter["is_dynamic"]),
-        io_alone=net["addr_mode"] == IO_ALONE,
-        tagged=net["addr_mode"] not in (BASIC, IO_ALONE),
+        name=whole.name,
+        inputs=_tensors(whole, "input_tensor"),
+        outputs=_tensors(whole, "output_tensor"),
+        weight_bytes=weights,
+        instruction_bytes=max(one.instructions for one in held),
+        runtime_bytes=max(one.runtime for one in held),
+        shared=weights > 0 and not any(one.new for one in held),
+        dynamic=bool(first.parameter["is_dynamic"]),
+        io_alone=modes == {IO_ALONE},
+        tagged=not modes <= {BASIC, IO_ALONE},
+        devices=whole.devices,
     )
 
 
-def _geometry(found: Mapping[str, NetReport], layers: int) -> Geometry:
-    """The sizes that the tensors of a bmodel speak of. Raises KeyError or IndexError where they do not."""
-    block = found["block_cache_0"]
-    _, seq_length, heads, head_dim = block.inputs[3].shape
-    hidden = block.inputs[0].shape[-1]
+def _geometry(found: Mapping[str, NetReport], layers: int, device: int = 0) -> Geometry:
+    """The sizes that a bmodel's tensors on *device* speak of. Raises LookupError or ValueError where they do
+    not.
+    """
+    states, _, _, keys, _ = found["block_cache_0"].on(device)[0]
+    _, seq_length, heads, head_dim = keys.shape
     vocab = found["lm_head"].outputs[0].shape[-1]
-    return Geometry(layers, hidden, heads, head_dim, vocab, 0, seq_length)
+    return Geometry(layers, states.shape[-1], heads, head_dim, vocab, 0, seq_length)
 
 
 def _compare(name: str, what: str, found: tuple[TensorReport, ...], wanted: tuple[Tensor, ...]) -> list[str]:
@@ -157,7 +214,8 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
     found = {report.name: report for report in reports}
     try:
         fused = found["lm_head"].outputs[0].dtype in ("int32", "uint32")
-        geometry = _geometry(found, layers)
+        devices = found["block_cache_0"].devices
+        geometries = tuple(_geometry(found, layers, device) for device in devices)
     except (LookupError, ValueError) as error:
         return [f"not the nets of a model of this contract (missing or odd: {error})"]
     if layers > len(reports):
@@ -180,11 +238,34 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
             problems.append(
                 f"{report.name}: its tensors have tags for addresses, which the demos do not know"
             )
-        if fused and kind is NetKind.LM_HEAD_TOPK:
-            continue  # its token's shape differs between TPU-MLIR versions, and runtimes read one number
-        problems += _compare(report.name, "input", report.inputs, inputs(kind, geometry))
-        problems += _compare(report.name, "output", report.outputs, outputs(kind, geometry))
+        if kind is NetKind.LM_HEAD_TOPK:
+            problems += _compare_head(report)
+        elif report.devices != devices:
+            problems.append(f"{report.name} is on devices {report.devices}, block_cache_0 on {devices}")
+        else:
+            problems += _compare_devices(report, kind, geometries)
     return problems
+
+
+def _compare_devices(report: NetReport, kind: NetKind, geometries: tuple[Geometry, ...]) -> list[str]:
+    """Demos give every device all inputs: they cannot run a net whose first step is the first one's alone."""
+    problems = []
+    for device, geometry in zip(report.devices, geometries, strict=True):
+        where = f"{report.name} on device {device}" if len(geometries) > 1 else report.name
+        given, gives = report.on(device)
+        problems += _compare(where, "input", given, inputs(kind, geometry))
+        problems += _compare(where, "output", gives, outputs(kind, geometry))
+    return problems
+
+
+def _compare_head(report: NetReport) -> list[str]:
+    """A lm_head that gives a token: the shape of that differs between TPU-MLIR versions, and runtimes read
+    one number. Demos for several devices launch it on the first one.
+    """
+    found = (len(report.inputs), len(report.outputs))
+    if found == (1, 1):
+        return []
+    return [f"lm_head: {found[0]} inputs and {found[1]} outputs, the runtimes launch it with one of each"]
 
 
 def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
@@ -217,7 +298,7 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
 def geometry_of(path: Path) -> Geometry:
     """The sizes that the tensors of the bmodel at *path* speak of. Raises Refused when they speak of none."""
     with Bmodel(path) as bmodel:
-        reports = {net["name"]: _net(net, set()) for net in bmodel.nets if net.get("parameter")}
+        reports = {whole.name: _net(whole, {}) for whole in whole_nets(bmodel.nets)}
     layers = sum(name.startswith("block_cache_") for name in reports)
     try:
         return _geometry(reports, layers)
@@ -232,8 +313,8 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
     at all breaks the contract only where a profile was named.
     """
     with Bmodel(path) as bmodel:
-        seen: set[Region] = set()
-        reports = tuple(_net(net, seen) for net in bmodel.nets if net.get("parameter"))
+        seen: dict[int, set[Region]] = {}
+        reports = tuple(_net(whole, seen) for whole in whole_nets(bmodel.nets))
         model, length = bmodel.model, bmodel.length
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)

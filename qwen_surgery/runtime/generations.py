@@ -23,7 +23,8 @@ SAMPLERS = {HEADS: NetKind.PENALTY_SAMPLE_HEAD.value, GENERIC: NetKind.SAMPLE_HE
 
 @dataclass(frozen=True)
 class DemoGeneration:
-    """One generation of demos: ``profiles`` are the values of --runtime whose files it takes.
+    """One generation of demos: ``profiles`` are the values of --runtime whose files it takes, ``several``
+    those whose files for several devices it takes.
 
     ``heads``: the kinds of file it counts the layers of rightly. ``shared``: how its runtime may place nets.
     Demos that never ask for shared memory need a runtime old enough to share without being asked, where they
@@ -36,10 +37,13 @@ class DemoGeneration:
     flow: type[flows.DataFlow]
     heads: tuple[str, ...]
     shared: tuple[bool, ...]
+    several: tuple[str, ...] = ()
 
     def refuses(self, nets: Iterable[NetMemory]) -> str:
         """Why it cannot read a file of *nets* at all; empty when it can."""
         found = {net.name: net for net in nets}
+        if devices_of(found.values()) > 1 and not self.several:
+            return "it opens one device, and the file is for several"
         kind = kind_of(found)
         if kind not in self.heads:
             return _WHY_NOT[self.heads[0], kind]
@@ -80,7 +84,7 @@ GENERATIONS = (
     ),
     DemoGeneration(
         "qwen.py-2024-08", "sophon-demo sample/Qwen/python/qwen.py, from 2024-08",
-        ("sophon-demo",), flows.InPlace, (HEADS, GENERIC, LOGITS, FUSED), (True, False),
+        ("sophon-demo",), flows.InPlace, (HEADS, GENERIC, LOGITS, FUSED), (True, False), ("sophon-demo",),
     ),
     DemoGeneration(
         "demo.cpp-2024-02", "LLM-TPU models/Qwen/demo/demo.cpp, 2024-02-19 to 2024-03-19",
@@ -92,7 +96,7 @@ GENERATIONS = (
     ),
     DemoGeneration(
         "demo_parallel", "LLM-TPU models/Qwen/demo_parallel, from 2024-04",
-        ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False),
+        ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False), ("llm-tpu", "sophon-demo-2024.1"),
     ),
 )  # fmt: skip
 
@@ -113,9 +117,18 @@ def conversations(profile: str, kind: str) -> int:
     )
 
 
-def of_profile(profile: str | None) -> tuple[DemoGeneration, ...]:
-    """The generations of one --runtime, or all."""
-    return tuple(one for one in GENERATIONS if profile is None or profile in one.profiles)
+def devices_of(nets: Iterable[NetMemory]) -> int:
+    """How many devices a file of *nets* is for."""
+    return max(net.devices for net in nets)
+
+
+def of_profile(profile: str | None, devices: int = 1) -> tuple[DemoGeneration, ...]:
+    """The generations of one --runtime for a file for so many *devices*, or all."""
+    return tuple(
+        one
+        for one in GENERATIONS
+        if profile is None or profile in (one.profiles if devices == 1 else one.several)
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,8 @@ def suitability(
     its nets are recorded to have been through (None: nothing is recorded). Refuses what is no bmodel.
     """
     layouts = {shared: layout(bmodel, shared=shared) for shared in (True, False)}
-    return tuple(suits(one, layouts, passes) for one in of_profile(profile))
+    chosen = of_profile(profile, devices_of(layouts[True]))
+    return tuple(suits(one, layouts, passes) for one in chosen)
 
 
 def suits(

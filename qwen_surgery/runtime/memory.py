@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwen_surgery.errors import Refused
+from qwen_surgery.packing.cascade import DevicePart, Table, WholeNet, whole_nets
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.packing.schema import DATA_TYPES
 
@@ -55,7 +55,9 @@ class Place:
 
 @dataclass(frozen=True)
 class NetMemory:
-    """One net's tensors. ``work`` is where its intermediate results go, None where that is not known."""
+    """One net's tensors. ``work`` is where its intermediate results go, None where that is not known. Of a
+    net that ``devices`` share these are the first one's: the others do the same at the same time.
+    """
 
     name: str
     io_alone: bool
@@ -63,6 +65,7 @@ class NetMemory:
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
     work: Memory | None = None
+    devices: int = 1
 
 
 _NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "uint32": "i32"}
@@ -75,32 +78,58 @@ def layout(bmodel: Path, *, shared: bool) -> tuple[NetMemory, ...]:
     for a file that is no bmodel, or one whose tensors lie outside their net's memory.
     """
     with Bmodel(bmodel) as opened:
-        nets = [net for net in opened.nets if net.get("parameter")]
-        return tuple(_net(net, index, shared, bmodel) for index, net in enumerate(nets))
+        wholes = whole_nets(opened.nets)
+    return tuple(_net(whole, shared, bmodel) for whole in wholes)
 
 
-def _net(net: dict[str, Any], index: int, shared: bool, bmodel: Path) -> NetMemory:
-    parameter = net["parameter"][0]
-    alone = net["addr_mode"] == IO_ALONE
-    work = Memory(0 if shared else (2 * index + 1) * _APART, parameter["ctx_size"])
-    own = Memory((2 * index + 2) * _APART, parameter["io_size"])
-    region, start = (own, parameter["io_addr"]) if alone else (work, parameter["ctx_addr"])
+def _work(part: DevicePart, shared: bool) -> Memory:
+    """Where a part of a net has its intermediate results."""
+    return Memory(0 if shared else (2 * part.number + 1) * _APART, part.parameter["ctx_size"])
+
+
+def _outside(part: DevicePart, shared: bool) -> tuple[Memory, int]:
+    """The region of a part's inputs and outputs, and the file's address for its start."""
+    parameter = part.parameter
+    if part.table["addr_mode"] == IO_ALONE:
+        return Memory((2 * part.number + 2) * _APART, parameter["io_size"]), parameter["io_addr"]
+    return _work(part, shared), parameter["ctx_addr"]
+
+
+def _net(whole: WholeNet, shared: bool, bmodel: Path) -> NetMemory:
+    parts = whole.on(whole.devices[0])
 
     def places(key: str) -> tuple[Place, ...]:
-        return tuple(_place(tensor, region, start, net["name"], bmodel) for tensor in parameter[key])
+        return tuple(
+            _place(tensor, *_outside(part, shared), whole.name, bmodel)
+            for part, tensor in whole.tensors(key)
+            if part in parts
+        )
 
-    dynamic = bool(parameter["is_dynamic"])
-    return NetMemory(net["name"], alone, dynamic, places("input_tensor"), places("output_tensor"), work)
+    return NetMemory(
+        whole.name,
+        parts[0].table["addr_mode"] == IO_ALONE,
+        bool(parts[0].parameter["is_dynamic"]),
+        places("input_tensor"),
+        places("output_tensor"),
+        max((_work(part, shared) for part in parts), key=lambda work: work.size),
+        len(whole.devices),
+    )
 
 
-def _place(tensor: dict[str, Any], region: Memory, start: int, net: str, bmodel: Path) -> Place:
-    kind, width = DATA_TYPES.get(tensor["data_type"], ("", 0))
+def _place(tensor: Table, region: Memory, start: int, net: str, bmodel: Path) -> Place:
+    _, width = DATA_TYPES.get(tensor["data_type"], ("", 0))
     shape = tuple(tensor["shape"][0].get("dim", ()))
     size = int(_count(shape) * width)
     memory = region.part(tensor["device_addr"] - start, size)
     if memory.address < region.address or memory.end > region.end:
         raise Refused(f"{bmodel}: {tensor['name']} of {net} lies outside the memory of its net")
-    return Place(tensor["name"], _NAMES.get(kind, kind), shape, memory)
+    return Place(tensor["name"], chip_dtype(tensor), shape, memory)
+
+
+def chip_dtype(tensor: Table) -> str:
+    """The type of a bmodel's tensor as the emulator calls it: ``bf16``, ``f16``, ``f32`` or ``i32``."""
+    kind, _ = DATA_TYPES.get(tensor["data_type"], ("", 0))
+    return _NAMES.get(kind, kind)
 
 
 def _count(shape: Sequence[int]) -> int:

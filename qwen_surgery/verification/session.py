@@ -288,22 +288,24 @@ def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequenc
 
 def _sampler(folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> NetKind:
     """The head to sample by that an exported folder or a bmodel has. Raises Refused for what is no bmodel."""
+    from qwen_surgery.packing.cascade import whole_nets
     from qwen_surgery.packing.container import Bmodel
 
     names = {name for folder in folders for name in folder.nets}
     for bmodel in bmodels:
         with Bmodel(bmodel) as opened:
-            names |= {net["name"] for net in opened.nets}
+            names |= {whole.name for whole in whole_nets(opened.nets)}
     return sampler_of(names)
 
 
 def _chip_seq_length(bmodel: Path) -> int | None:
     """The length of a bmodel's prefill embedding; None without one. Raises Refused when it is no bmodel."""
+    from qwen_surgery.packing.cascade import whole_nets
     from qwen_surgery.packing.container import Bmodel
 
     with Bmodel(bmodel) as opened:
-        found = [net for net in opened.nets if net["name"] == "embedding"]
-        return found[0]["parameter"][0]["input_tensor"][0]["shape"][0]["dim"][-1] if found else None
+        found = [whole for whole in whole_nets(opened.nets) if whole.name == "embedding"]
+        return found[0].tensors("input_tensor")[0][1]["shape"][0]["dim"][-1] if found else None
 
 
 def _refuse_other_model(folder: OrtEngine, sources: Sources) -> None:
@@ -426,11 +428,11 @@ def _text_tokens(parts: _Opened) -> list[int]:
 
 def _chip_level(parts: _Opened, bmodel: Path) -> LevelResult:
     """A bmodel on the emulator, which is open only for this level."""
-    from qwen_surgery.toolchain.emulator import ChipEngine
+    from qwen_surgery.runtime.several import open_chip
     from qwen_surgery.toolchain.environment import Toolchain
 
     mode = _mode_of(parts.request, bmodel)
-    with ChipEngine(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
+    with open_chip(bmodel, Toolchain.find(parts.request.toolchain)) as chip:
         return _level(parts, "chip", mode, chip.chip, chip, bmodel)
 
 

@@ -259,7 +259,7 @@ def test_a_full_disk_ends_cleanly_and_the_build_resumes(exported: Path, tmp_path
         (("--mode", "bf16", "--symmetric"), 2, "--symmetric has no effect"),
         (("--num-core", "2"), 2, "--num-core 2 needs bm1688"),
         (("--dynamic",), 2, "needs cleaned nets"),
-        (("--num-device", "2"), 2, "needs cleaned nets"),
+        (("--num-device", "2"), 2, "too small for --num-device"),
         (("--runtime", "sophon-demo-2024.1"), 3, "lacks net lm_head (lm_head_topk)"),
         (("--runtime", "llm-tpu-generic"), 3, "lacks net sample_head (sample_head)"),
         (("--scheduler", "tcp://127.0.0.1:1"), 4, "no Dask scheduler answers"),

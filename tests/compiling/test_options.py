@@ -5,6 +5,7 @@ rest.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from qwen_surgery.compiling.options import (
     refuse_uncleaned,
 )
 from qwen_surgery.errors import Refused, Usage
+from qwen_surgery.exporting.cleaning import chosen_passes
 from qwen_surgery.nets import Geometry, NetKind
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.weights import Release
@@ -85,7 +87,7 @@ def flags(kind: NetKind, cores: int = 1, **options: object) -> str:
         ),
         (
             NetKind.LM_HEAD_TOPK,
-            {"mode": "int8", "num_device": 8},
+            {"mode": "int4", "lm_head_mode": "int8", "num_device": 8},
             "--quantize W8BF16 --quant_input --chip bm1684x --num_device 8 --addr_mode io_alone",
         ),
     ],
@@ -137,8 +139,8 @@ def test_the_oldest_runtime_gets_a_token_from_its_lm_head() -> None:
     [
         ({}, "BM1684X/qwen_int4_seq512_1dev.bmodel"),
         (
-            {"mode": "int8", "num_device": 2, "dynamic": True, "runtime": "sophon-demo"},
-            "BM1684X/qwen_int8_seq512_2dev_dyn.bmodel",
+            {"mode": "bf16", "num_device": 2, "dynamic": True, "runtime": "sophon-demo"},
+            "BM1684X/qwen_bf16_seq512_2dev_dyn.bmodel",
         ),
         ({"target": "bm1688", "mode": "f16"}, "BM1688/qwen_f16_seq512_bm1688_1dev.bmodel"),
         ({"target": "cv186x", "name": "q"}, "CV186X/q_int4_seq512_cv186x_1dev.bmodel"),
@@ -161,6 +163,9 @@ def test_names_are_those_of_the_reference_scripts(options: dict[str, object], pa
         ({"runtime": "sophon-demo-2024.1", "dynamic": True}, "--dynamic has no use"),
         ({"target": "bm1688", "dynamic": True}, "--dynamic is not supported on bm1688"),
         ({"target": "cv186x", "num_device": 2}, "--num-device 2 needs bm1684x"),
+        ({"num_device": 3}, "over 2, 4, 6 or 8 devices"),
+        ({"num_device": 2, "mode": "int8"}, "--mode int8 does not go with --num-device"),
+        ({"num_device": 2, "runtime": "sophon-demo-2024.1"}, "its masks need a floor"),
         ({"num_core": 2}, "--num-core 2 needs bm1688"),
         ({"target": "cv186x", "num_core": 2}, "--num-core 2 needs bm1688"),
         ({"mode": "bf16", "q_group_size": 64}, "no effect on --mode bf16"),
@@ -184,7 +189,30 @@ def test_what_raw_graphs_cannot_carry_is_refused(options: dict[str, object]) -> 
     resolved = CompileOptions(**options).resolved(QWEN_7B)  # type: ignore[arg-type]
     with pytest.raises(Usage, match="needs cleaned nets"):
         refuse_uncleaned(resolved, ("fold-constants",))
-    refuse_uncleaned(resolved, ("fold-constants", "rotary", "free-length"))
+    refuse_uncleaned(resolved, ("fold-constants", "rotary", "free-length", "split-attention"))
+
+
+def test_nets_that_cannot_be_split_are_not_compiled_for_several_devices() -> None:
+    resolved = CompileOptions(num_device=2).resolved(QWEN_7B)
+    refuse_uncleaned(resolved, chosen_passes(several=True))
+    with pytest.raises(Usage, match="does not go with the pass joint-mlp"):
+        refuse_uncleaned(resolved, (*chosen_passes(several=True), "joint-mlp"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"hidden": 256, "mlp_width": 512}, "too small for --num-device: its MLP"),
+        ({"vocab": 1000}, "too small for --num-device: its table of tokens"),
+        ({"kv_heads": 2}, "does not divide the 2 heads of keys and values"),
+        ({"kv_heads": 6}, "does not divide the 6 heads of keys and values"),
+    ],
+)
+def test_a_model_that_tpu_mlir_would_split_in_part_is_refused(sizes: dict[str, int], said: str) -> None:
+    with pytest.raises(Usage, match=said):
+        CompileOptions(num_device=4).resolved(replace(QWEN_7B, **sizes))
+    CompileOptions(num_device=4).resolved(replace(QWEN_7B, kv_heads=8))
+    CompileOptions(num_device=6).resolved(replace(QWEN_7B, kv_heads=6))
 
 
 def test_a_runtime_that_needs_a_pass_gets_no_net_without_it() -> None:

@@ -277,7 +277,19 @@ def _tensor(name: str, shape: list[int], data_type: int) -> dict[str, Any]:
     return {"name": name, "data_type": data_type, "shape": [{"dim": shape}], "size": 4}
 
 
-def _bmodel(path: Path, other: str = "") -> None:
+def _on_device(net: dict[str, Any], device: int) -> dict[str, Any]:
+    """*net* as one of several devices has it."""
+    (whole,) = net["parameter"]
+    outside = {"input_tensor": 1, "output_tensor": 2}
+    tensors = {
+        key: [{**one, "hidden": hidden, "index": index} for index, one in enumerate(whole[key])]
+        for key, hidden in outside.items()
+    }
+    cascade = {"device_id": device, "step": 0, "main_name": net["name"]}
+    return {**net, "name": f"{net['name']}_{device}", "cascade": cascade, "parameter": [{**whole, **tensors}]}
+
+
+def _bmodel(path: Path, other: str = "", devices: int = 1) -> None:
     """A small bmodel of one layer's decode net and the output layer, and a net called *other*."""
     from qwen_surgery.packing import container
 
@@ -306,13 +318,15 @@ def _bmodel(path: Path, other: str = "") -> None:
         for name, part in (("block_cache_0", parameter), ("lm_head", head), (other, head))
         if name
     ]
+    if devices > 1:
+        nets = [_on_device(net, device) for net in nets for device in range(devices)]
     model = {
         "type": "BMODEL",
         "version": "2.2",
         "time": "t\n",
         "chip": "BM1684X",
         "net": nets,
-        "device_num": 1,
+        "device_num": devices,
     }
     base = container.head_size(model, paged=False)
     with path.open("w+b", buffering=0) as file:
@@ -324,11 +338,13 @@ def bmodel(folder: Path) -> tuple[Write, Read]:
     from qwen_surgery.packing import report
 
     path = folder / "a.bmodel"
-    _bmodel(path)
-    valid = path.read_bytes()
+    valid = []
+    for devices in (1, 2):
+        _bmodel(path, devices=devices)
+        valid.append(path.read_bytes())
 
     def write(rng: Random) -> None:
-        path.write_bytes(mutate.data(valid, rng))
+        path.write_bytes(mutate.data(rng.choice(valid), rng))
 
     def read() -> None:
         json.dumps(report.inspect(path).to_json())

@@ -221,6 +221,44 @@ def test_attention_of_a_short_prompt_stays() -> None:
     assert sites(attention(), "fused-attention") == ()
 
 
+def products(*order: str, late: str = "") -> str:
+    """A layer whose products of one norm stand in *order*; the weight of *late* is written behind the first."""
+    at = {name: index for index, name in enumerate("qkv")}
+    weights = {
+        name: f'%{at[name] + 2} = "top.Weight"() : () -> {X} loc(#loc{at[name] + 2})' for name in order
+    }
+    first, *rest = (
+        f'%{at[name] + 5} = "top.MatMul"(%1, %{at[name] + 2}, %0) {{do_relu = false}} : '
+        f"({X}, {X}, none) -> {X} loc(#loc{at[name] + 5})"
+        for name in order
+    )
+    return module(
+        '%0 = "top.None"() : () -> none loc(#loc)',
+        f'%1 = "top.Input"(%arg0) {{do_preprocess = true}} : ({X}) -> {X} loc(#loc1)',
+        *(weights[name] for name in "qkv" if name != late),
+        first,
+        *(weights[name] for name in late),
+        *rest,
+        f'%8 = "top.Mul"(%5, %6) {{{PLAIN}}} : ({X}, {X}) -> {X} loc(#loc8)',
+        f'%9 = "top.Abs"(%6) : ({X}) -> {X} loc(#loc9)',
+        result="%8, %9, %7",
+        kind=f"{X}, {X}, {X}",
+    )
+
+
+@pytest.mark.parametrize("order", ["vkq", "kqv", "qvk", "vqk"])
+def test_queries_come_first_where_an_attention_is_split(order: str) -> None:
+    """TPU-MLIR tells the three apart by their order alone."""
+    text, (done,) = mlir.apply(products(*order), ["split-attention"])
+    assert done.sites == ("value5",)
+    assert text == products(*"qkv")
+
+
+@pytest.mark.parametrize("other", [products(*"qkv"), products(*"vkq", late="q"), rotary()])
+def test_products_in_order_or_that_cannot_move_stay(other: str) -> None:
+    assert mlir.apply(other, ["split-attention"])[0] == other
+
+
 @pytest.mark.parametrize("text", ["", "not mlir", rotary().replace("return", "yield")])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(NotTopText):

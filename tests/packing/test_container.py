@@ -142,7 +142,7 @@ def test_inspect_names_what_breaks_the_contract(
     assert report["contract"] == []
     assert report["layers"] == 2
     assert report["nets"][3]["inputs"][2] == {
-        "name": "attention_mask", "shape": [1, 1, 32, 32], "dtype": "bfloat16",
+        "name": "attention_mask", "shape": [1, 1, 32, 32], "dtype": "bfloat16", "device": 0, "share": False,
     }  # fmt: skip
     pieces = bench("int4").pieces()
     swapped = write(tmp_path / "swapped.bmodel", [*pieces[:3], pieces[4], pieces[3], *pieces[5:]]).path

@@ -1,0 +1,118 @@
+"""Nets that several devices share: their parts, put together as bmruntime does.
+
+For ``--num-device`` TPU-MLIR writes every net as parts, one for each device and step, which say what net they
+belong to (a ``cascade``). A demo knows whole nets alone: it hands over the inputs of the first device, then
+those of the second, and gets outputs in the same order.
+
+Source of facts: ``cascade_update_input``, ``cascade_update_output`` and ``cascade_prepare_input`` of
+bmruntime; ``CreateTensorVector`` of TPU-MLIR's BM168xCodegen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_surgery.packing.container import Bmodel, Region, head_size, write_at, write_head
+
+Table = Mapping[str, Any]
+#: Values of a tensor's ``hidden``: it comes from outside or goes there; the higher ones differ from device to
+#: device in name, and in what they hold where that is a KV cache. 0 is what parts hand each other.
+_OUTSIDE = {"input_tensor": (1, 3), "output_tensor": (2, 4)}
+_OWN = (3, 4)
+#: A device's share of a KV cache [1, S, heads, head_dim] are heads: this axis.
+SHARED_AXIS = 2
+
+
+@dataclass(frozen=True)
+class DevicePart:
+    """What one device does of a net in one step; ``table`` is the file's net that holds it."""
+
+    device: int
+    step: int
+    table: Table
+    number: int
+
+    @property
+    def parameter(self) -> Table:
+        parameter: Table = self.table["parameter"][0]
+        return parameter
+
+
+@dataclass(frozen=True)
+class WholeNet:
+    """A net as a demo knows it; one that no devices share has one part. ``parts`` are in the file's order."""
+
+    name: str
+    parts: tuple[DevicePart, ...]
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The numbers of the devices that share it."""
+        return tuple(sorted({part.device for part in self.parts}))
+
+    def on(self, device: int) -> tuple[DevicePart, ...]:
+        """The parts of one device."""
+        return tuple(part for part in self.parts if part.device == device)
+
+    def tensors(self, key: str) -> list[tuple[DevicePart, Table]]:
+        """Its ``input_tensor`` or ``output_tensor``, each with its part: device by device, by index."""
+        if not shared(self.parts[0].table):
+            return [(part, tensor) for part in self.parts for tensor in part.parameter[key]]
+        found: dict[tuple[int, str], tuple[DevicePart, Table]] = {}
+        for part in self.parts:
+            for tensor in part.parameter[key]:
+                if tensor["hidden"] in _OUTSIDE[key]:
+                    found.setdefault((part.device, tensor["name"]), (part, tensor))
+        return sorted(found.values(), key=lambda one: (one[0].device, one[1]["index"]))
+
+
+def shared(net: Table) -> bool:
+    """Whether *net* is a part of a net that devices share."""
+    return bool(net.get("cascade", {}).get("main_name"))
+
+
+def is_share(whole: WholeNet, tensor: Table) -> bool:
+    """Whether *tensor* of *whole* holds one device's heads of a KV cache, and other devices have the rest."""
+    own = len(whole.devices) > 1 and tensor["hidden"] in _OWN
+    return own and len(shape_of(tensor)) == 4
+
+
+def name_of(part: DevicePart, tensor: Table) -> str:
+    """What the net calls *tensor*: on several devices, its own ones have the device's number behind it."""
+    name: str = tensor["name"]
+    own = shared(part.table) and tensor["hidden"] in _OWN
+    return name.removesuffix(f"_{part.device}") if own else name
+
+
+def shape_of(tensor: Table) -> tuple[int, ...]:
+    """The shape of a bmodel's tensor; empty where it has none."""
+    return tuple(tensor["shape"][0].get("dim", ())) if tensor.get("shape") else ()
+
+
+def whole_nets(nets: Iterable[Table]) -> tuple[WholeNet, ...]:
+    """The *nets* of a bmodel as a demo knows them, in the order of their first parts."""
+    found: dict[str, list[DevicePart]] = {}
+    for number, net in enumerate(nets):
+        if net.get("parameter"):
+            cascade = net["cascade"] if shared(net) else {"main_name": net["name"]}
+            part = DevicePart(cascade.get("device_id", 0), cascade.get("step", 0), net, number)
+            found.setdefault(cascade["main_name"], []).append(part)
+    return tuple(WholeNet(name, tuple(parts)) for name, parts in found.items())
+
+
+def apart(opened: Bmodel, out: Path) -> None:
+    """Write *opened* to *out* with every part a net of its own, for one device, which can be run alone. Names
+    of parts, weights and instructions are as they were.
+    """
+    nets = [{key: value for key, value in net.items() if key != "cascade"} for net in opened.nets]
+    model = {**opened.model, "net": nets, "device_num": 1}
+    base = head_size(model, paged=opened.paged)
+    with out.open("wb", buffering=0) as file:
+        write_head(file, model, base, opened.size)
+        position = base
+        for chunk in opened.chunks(Region(0, opened.size)):
+            write_at(file, chunk, position)
+            position += len(chunk)

@@ -1,0 +1,171 @@
+"""A bmodel for several devices on one emulated chip.
+
+The parts of a net run one after the other, and what they hand each other goes by its name, as bmruntime does
+it (``cascade_prepare_input``): every device's own first, else from the device that has it. What devices do at
+the same time, the order of their sums where bmruntime has a kernel of its own for those (four, six and eight
+devices), and the transfers between them are not emulated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from qwen_surgery.errors import Refused, ToolFailed, Usage
+from qwen_surgery.packing.cascade import (
+    SHARED_AXIS,
+    DevicePart,
+    Table,
+    WholeNet,
+    apart,
+    is_share,
+    name_of,
+    shape_of,
+    whole_nets,
+)
+from qwen_surgery.packing.container import Bmodel
+from qwen_surgery.runtime.memory import chip_dtype
+from qwen_surgery.toolchain import Toolchain
+from qwen_surgery.toolchain.emulator import ChipEngine, ChipTensor
+
+
+def open_chip(bmodel: Path | str, toolchain: Toolchain | None = None) -> ChipEngine | DevicesEngine:
+    """*bmodel* open on the emulator, for one device or several. Raises as :class:`ChipEngine` does."""
+    with Bmodel(bmodel) as opened:
+        several = opened.model["device_num"] > 1
+    return DevicesEngine(bmodel, toolchain) if several else ChipEngine(bmodel, toolchain)
+
+
+class DevicesEngine:
+    """A bmodel for several devices, open on one emulated chip; takes and gives what :class:`ChipEngine` does:
+    every input once, however many devices get it, and a KV cache with all its heads.
+
+    Raises as :class:`ChipEngine` does, and :class:`ToolFailed` where devices give different numbers for what
+    each of them should have.
+    """
+
+    def __init__(self, bmodel: Path | str, toolchain: Toolchain | None = None) -> None:
+        self.bmodel = Path(bmodel).absolute()
+        self._folder = tempfile.TemporaryDirectory(prefix="qwen-surgery-devices-")
+        try:
+            parts = Path(self._folder.name) / self.bmodel.name
+            with Bmodel(self.bmodel) as opened:
+                self._wholes = {whole.name: whole for whole in whole_nets(opened.nets)}
+                apart(opened, parts)
+            self._chip = ChipEngine(parts, toolchain)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self.chip, self.nets = self._chip.chip, tuple(self._wholes)
+
+    def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One forward of *net* on *inputs*, in the net's order."""
+        whole = self._known(net)
+        held = _given(whole, inputs)
+        for _, parts in groupby(sorted(whole.parts, key=_step), key=_step):
+            made: dict[tuple[str, int], np.ndarray] = {}
+            for part in parts:
+                made |= self._step(part, held)
+            held |= made
+        return _gathered(whole, held)
+
+    def _step(
+        self, part: DevicePart, held: dict[tuple[str, int], np.ndarray]
+    ) -> dict[tuple[str, int], np.ndarray]:
+        """What *part* gives, by name and device."""
+        names = [tensor["name"] for tensor in part.parameter["input_tensor"]]
+        found = self._chip.run(part.table["name"], [_handed(name, part.device, held) for name in names])
+        outputs = part.parameter["output_tensor"]
+        return {(tensor["name"], part.device): array for tensor, array in zip(outputs, found, strict=True)}
+
+    def describe(self, net: str) -> tuple[tuple[ChipTensor, ...], tuple[ChipTensor, ...]]:
+        """Inputs and outputs of *net*."""
+        whole = self._known(net)
+        return _described(whole, "input_tensor"), _described(whole, "output_tensor")
+
+    def _known(self, net: str) -> WholeNet:
+        if net not in self._wholes:
+            raise Usage(f"{self.bmodel.name} has no net {net}", hint="it has " + ", ".join(self.nets))
+        return self._wholes[net]
+
+    def close(self) -> None:
+        """End the worker and remove its file; safe to call twice."""
+        self._chip.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> DevicesEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _step(part: DevicePart) -> int:
+    return part.step
+
+
+def _by_index(whole: WholeNet, key: str) -> list[list[tuple[DevicePart, Table]]]:
+    """The tensors of *whole* by their index, each on every device that has it."""
+    found: dict[int, list[tuple[DevicePart, Table]]] = {}
+    for part, tensor in whole.tensors(key):
+        found.setdefault(tensor["index"], []).append((part, tensor))
+    return [found[index] for index in sorted(found)]
+
+
+def _given(whole: WholeNet, inputs: Sequence[np.ndarray]) -> dict[tuple[str, int], np.ndarray]:
+    """*inputs* as the demo hands them over, by name and device."""
+    wanted = _by_index(whole, "input_tensor")
+    if len(inputs) != len(wanted):
+        raise Usage(f"{whole.name} takes {len(wanted)} inputs, {len(inputs)} were given")
+    held = {}
+    for array, devices in zip(inputs, wanted, strict=True):
+        start = 0
+        for part, tensor in devices:
+            value = array
+            if is_share(whole, tensor):
+                heads = shape_of(tensor)[SHARED_AXIS]
+                value, start = np.take(array, range(start, start + heads), SHARED_AXIS), start + heads
+            held[tensor["name"], part.device] = value
+    return held
+
+
+def _handed(name: str, device: int, held: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
+    """What a part on *device* finds under *name*: its own, else what another device has."""
+    if (name, device) in held:
+        return held[name, device]
+    for (other, _), array in held.items():
+        if other == name:
+            return array
+    raise Refused(f"no part gives {name}, which device {device} needs")
+
+
+def _gathered(whole: WholeNet, held: dict[tuple[str, int], np.ndarray]) -> list[np.ndarray]:
+    """The outputs of *whole*: shares beside each other, anything else as the first device has it."""
+    outputs = []
+    for devices in _by_index(whole, "output_tensor"):
+        arrays = [held[tensor["name"], part.device] for part, tensor in devices]
+        if is_share(whole, devices[0][1]):
+            outputs.append(np.concatenate(arrays, SHARED_AXIS))
+            continue
+        if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
+            raise ToolFailed(f"{whole.name}: the devices differ in {devices[0][1]['name']}")
+        outputs.append(arrays[0])
+    return outputs
+
+
+def _described(whole: WholeNet, key: str) -> tuple[ChipTensor, ...]:
+    described = []
+    for devices in _by_index(whole, key):
+        part, tensor = devices[0]
+        shape = list(shape_of(tensor))
+        if is_share(whole, tensor):
+            shape[SHARED_AXIS] = sum(shape_of(other)[SHARED_AXIS] for _, other in devices)
+        described.append(ChipTensor(name_of(part, tensor), tuple(shape), chip_dtype(tensor)))
+    return tuple(described)
