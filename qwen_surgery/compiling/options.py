@@ -353,8 +353,8 @@ def refuse_unsplit(options: CompileOptions, geometry: Geometry | None) -> None:
         return
     if geometry.kv_heads % count:
         raise Usage(
-            f"--num-device {count} does not divide the {geometry.kv_heads} heads of keys and values: TPU-MLIR "
-            "loses some where devices get different numbers of them"
+            f"--num-device {count} does not divide the {geometry.kv_heads} heads of keys and values: "
+            "TPU-MLIR loses some where devices get different numbers of them"
         )
     for what, size in (
         ("MLP", geometry.hidden * geometry.mlp_width),

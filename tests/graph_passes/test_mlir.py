@@ -222,7 +222,7 @@ def test_attention_of_a_short_prompt_stays() -> None:
 
 
 def products(*order: str, late: str = "") -> str:
-    """A layer whose products of one norm stand in *order*; the weight of *late* is written behind the first."""
+    """A layer whose products of one norm stand in *order*; the weight of *late* stands behind the first."""
     at = {name: index for index, name in enumerate("qkv")}
     weights = {
         name: f'%{at[name] + 2} = "top.Weight"() : () -> {X} loc(#loc{at[name] + 2})' for name in order
