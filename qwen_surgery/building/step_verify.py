@@ -214,8 +214,8 @@ def _command(inputs: Inputs, file: str, depth: str) -> str:
         return f"check the nets, shapes and types of {file}"
     if inputs.options.num_device > 1:
         return f"verify {file} against the unpatched model, each device's part on the emulated chip"
+    count = 2 * _conversations(inputs.options)
     return (
-        f"verify {file} against the unpatched model, and in the vendor's runtime: "
-        f"{2 * _conversations(inputs.options)} conversations as the demos of {inputs.options.runtime} have "
-        "them"
+        f"verify {file} against the unpatched model, and in the vendor's runtime: {count} conversations as "
+        f"the demos of {inputs.options.runtime} have them"
     )

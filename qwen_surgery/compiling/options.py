@@ -392,12 +392,11 @@ def refuse_uncleaned(options: CompileOptions, passes: tuple[str, ...]) -> None:
     asked = {"--dynamic": options.dynamic, "--num-device": several}
     for option, (needed, why) in _NEEDS_PASSES.items():
         missing = [name for name in needed if name not in passes]
-        flag = " --multi-device" if several else ""
+        clean = "qwen-surgery clean" + (" --multi-device" if several else "")
         if asked[option] and missing:
             raise Usage(
                 f"{option} needs cleaned nets: {why}",
-                hint=f"run `qwen-surgery clean{flag}` on the export first, "
-                f"with the pass {' and '.join(missing)}",
+                hint=f"run `{clean}` on the export first, with the pass {' and '.join(missing)}",
             )
     hiding = [name for name in passes if name in registry.undivided()] if several else []
     if hiding:

@@ -70,10 +70,11 @@ class NetReport:
     def whole_inputs(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of its inputs as one device would have them: shares of a KV cache put together."""
         found = []
-        for tensors in zip(*(self.on(device)[0] for device in self.devices), strict=False):
-            shape = list(tensors[0].shape)
-            if tensors[0].share:
-                shape[SHARED_AXIS] = sum(tensor.shape[SHARED_AXIS] for tensor in tensors)
+        for first in self.on(self.devices[0])[0]:
+            shape = list(first.shape)
+            if first.share:
+                shares = [one for one in self.inputs if one.share and one.name == first.name]
+                shape[SHARED_AXIS] = sum(one.shape[SHARED_AXIS] for one in shares)
             found.append(tuple(shape))
         return tuple(found)
 
@@ -173,9 +174,7 @@ def _net(whole: WholeNet, seen: dict[int, set[Region]]) -> NetReport:
 
 
 def _geometry(found: Mapping[str, NetReport], layers: int, device: int = 0) -> Geometry:
-    """The sizes that a bmodel's tensors on *device* speak of. Raises LookupError or ValueError where they do
-    not.
-    """
+    """The sizes that tensors on *device* speak of. Raises LookupError or ValueError where they do not."""
     states, _, _, keys, _ = found["block_cache_0"].on(device)[0]
     _, seq_length, heads, head_dim = keys.shape
     vocab = found["lm_head"].outputs[0].shape[-1]
