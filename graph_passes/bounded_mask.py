@@ -24,6 +24,7 @@ class BoundedMask(GraphPass):
         "0.4 % slower (1.8B, S=512, int4), so it is on for that runtime alone"
     )
     optional = True
+    undivided = True
     precondition = "a graph input called attention_mask of more than one row that is read as it is"
 
     def rewrite(self, graph: Any) -> list[str]:

@@ -19,8 +19,8 @@ class SplitAttention(MlirPass):
         "while it splits what follows, which no demo can run"
     )
     precondition = (
-        "three products of one norm, of which the net returns one as keys and one as values, and whose other "
-        "operands come before all of them"
+        "three products of one norm, of which the net returns one as keys and one as values, whose other "
+        "operands come before all of them and whose readers behind"
     )
     not_for = ("1.6",)
     optional = True
@@ -36,6 +36,9 @@ def _in_order(module: Module) -> list[str]:
     places = sorted(module.ops.index(op) for op in products)
     earlier = {op.result for op in module.ops[: places[0]]}
     if any(operand not in earlier for op in products for operand in op.operands):
+        return []
+    made = {op.result for op in products}
+    if any(made & set(op.operands) for op in module.ops[places[0] : places[2]]):
         return []
     if [module.ops[place] for place in places] == list(products):
         return []

@@ -186,6 +186,7 @@ def verify_task(
             text_tokens=request.text_tokens,
             code=code_digest(
                 "qwen_surgery.verification",
+                "qwen_surgery.packing",
                 "qwen_surgery.runtime",
                 "qwen_surgery.nets",
                 "qwen_surgery.tokenizer",

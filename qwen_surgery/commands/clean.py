@@ -66,6 +66,8 @@ def command(
     from qwen_surgery.errors import Usage
     from qwen_surgery.exporting.cleaning import chosen_passes, clean_export
 
+    if multi_device and passes_file is not None:
+        raise Usage("--multi-device says itself which passes run", hint="leave --passes out, or use --skip")
     names = chosen_passes(passes_file, skip, for_toolchain, several=multi_device)
     if onnx_dir is None:
         if not explain:

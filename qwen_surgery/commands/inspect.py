@@ -15,7 +15,7 @@ from qwen_surgery.errors import Missed
 
 if TYPE_CHECKING:
     from qwen_surgery.packing.report import BmodelReport, NetReport, TensorReport
-    from qwen_surgery.runtime.memory import Memory, NetMemory
+    from qwen_surgery.runtime.memory import NetMemory
 
 
 def _size(count: float) -> str:
@@ -110,14 +110,10 @@ def _print_regions(nets: tuple[NetMemory, ...], every: bool) -> None:
         region = "of its own" if net.io_alone else "shared"
         work = f", works in {net.work.size:,} shared bytes" if net.work and net.work.size else ""
         out.print(console.styled(f"[bold]{escape(net.name)}[/bold]  inputs and outputs {region}{work}"))
-        start = min(place.memory.address for place in (*net.inputs, *net.outputs)) if net.io_alone else 0
         for arrow, places in (("in ", net.inputs), ("out", net.outputs)):
             for place in places:
-                out.print(f"  {arrow} {place.name}  {_range(place.memory, start)}")
-
-
-def _range(memory: Memory, start: int) -> str:
-    return f"{memory.address - start:,} + {memory.size:,}"
+                step = f", step {place.step}" if place.step else ""
+                out.print(f"  {arrow} {place.name}  {place.memory.offset:,} + {place.memory.size:,}{step}")
 
 
 def _bundle(model: Path, folder: Path) -> None:

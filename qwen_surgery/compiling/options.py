@@ -333,7 +333,7 @@ _NEEDS_PASSES = {
     ),
 }
 #: Over so many devices TPU-MLIR 1.30.2 splits a layer, and matrices of more numbers than this.
-DEVICES, SPLIT_FROM = (1, 2, 4, 6, 8), 1 << 22
+DEVICES, SPLIT_FROM = (2, 4, 6, 8), 1 << 22
 
 
 def refuse_unsplit(options: CompileOptions, geometry: Geometry | None) -> None:
@@ -342,7 +342,7 @@ def refuse_unsplit(options: CompileOptions, geometry: Geometry | None) -> None:
     """
     count = options.num_device
     if count not in DEVICES:
-        raise Usage(f"--num-device {count} is impossible: TPU-MLIR splits over 2, 4, 6 or 8 devices")
+        raise Usage(f"--num-device {count}: TPU-MLIR splits over 2, 4, 6 or 8 devices, not over {count}")
     if options.mode == "int8":
         raise Usage(
             "--mode int8 does not go with --num-device: TPU-MLIR 1.30.2 cannot split its weights (it fails "

@@ -76,6 +76,8 @@ def chosen_passes(
         raise Usage(str(error)) from error
     off = set(skip) | (registry.unfit(toolchain) if toolchain else set())
     off |= registry.undivided() if several else set()
+    if several and toolchain and off & set(SPLITTING) - set(skip):
+        raise Usage(f"TPU-MLIR {toolchain} is not known to split nets over several devices")
     return tuple(name for name in names if name not in off)
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwen_surgery.errors import Refused
 from qwen_surgery.packing.container import Bmodel, Region, head_size, write_at, write_head
 
 Table = Mapping[str, Any]
@@ -24,6 +26,8 @@ _OUTSIDE = {"input_tensor": (1, 3), "output_tensor": (2, 4)}
 _OWN = (3, 4)
 #: A device's share of a KV cache [1, S, heads, head_dim] are heads: this axis.
 SHARED_AXIS = 2
+#: More devices, or parts of one net, are in no file: TPU-MLIR splits over eight, in eight steps.
+_MOST_DEVICES, _MOST_PARTS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class WholeNet:
     name: str
     parts: tuple[DevicePart, ...]
 
-    @property
+    @cached_property
     def devices(self) -> tuple[int, ...]:
         """The numbers of the devices that share it."""
         return tuple(sorted({part.device for part in self.parts}))
@@ -93,14 +97,31 @@ def shape_of(tensor: Table) -> tuple[int, ...]:
 
 
 def whole_nets(nets: Iterable[Table]) -> tuple[WholeNet, ...]:
-    """The *nets* of a bmodel as a demo knows them, in the order of their first parts."""
-    found: dict[str, list[DevicePart]] = {}
+    """The *nets* of a bmodel as a demo knows them, in the order of their first parts. Raises Refused for one
+    in more parts than there can be.
+    """
+    found: dict[tuple[str, int], list[DevicePart]] = {}
     for number, net in enumerate(nets):
-        if net.get("parameter"):
-            cascade = net["cascade"] if shared(net) else {"main_name": net["name"]}
-            part = DevicePart(cascade.get("device_id", 0), cascade.get("step", 0), net, number)
-            found.setdefault(cascade["main_name"], []).append(part)
-    return tuple(WholeNet(name, tuple(parts)) for name, parts in found.items())
+        if not net.get("parameter"):
+            continue
+        if shared(net):
+            cascade = net["cascade"]
+            part = DevicePart(cascade["device_id"], cascade["step"], net, number)
+            found.setdefault((cascade["main_name"], 0), []).append(part)
+        else:
+            found[net["name"], 1 + number] = [DevicePart(0, 0, net, number)]
+    wholes = tuple(WholeNet(name, tuple(parts)) for (name, _), parts in found.items())
+    for whole in wholes:
+        if len(whole.parts) > _MOST_PARTS or len(whole.devices) > _MOST_DEVICES:
+            raise Refused(
+                f"{whole.name} is in {len(whole.parts):,} parts: no net is shared by so many devices"
+            )
+    return wholes
+
+
+def devices_of(wholes: Iterable[WholeNet]) -> int:
+    """How many devices share the nets of a bmodel, where most do."""
+    return max((len(whole.devices) for whole in wholes), default=1)
 
 
 def apart(opened: Bmodel, out: Path) -> None:

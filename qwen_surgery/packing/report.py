@@ -238,7 +238,7 @@ def _contract(reports: tuple[NetReport, ...], layers: int) -> list[str]:
                 f"{report.name}: its tensors have tags for addresses, which the demos do not know"
             )
         if kind is NetKind.LM_HEAD_TOPK:
-            problems += _compare_head(report)
+            problems += _compare_head(report, devices[0])
         elif report.devices != devices:
             problems.append(f"{report.name} is on devices {report.devices}, block_cache_0 on {devices}")
         else:
@@ -257,14 +257,16 @@ def _compare_devices(report: NetReport, kind: NetKind, geometries: tuple[Geometr
     return problems
 
 
-def _compare_head(report: NetReport) -> list[str]:
+def _compare_head(report: NetReport, first: int) -> list[str]:
     """A lm_head that gives a token: the shape of that differs between TPU-MLIR versions, and runtimes read
-    one number. Demos for several devices launch it on the first one.
+    one number. Demos for several devices launch it on the *first* one.
     """
-    found = (len(report.inputs), len(report.outputs))
-    if found == (1, 1):
+    given, gives = report.on(first)
+    if len(given) == len(report.inputs) == 1 and len(gives) == len(report.outputs) == 1:
         return []
-    return [f"lm_head: {found[0]} inputs and {found[1]} outputs, the runtimes launch it with one of each"]
+    found = f"{len(report.inputs)} inputs and {len(report.outputs)} outputs"
+    on_it = f"{len(given)} and {len(gives)} of them on the first device"
+    return [f"lm_head: {found}, {on_it}; the runtimes launch it there with one of each"]
 
 
 def speed(predictions: Mapping[str, Prediction], layers: int, heads: bool) -> Speed | None:
@@ -315,6 +317,7 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
         seen: dict[int, set[Region]] = {}
         reports = tuple(_net(whole, seen) for whole in whole_nets(bmodel.nets))
         model, length = bmodel.model, bmodel.length
+    devices = max((len(net.devices) for net in reports), default=1)
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
     contract = tuple(_contract(reports, layers))
@@ -328,7 +331,7 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
         chip=model["chip"],
         version=f"{model['type']}.{model['version']}",
         created=model["time"].strip(),
-        devices=max(1, model["device_num"]),
+        devices=devices,
         layers=layers,
         nets=reports,
         contract=contract + refused + overwritten,

@@ -96,7 +96,7 @@ GENERATIONS = (
     ),
     DemoGeneration(
         "demo_parallel", "LLM-TPU models/Qwen/demo_parallel, from 2024-04",
-        ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False), ("llm-tpu", "sophon-demo-2024.1"),
+        ("sophon-demo-2024.1",), flows.Parallel, (FUSED,), (True, False), ("llm-tpu",),
     ),
 )  # fmt: skip
 
@@ -123,12 +123,13 @@ def devices_of(nets: Iterable[NetMemory]) -> int:
 
 
 def of_profile(profile: str | None, devices: int = 1) -> tuple[DemoGeneration, ...]:
-    """The generations of one --runtime for a file for so many *devices*, or all."""
-    return tuple(
-        one
-        for one in GENERATIONS
-        if profile is None or profile in (one.profiles if devices == 1 else one.several)
-    )
+    """The generations of one --runtime for a file for so many *devices*, or all. Where none is for several,
+    those for one: they say why not.
+    """
+    if profile is None:
+        return GENERATIONS
+    several = tuple(one for one in GENERATIONS if profile in one.several) if devices > 1 else ()
+    return several or tuple(one for one in GENERATIONS if profile in one.profiles)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from qwen_surgery.runtime.flows import Argument, DataFlow
 from qwen_surgery.runtime.host import Sampling
 from qwen_surgery.runtime.memory import Memory, NetMemory, Place
 
+#: What a demo hands to a net, and the net's own place for it.
+_Handed = tuple[Argument, Place]
 #: Where memory of the demo's own starts: beyond every net's.
 _OWN = 1 << 60
 #: Decode steps that show everything a conversation does.
@@ -127,31 +129,42 @@ class Tracker:
     def launch(self, net: str, inputs: Sequence[Argument], outputs: Sequence[Argument]) -> None:
         """A static net works in its own places: bmruntime copies inputs there, and results from there."""
         known = self.nets[net]
+        taken = list(zip(inputs, known.inputs, strict=True))
+        made = list(zip(outputs, known.outputs, strict=True))
+        for step in sorted({place.step for place in (*known.inputs, *known.outputs)}):
+            self._step(
+                known,
+                [(given, place) for given, place in taken if place.step == step],
+                [(given, place) for given, place in made if place.step == step],
+            )
+
+    def _step(self, net: NetMemory, taken: Sequence[_Handed], made: Sequence[_Handed]) -> None:
+        """One step of *net*: what it takes and makes, each with its place."""
         used = []
-        for given, place in zip(inputs, known.inputs, strict=True):
+        for given, place in taken:
             memory = given.memory.part(0, _bytes(given, place.memory, place.shape))
-            if not known.dynamic:
+            if not net.dynamic:
                 self.copy(place.memory, memory)
                 memory = place.memory.part(0, memory.size)
             used.append(memory)
         # A dynamic net reads where it is told to, also after it has begun to work.
-        self._work(known)
-        for memory, place in zip(used, known.inputs, strict=True):
-            self._seen(f"{net} as its {place.name}", memory)
-        for given, place in zip(outputs, known.outputs, strict=True):
+        self._work(net, [place for _, place in taken])
+        for memory, (_, place) in zip(used, taken, strict=True):
+            self._seen(f"{net.name} as its {place.name}", memory)
+        for given, place in made:
             size = _bytes(given, place.memory, place.shape)
-            made = given.memory if known.dynamic else place.memory
-            self._contents.fill(made.part(0, size), self._result(f"{net}.{place.name}"))
-        if not known.dynamic:
-            for given, place in zip(outputs, known.outputs, strict=True):
+            memory = given.memory if net.dynamic else place.memory
+            self._contents.fill(memory.part(0, size), self._result(f"{net.name}.{place.name}"))
+        if not net.dynamic:
+            for given, place in made:
                 self.copy(given.memory, place.memory.part(0, min(place.memory.size, given.memory.size)))
 
-    def _work(self, net: NetMemory) -> None:
+    def _work(self, net: NetMemory, taken: Sequence[Place]) -> None:
         """Intermediate results go over all of the net's memory but its own inputs, which are kept."""
         number = self._result(f"an intermediate result of {net.name}")
         if net.work is None:
             return
-        kept = [part for place in net.inputs for part in self._contents.read(place.memory)]
+        kept = [part for place in taken for part in self._contents.read(place.memory)]
         inside = [part for part in kept if part.memory.overlap(net.work)]
         self._contents.fill(net.work, number)
         for part in inside:
@@ -170,7 +183,7 @@ class Tracker:
 
 def _bytes(given: Argument, own: Memory, shape: tuple[int, ...]) -> int:
     """Bytes of *given* at the shape it is said to have; *own* is the place of the net, of *shape*."""
-    whole = int(np.prod(shape))
+    whole = int(np.prod(shape)) or 1
     return min(given.memory.size, own.size * int(np.prod(given.shape)) // whole)
 
 

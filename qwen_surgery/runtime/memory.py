@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_surgery.errors import Refused
-from qwen_surgery.packing.cascade import DevicePart, Table, WholeNet, whole_nets
+from qwen_surgery.packing.cascade import DevicePart, Table, WholeNet, name_of, shape_of, whole_nets
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.packing.schema import DATA_TYPES
 
@@ -34,6 +34,11 @@ class Memory:
     def end(self) -> int:
         return self.address + self.size
 
+    @property
+    def offset(self) -> int:
+        """How far it is from the start of its region."""
+        return self.address % _APART
+
     def part(self, offset: int, size: int) -> Memory:
         """*size* bytes from *offset* on."""
         return Memory(self.address + offset, size)
@@ -51,6 +56,7 @@ class Place:
     dtype: str
     shape: tuple[int, ...]
     memory: Memory
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,9 @@ def _net(whole: WholeNet, shared: bool, bmodel: Path) -> NetMemory:
 
     def places(key: str) -> tuple[Place, ...]:
         return tuple(
-            _place(tensor, *_outside(part, shared), whole.name, bmodel)
+            _place(part, tensor, shared, whole.name, bmodel)
             for part, tensor in whole.tensors(key)
-            if part in parts
+            if part.device == whole.devices[0]
         )
 
     return NetMemory(
@@ -116,14 +122,15 @@ def _net(whole: WholeNet, shared: bool, bmodel: Path) -> NetMemory:
     )
 
 
-def _place(tensor: Table, region: Memory, start: int, net: str, bmodel: Path) -> Place:
+def _place(part: DevicePart, tensor: Table, shared: bool, net: str, bmodel: Path) -> Place:
+    region, start = _outside(part, shared)
     _, width = DATA_TYPES.get(tensor["data_type"], ("", 0))
-    shape = tuple(tensor["shape"][0].get("dim", ()))
+    shape = shape_of(tensor)
     size = int(_count(shape) * width)
     memory = region.part(tensor["device_addr"] - start, size)
     if memory.address < region.address or memory.end > region.end:
         raise Refused(f"{bmodel}: {tensor['name']} of {net} lies outside the memory of its net")
-    return Place(tensor["name"], chip_dtype(tensor), shape, memory)
+    return Place(name_of(part, tensor), chip_dtype(tensor), shape, memory, part.step)
 
 
 def chip_dtype(tensor: Table) -> str:

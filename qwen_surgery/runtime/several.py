@@ -17,12 +17,14 @@ from types import TracebackType
 import numpy as np
 
 from qwen_surgery.errors import Refused, ToolFailed, Usage
+from qwen_surgery.files import cannot_write, require_disk
 from qwen_surgery.packing.cascade import (
     SHARED_AXIS,
     DevicePart,
     Table,
     WholeNet,
     apart,
+    devices_of,
     is_share,
     name_of,
     shape_of,
@@ -37,7 +39,7 @@ from qwen_surgery.toolchain.emulator import ChipEngine, ChipTensor
 def open_chip(bmodel: Path | str, toolchain: Toolchain | None = None) -> ChipEngine | DevicesEngine:
     """*bmodel* open on the emulator, for one device or several. Raises as :class:`ChipEngine` does."""
     with Bmodel(bmodel) as opened:
-        several = opened.model["device_num"] > 1
+        several = devices_of(whole_nets(opened.nets)) > 1
     return DevicesEngine(bmodel, toolchain) if several else ChipEngine(bmodel, toolchain)
 
 
@@ -51,16 +53,16 @@ class DevicesEngine:
 
     def __init__(self, bmodel: Path | str, toolchain: Toolchain | None = None) -> None:
         self.bmodel = Path(bmodel).absolute()
-        self._folder = tempfile.TemporaryDirectory(prefix="qwen-surgery-devices-")
-        try:
-            parts = Path(self._folder.name) / self.bmodel.name
-            with Bmodel(self.bmodel) as opened:
-                self._wholes = {whole.name: whole for whole in whole_nets(opened.nets)}
+        with Bmodel(self.bmodel) as opened, tempfile.TemporaryDirectory(prefix="qwen-surgery-") as folder:
+            self._wholes = {whole.name: whole for whole in whole_nets(opened.nets)}
+            require_disk(Path(folder), opened.length, f"a copy of {self.bmodel.name}", "set TMPDIR")
+            parts = Path(folder) / self.bmodel.name
+            try:
                 apart(opened, parts)
+            except OSError as error:
+                raise cannot_write(error, "the bmodel is as it was", parts) from error
+            # The emulator has the file open: it needs no name from here on, and is gone with the worker.
             self._chip = ChipEngine(parts, toolchain)
-        except BaseException:
-            self._folder.cleanup()
-            raise
         self.chip, self.nets = self._chip.chip, tuple(self._wholes)
 
     def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -94,9 +96,8 @@ class DevicesEngine:
         return self._wholes[net]
 
     def close(self) -> None:
-        """End the worker and remove its file; safe to call twice."""
+        """End the worker; safe to call twice."""
         self._chip.close()
-        self._folder.cleanup()
 
     def __enter__(self) -> DevicesEngine:
         return self
@@ -113,6 +114,8 @@ def _step(part: DevicePart) -> int:
 
 def _by_index(whole: WholeNet, key: str) -> list[list[tuple[DevicePart, Table]]]:
     """The tensors of *whole* by their index, each on every device that has it."""
+    if len(whole.devices) == 1:
+        return [[one] for one in whole.tensors(key)]
     found: dict[int, list[tuple[DevicePart, Table]]] = {}
     for part, tensor in whole.tensors(key):
         found.setdefault(tensor["index"], []).append((part, tensor))
@@ -126,6 +129,7 @@ def _given(whole: WholeNet, inputs: Sequence[np.ndarray]) -> dict[tuple[str, int
         raise Usage(f"{whole.name} takes {len(wanted)} inputs, {len(inputs)} were given")
     held = {}
     for array, devices in zip(inputs, wanted, strict=True):
+        _check_heads(whole, array, devices)
         start = 0
         for part, tensor in devices:
             value = array
@@ -134,6 +138,16 @@ def _given(whole: WholeNet, inputs: Sequence[np.ndarray]) -> dict[tuple[str, int
                 value, start = np.take(array, range(start, start + heads), SHARED_AXIS), start + heads
             held[tensor["name"], part.device] = value
     return held
+
+
+def _check_heads(whole: WholeNet, array: np.ndarray, devices: list[tuple[DevicePart, Table]]) -> None:
+    """Raise Usage for a KV cache of other heads than the devices have together."""
+    part, tensor = devices[0]
+    if is_share(whole, tensor):
+        heads = sum(shape_of(one)[SHARED_AXIS] for _, one in devices)
+        if array.ndim != len(shape_of(tensor)) or array.shape[SHARED_AXIS] != heads:
+            name = name_of(part, tensor)
+            raise Usage(f"{whole.name}: {name} of shape {list(array.shape)}, the devices have {heads} heads")
 
 
 def _handed(name: str, device: int, held: dict[tuple[str, int], np.ndarray]) -> np.ndarray:

@@ -218,6 +218,8 @@ def _open(
     bmodels = request.bmodels if {"chip", "runtime"} & set(levels) else ()
     if bmodels or "mlir" in levels:
         _ready_for_chips(request, bmodels)
+    for bmodel in bmodels if "runtime" in levels else ():
+        _refuse_several(bmodel)
     seq_length = _seq_length(request, folders, bmodels)
     recipe = request.recipe or next((f.manifest.recipe for f in folders), "static")
     sources = Sources.of(checkout, recipe=recipe, seq_length=seq_length)
@@ -270,6 +272,19 @@ def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
     Toolchain.find(request.toolchain)
     for bmodel in bmodels:
         _mode_of(request, bmodel)
+
+
+def _refuse_several(bmodel: Path) -> None:
+    """Raise Usage for a bmodel for several devices."""
+    from qwen_surgery.packing.cascade import devices_of, whole_nets
+    from qwen_surgery.packing.container import Bmodel
+
+    with Bmodel(bmodel) as opened:
+        if devices_of(whole_nets(opened.nets)) > 1:
+            raise Usage(
+                f"{bmodel.name} is for several devices, and the vendor's runtime finds one emulated chip",
+                hint="leave the level runtime out; the level chip runs what each device does",
+            )
 
 
 def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> int:

@@ -120,16 +120,6 @@ def test_other_precisions_and_chips(
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_several_devices_share_a_decoder(kind: str, tmp_path: Path) -> None:
-    """Compiled, and the nets compared with the unpatched model; there is no emulator of two chips."""
-    flags = ("--seq-length", 48, "--mode", "int4", "--num-device", 2, "--verify", "sample", "--json")
-    made = json.loads(cli("build", make(tmp_path / "model", kind), "--out", tmp_path, *flags).stdout)
-    (bmodel,) = made["bmodels"]
-    assert made["report"]["passed"] and "2dev" in bmodel
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_integers_that_a_text_chose_reach_the_chip(kind: str, tmp_path: Path) -> None:
     """Heads of keys are fewer than those of queries, and weights have other names than Qwen v1's."""
     path = add_tokenizer(make(tmp_path / "model", kind))

@@ -254,7 +254,18 @@ def test_queries_come_first_where_an_attention_is_split(order: str) -> None:
     assert text == products(*"qkv")
 
 
-@pytest.mark.parametrize("other", [products(*"qkv"), products(*"vkq", late="q"), rotary()])
+def between(text: str) -> str:
+    """*text* with a reader of the first product before the others."""
+    lines = text.splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if "top.MatMul" in line)
+    value = lines[first].split()[0]
+    lines.insert(first + 1, f'    %20 = "top.Abs"({value}) : ({X}) -> {X} loc(#loc20)\n')
+    return "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "other", [products(*"qkv"), products(*"vkq", late="q"), between(products(*"kqv")), rotary()]
+)
 def test_products_in_order_or_that_cannot_move_stay(other: str) -> None:
     assert mlir.apply(other, ["split-attention"])[0] == other
 

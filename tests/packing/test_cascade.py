@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qwen_surgery.errors import Refused
 from qwen_surgery.packing import report
 from qwen_surgery.packing.cascade import apart, name_of, shape_of, whole_nets
 from qwen_surgery.packing.container import Bmodel
@@ -86,6 +87,18 @@ def test_parts_can_be_written_as_nets_of_their_own(tmp_path: Path) -> None:
             assert found.model["device_num"] == 1 and not any("cascade" in net for net in found.nets)
             assert found.size == opened.size
             assert found.nets[0]["parameter"] == opened.nets[0]["parameter"]
+
+
+def test_more_parts_than_there_can_be_are_refused_at_once() -> None:
+    """Nothing may look through all parts for each of them."""
+    one = layer()[0]
+    many = [one] * 8000
+    spread = [{**one, "cascade": {**one["cascade"], "device_id": number}} for number in range(8000)]
+    for nets in (many, spread):
+        with pytest.raises(Refused, match="in 8,000 parts"):
+            whole_nets(nets)
+    plain = [{"name": "block_0", "parameter": one["parameter"]} for _ in range(8000)]
+    assert len(whole_nets(plain)) == 8000
 
 
 @pytest.mark.parametrize("name", ["device_id", "step"])
