@@ -63,7 +63,7 @@ _COMPILE = (
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="Chips that share the model.",
+        help="Chips that share the model: 1, 2, 4, 6 or 8.",
     ),
     click.option(
         "--num-core",
