@@ -24,6 +24,8 @@ from qwen_surgery.toolchain.preload import c_compiler
 #: seconds, or 0.9 where its idle threads cannot be made to step aside (``emulator_yield.c``).
 EMULATED_RATE = 7e7  # multiply-adds a second
 EMULATED_START, EMULATED_START_BUSY = 0.05, 0.9  # seconds a forward
+#: A layer that two devices share is attention, its sum, MLP, and its sum: on each a net of its own.
+_STEPS = 4
 #: Seconds of emulation that a build spends unasked: the demos' conversations take more than half of them.
 UNASKED = 600.0
 #: What the unpatched model and the levels without an emulator take, about.
@@ -128,8 +130,8 @@ def depth_for(asked: str, geometry: Geometry, options: CompileOptions, steps: in
 
 
 def emulated_seconds(geometry: Geometry, options: CompileOptions, steps: int) -> float:
-    """What the emulator takes for a full verification of a bmodel of resolved *options*, at most: several
-    devices that do the same work take it one after the other.
+    """What the emulator takes for a full verification of a bmodel of resolved *options*. Devices that share a
+    layer do its work together, in more and smaller nets.
 
     Level chip: two prompts net by net, and end to end greedy and sampled. Level runtime: two prompts net by
     net, and in every demo's conversations.
@@ -140,8 +142,10 @@ def emulated_seconds(geometry: Geometry, options: CompileOptions, steps: int) ->
     head = weights_of(NetKind.LM_HEAD, geometry)
     work = prefills * (geometry.seq_length * layers + head) + decodes * (layers + head)
     start = EMULATED_START if c_compiler() else EMULATED_START_BUSY
-    seconds = work / EMULATED_RATE + (prefills + decodes) * (geometry.layers + 5) * start
-    return seconds * options.num_device
+    nets = geometry.layers + 5
+    if options.num_device > 1:
+        nets *= _STEPS * options.num_device
+    return work / EMULATED_RATE + (prefills + decodes) * nets * start
 
 
 def _conversations(options: CompileOptions) -> int:
