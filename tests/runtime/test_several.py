@@ -127,7 +127,7 @@ def test_the_emulator_wants_what_the_net_takes(shared: Path) -> None:
         for heads in (2, 8):
             cache = [np.zeros((1, SEQ_LENGTH, heads, 128), np.float32)] * 2
             rest = [np.zeros(tensor.shape, np.float32) for tensor in given[:3]]
-            with pytest.raises(Usage, match="history_k of shape .*, the devices have 4 heads"):
+            with pytest.raises(Usage, match=r"history_k of shape .*, the devices have 4 heads"):
                 chip.run("block_cache_0", [*rest, *cache])
         with pytest.raises(Usage, match="has no net block_9"):
             chip.run("block_9", [])
