@@ -179,11 +179,11 @@ class CompileOptions:
             raise Usage(
                 f"--dynamic is not supported on {self.target}", hint=f"it needs {with_ability('dynamic')}"
             )
-        if self.dynamic and self.num_device > 1 and runtime.name == "llm-tpu":
+        if self.dynamic and self.num_device > 1:
             raise Usage(
-                "--dynamic does not go with --num-device on --runtime llm-tpu: demo_parallel keeps the "
-                "hidden states in the first block's memory, where a dynamic block works while it reads them",
-                hint="leave --dynamic out, or use --runtime sophon-demo",
+                "--dynamic does not go with --num-device: the dynamic parts of some models end the emulator, "
+                "and demo_parallel keeps the hidden states where a dynamic block works while it reads them",
+                hint="leave --dynamic out",
             )
         if self.dynamic and not runtime.dynamic:
             raise Usage(

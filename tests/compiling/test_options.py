@@ -139,8 +139,12 @@ def test_the_oldest_runtime_gets_a_token_from_its_lm_head() -> None:
     [
         ({}, "BM1684X/qwen_int4_seq512_1dev.bmodel"),
         (
-            {"mode": "bf16", "num_device": 2, "dynamic": True, "runtime": "sophon-demo"},
-            "BM1684X/qwen_bf16_seq512_2dev_dyn.bmodel",
+            {"mode": "int8", "dynamic": True, "runtime": "sophon-demo"},
+            "BM1684X/qwen_int8_seq512_1dev_dyn.bmodel",
+        ),
+        (
+            {"mode": "bf16", "num_device": 2, "runtime": "sophon-demo"},
+            "BM1684X/qwen_bf16_seq512_2dev.bmodel",
         ),
         ({"target": "bm1688", "mode": "f16"}, "BM1688/qwen_f16_seq512_bm1688_1dev.bmodel"),
         ({"target": "cv186x", "name": "q"}, "CV186X/q_int4_seq512_cv186x_1dev.bmodel"),
@@ -164,6 +168,7 @@ def test_names_are_those_of_the_reference_scripts(options: dict[str, object], pa
         ({"target": "bm1688", "dynamic": True}, "--dynamic is not supported on bm1688"),
         ({"target": "cv186x", "num_device": 2}, "--num-device 2 needs bm1684x"),
         ({"num_device": 3}, "over 2, 4, 6 or 8 devices"),
+        ({"num_device": 2, "dynamic": True, "runtime": "sophon-demo"}, "--dynamic does not go with"),
         ({"num_device": 2, "mode": "int8"}, "--mode int8 does not go with --num-device"),
         ({"num_device": 2, "runtime": "sophon-demo-2024.1"}, "its masks need a floor"),
         ({"num_core": 2}, "--num-core 2 needs bm1688"),

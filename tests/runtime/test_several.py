@@ -163,7 +163,6 @@ def test_devices_that_differ_are_no_result(shared: Path, tmp_path: Path) -> None
         (2, ("--mode", "int4")),
         (2, ("--mode", "int4", "--lm-head-mode", "int8")),
         (2, ("--mode", "f16", "--runtime", "sophon-demo")),
-        (2, ("--mode", "int4", "--runtime", "sophon-demo", "--dynamic")),
         (4, ("--mode", "int4")),
         (8, ("--mode", "bf16")),
     ],
@@ -194,6 +193,10 @@ def test_devices_together_compute_what_the_unpatched_model_does(
 def test_two_devices_share_a_decoder(kind: str, config: dict[str, Any], mode: str, tmp_path: Path) -> None:
     """Groups of heads with their keys stay on one device."""
     checkout = decoder(tmp_path / "model", kind, **config)
-    made = build(checkout, tmp_path / "out", "--num-device", 2, "--verify", "full", "--mode", mode)
-    assert made["report"]["passed"]
-    assert report.inspect(Path(made["bmodels"][0])).contract == ()
+    (bmodel,) = build(checkout, tmp_path / "out", "--num-device", 2, "--verify", "none", "--mode", mode)[
+        "bmodels"
+    ]
+    assert report.inspect(Path(bmodel)).contract == ()
+    done = cli("verify", checkout, "--bmodel", bmodel, "--level", "chip", "--steps", 2, "--json")
+    (chip,) = json.loads(done.stdout)["levels"]
+    assert chip["passed"] and {check["net"] for check in chip["checks"]} >= {"block_0", "block_cache_0"}
