@@ -11,7 +11,7 @@ from typing import Any
 from qwen_surgery.building.graph import Cost, Task
 from qwen_surgery.building.inputs import Inputs, code_digest, task_name
 from qwen_surgery.building.request import BuildRequest
-from qwen_surgery.building.sizes import MB, weights_of
+from qwen_surgery.building.sizes import MB, bmodel_bytes, weights_of
 from qwen_surgery.building.step import PLACE, Info, Needs, Step
 from qwen_surgery.building.step_export import ONNX
 from qwen_surgery.compiling.options import CompileOptions
@@ -210,7 +210,10 @@ def verify_task(
 def _cost(inputs: Inputs, steps: int, depth: str) -> Cost:
     if depth == "contract":
         return Cost(200 * MB, MB, 1.0)
-    return Cost(2000 * MB, MB, _REFERENCE + emulated_seconds(inputs.geometry, inputs.options, steps))
+    # For several devices the emulator gets a copy of the file.
+    copied = bmodel_bytes(inputs.geometry, inputs.options) if inputs.options.num_device > 1 else 0
+    seconds = _REFERENCE + emulated_seconds(inputs.geometry, inputs.options, steps)
+    return Cost(2000 * MB, MB + copied, seconds)
 
 
 def _command(inputs: Inputs, file: str, depth: str) -> str:

@@ -54,10 +54,6 @@ class VendorRuntime:
     one_device: str = ""
 
     @property
-    def several_devices(self) -> bool:
-        return not self.one_device
-
-    @property
     def chips(self) -> tuple[str, ...]:
         """The names of the chips it runs on."""
         return tuple(chip.name for chip in CHIPS.values() if self.name in chip.runtimes)
@@ -162,7 +158,7 @@ class CompileOptions:
                 f"--num-device {self.num_device} needs {with_ability('several_devices')}; "
                 f"{self.target} is one chip on its board"
             )
-        if self.num_device > 1 and not runtime.several_devices:
+        if self.num_device > 1 and runtime.one_device:
             raise Usage(
                 f"--runtime {runtime.name} does not go with --num-device: {runtime.one_device}",
                 hint="use --runtime llm-tpu",

@@ -46,6 +46,28 @@ class DevicePart:
 
 
 @dataclass(frozen=True)
+class WholeTensor:
+    """An input or output of a net as one device would have it. ``pieces`` are the parts that have it and what
+    the file says of it there: all of it on each device, or (``split``) that device's heads.
+    """
+
+    pieces: tuple[tuple[DevicePart, Table], ...]
+    split: bool
+
+    @property
+    def name(self) -> str:
+        return name_of(*self.pieces[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, shares put together."""
+        shape = list(shape_of(self.pieces[0][1]))
+        if self.split:
+            shape[SHARED_AXIS] = sum(shape_of(tensor)[SHARED_AXIS] for _, tensor in self.pieces)
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
 class WholeNet:
     """A net as a demo knows it; one that no devices share has one part. ``parts`` are in the file's order."""
 
@@ -71,6 +93,18 @@ class WholeNet:
                 if tensor["hidden"] in _OUTSIDE[key]:
                     found.setdefault((part.device, tensor["name"]), (part, tensor))
         return sorted(found.values(), key=lambda one: (one[0].device, one[1]["index"]))
+
+    def whole_tensors(self, key: str) -> tuple[WholeTensor, ...]:
+        """The same, each once, by index."""
+        if len(self.devices) == 1:
+            return tuple(WholeTensor((piece,), split=False) for piece in self.tensors(key))
+        found: dict[int, list[tuple[DevicePart, Table]]] = {}
+        for part, tensor in self.tensors(key):
+            found.setdefault(tensor["index"], []).append((part, tensor))
+        return tuple(
+            WholeTensor(tuple(pieces), all(is_share(self, tensor) for _, tensor in pieces))
+            for _, pieces in sorted(found.items())
+        )
 
 
 def shared(net: Table) -> bool:
@@ -117,6 +151,12 @@ def whole_nets(nets: Iterable[Table]) -> tuple[WholeNet, ...]:
                 f"{whole.name} is in {len(whole.parts):,} parts: no net is shared by so many devices"
             )
     return wholes
+
+
+def nets_of(bmodel: Path) -> tuple[WholeNet, ...]:
+    """The nets of the file *bmodel*. Raises Refused for what is no bmodel, and as :func:`whole_nets` does."""
+    with Bmodel(bmodel) as opened:
+        return whole_nets(opened.nets)
 
 
 def devices_of(wholes: Iterable[WholeNet]) -> int:

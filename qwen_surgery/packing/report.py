@@ -12,11 +12,12 @@ from qwen_surgery.errors import Refused
 from qwen_surgery.nets import Geometry, NetKind, Tensor, inputs, nets, outputs, sampler_of
 from qwen_surgery.packing import sidefile
 from qwen_surgery.packing.cascade import (
-    SHARED_AXIS,
     DevicePart,
     WholeNet,
+    devices_of,
     is_share,
     name_of,
+    nets_of,
     shape_of,
     whole_nets,
 )
@@ -47,6 +48,7 @@ class NetReport:
     """One net: its tensors and the bytes it takes, on the device where they are most. ``shared`` says that
     another net before it holds its weights; ``io_alone``, that its inputs and outputs have addresses of their
     own; ``tagged``, that they have none, but tags that the demos do not know. ``devices`` share it.
+    ``whole_inputs`` are the shapes of its inputs as one device would have them.
     """
 
     name: str
@@ -60,23 +62,12 @@ class NetReport:
     io_alone: bool
     tagged: bool
     devices: tuple[int, ...] = (0,)
+    whole_inputs: tuple[tuple[int, ...], ...] = ()
 
     def on(self, device: int) -> tuple[tuple[TensorReport, ...], tuple[TensorReport, ...]]:
         """Its inputs and outputs on one device."""
         here = tuple(tensor for tensor in self.inputs if tensor.device == device)
         return here, tuple(tensor for tensor in self.outputs if tensor.device == device)
-
-    @property
-    def whole_inputs(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of its inputs as one device would have them: shares of a KV cache put together."""
-        found = []
-        for first in self.on(self.devices[0])[0]:
-            shape = list(first.shape)
-            if first.share:
-                shares = [one for one in self.inputs if one.share and one.name == first.name]
-                shape[SHARED_AXIS] = sum(one.shape[SHARED_AXIS] for one in shares)
-            found.append(tuple(shape))
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -170,6 +161,7 @@ def _net(whole: WholeNet, seen: dict[int, set[Region]]) -> NetReport:
         io_alone=modes == {IO_ALONE},
         tagged=not modes <= {BASIC, IO_ALONE},
         devices=whole.devices,
+        whole_inputs=tuple(tensor.shape for tensor in whole.whole_tensors("input_tensor")),
     )
 
 
@@ -298,8 +290,7 @@ def _side(path: Path) -> tuple[SideFile | None, str]:
 
 def geometry_of(path: Path) -> Geometry:
     """The sizes that the tensors of the bmodel at *path* speak of. Raises Refused when they speak of none."""
-    with Bmodel(path) as bmodel:
-        reports = {whole.name: _net(whole, {}) for whole in whole_nets(bmodel.nets)}
+    reports = {whole.name: _net(whole, {}) for whole in nets_of(path)}
     layers = sum(name.startswith("block_cache_") for name in reports)
     try:
         return _geometry(reports, layers)
@@ -315,9 +306,9 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
     """
     with Bmodel(path) as bmodel:
         seen: dict[int, set[Region]] = {}
-        reports = tuple(_net(whole, seen) for whole in whole_nets(bmodel.nets))
+        wholes = whole_nets(bmodel.nets)
+        reports = tuple(_net(whole, seen) for whole in wholes)
         model, length = bmodel.model, bmodel.length
-    devices = max((len(net.devices) for net in reports), default=1)
     layers = 1 + max((int(m.group(2)) for r in reports if (m := _PER_LAYER.fullmatch(r.name))), default=-1)
     side, refit = _side(path)
     contract = tuple(_contract(reports, layers))
@@ -331,7 +322,7 @@ def inspect(path: Path, profile: str | None = None) -> BmodelReport:
         chip=model["chip"],
         version=f"{model['type']}.{model['version']}",
         created=model["time"].strip(),
-        devices=devices,
+        devices=devices_of(wholes),
         layers=layers,
         nets=reports,
         contract=contract + refused + overwritten,

@@ -18,7 +18,7 @@ from qwen_surgery import families
 from qwen_surgery.errors import Refused
 from qwen_surgery.files import replacing
 from qwen_surgery.nets import Geometry
-from qwen_surgery.packing.cascade import devices_of, whole_nets
+from qwen_surgery.packing.cascade import devices_of, nets_of
 from qwen_surgery.packing.container import Bmodel
 from qwen_surgery.packing.expand import Piece
 from qwen_surgery.packing.plans import PackPlan
@@ -151,12 +151,11 @@ def describe(
 
 def _refuse_several(bmodel: Path) -> None:
     """Raise Refused for a bmodel that never had a side file, since its layers were not packed."""
-    with Bmodel(bmodel) as opened:
-        if devices_of(whole_nets(opened.nets)) > 1:
-            raise Refused(
-                f"{bmodel} is for several devices, where TPU-MLIR writes every layer: it cannot be refitted",
-                hint="build it again",
-            )
+    if devices_of(nets_of(bmodel)) > 1:
+        raise Refused(
+            f"{bmodel} is for several devices, where TPU-MLIR writes every layer: it cannot be refitted",
+            hint="build it again",
+        )
 
 
 def load(bmodel: Path) -> SideFile:

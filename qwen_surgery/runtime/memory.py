@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_surgery.errors import Refused
-from qwen_surgery.packing.cascade import DevicePart, Table, WholeNet, name_of, shape_of, whole_nets
-from qwen_surgery.packing.container import Bmodel
+from qwen_surgery.packing.cascade import DevicePart, Table, WholeNet, name_of, nets_of, shape_of
 from qwen_surgery.packing.schema import DATA_TYPES
 
 #: Modes of addresses, as a bmodel numbers them.
@@ -83,9 +82,7 @@ def layout(bmodel: Path, *, shared: bool) -> tuple[NetMemory, ...]:
     Addresses are this model's own: only which places overlap, and where, is the device's. Raises Refused
     for a file that is no bmodel, or one whose tensors lie outside their net's memory.
     """
-    with Bmodel(bmodel) as opened:
-        wholes = whole_nets(opened.nets)
-    return tuple(_net(whole, shared, bmodel) for whole in wholes)
+    return tuple(_net(whole, shared, bmodel) for whole in nets_of(bmodel))
 
 
 def _work(part: DevicePart, shared: bool) -> Memory:

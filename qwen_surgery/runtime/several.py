@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 
@@ -21,12 +22,10 @@ from qwen_surgery.files import cannot_write, require_disk
 from qwen_surgery.packing.cascade import (
     SHARED_AXIS,
     DevicePart,
-    Table,
     WholeNet,
     apart,
     devices_of,
-    is_share,
-    name_of,
+    nets_of,
     shape_of,
     whole_nets,
 )
@@ -35,11 +34,13 @@ from qwen_surgery.runtime.memory import chip_dtype
 from qwen_surgery.toolchain import Toolchain
 from qwen_surgery.toolchain.emulator import ChipEngine, ChipTensor
 
+#: What is known while a net runs, by a tensor's name in the file and the device that has it.
+Held = dict[tuple[str, int], np.ndarray]
+
 
 def open_chip(bmodel: Path | str, toolchain: Toolchain | None = None) -> ChipEngine | DevicesEngine:
     """*bmodel* open on the emulator, for one device or several. Raises as :class:`ChipEngine` does."""
-    with Bmodel(bmodel) as opened:
-        several = devices_of(whole_nets(opened.nets)) > 1
+    several = devices_of(nets_of(Path(bmodel))) > 1
     return DevicesEngine(bmodel, toolchain) if several else ChipEngine(bmodel, toolchain)
 
 
@@ -68,18 +69,16 @@ class DevicesEngine:
     def run(self, net: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One forward of *net* on *inputs*, in the net's order."""
         whole = self._known(net)
-        held = _given(whole, inputs)
-        for _, parts in groupby(sorted(whole.parts, key=_step), key=_step):
-            made: dict[tuple[str, int], np.ndarray] = {}
+        held, by_step = _given(whole, inputs), attrgetter("step")
+        for _, parts in groupby(sorted(whole.parts, key=by_step), key=by_step):
+            made: Held = {}
             for part in parts:
                 made |= self._step(part, held)
             held |= made
         return _gathered(whole, held)
 
-    def _step(
-        self, part: DevicePart, held: dict[tuple[str, int], np.ndarray]
-    ) -> dict[tuple[str, int], np.ndarray]:
-        """What *part* gives, by name and device."""
+    def _step(self, part: DevicePart, held: Held) -> Held:
+        """What *part* gives."""
         names = [tensor["name"] for tensor in part.parameter["input_tensor"]]
         found = self._chip.run(part.table["name"], [_handed(name, part.device, held) for name in names])
         outputs = part.parameter["output_tensor"]
@@ -108,49 +107,27 @@ class DevicesEngine:
         self.close()
 
 
-def _step(part: DevicePart) -> int:
-    return part.step
-
-
-def _by_index(whole: WholeNet, key: str) -> list[list[tuple[DevicePart, Table]]]:
-    """The tensors of *whole* by their index, each on every device that has it."""
-    if len(whole.devices) == 1:
-        return [[one] for one in whole.tensors(key)]
-    found: dict[int, list[tuple[DevicePart, Table]]] = {}
-    for part, tensor in whole.tensors(key):
-        found.setdefault(tensor["index"], []).append((part, tensor))
-    return [found[index] for index in sorted(found)]
-
-
-def _given(whole: WholeNet, inputs: Sequence[np.ndarray]) -> dict[tuple[str, int], np.ndarray]:
-    """*inputs* as the demo hands them over, by name and device."""
-    wanted = _by_index(whole, "input_tensor")
+def _given(whole: WholeNet, inputs: Sequence[np.ndarray]) -> Held:
+    """*inputs* as the demo hands them over."""
+    wanted = whole.whole_tensors("input_tensor")
     if len(inputs) != len(wanted):
         raise Usage(f"{whole.name} takes {len(wanted)} inputs, {len(inputs)} were given")
     held = {}
-    for array, devices in zip(inputs, wanted, strict=True):
-        _check_heads(whole, array, devices)
-        start = 0
-        for part, tensor in devices:
-            value = array
-            if is_share(whole, tensor):
-                heads = shape_of(tensor)[SHARED_AXIS]
-                value, start = np.take(array, range(start, start + heads), SHARED_AXIS), start + heads
-            held[tensor["name"], part.device] = value
+    for array, tensor in zip(inputs, wanted, strict=True):
+        values = [array] * len(tensor.pieces)
+        if tensor.split:
+            if array.shape != tensor.shape:
+                raise Usage(
+                    f"{whole.name}: {tensor.name} of shape {list(array.shape)}, wanted {list(tensor.shape)}"
+                )
+            heads = [shape_of(piece)[SHARED_AXIS] for _, piece in tensor.pieces]
+            values = np.split(array, np.cumsum(heads)[:-1], SHARED_AXIS)
+        for (part, piece), value in zip(tensor.pieces, values, strict=True):
+            held[piece["name"], part.device] = value
     return held
 
 
-def _check_heads(whole: WholeNet, array: np.ndarray, devices: list[tuple[DevicePart, Table]]) -> None:
-    """Raise Usage for a KV cache of other heads than the devices have together."""
-    part, tensor = devices[0]
-    if is_share(whole, tensor):
-        heads = sum(shape_of(one)[SHARED_AXIS] for _, one in devices)
-        if array.ndim != len(shape_of(tensor)) or array.shape[SHARED_AXIS] != heads:
-            name = name_of(part, tensor)
-            raise Usage(f"{whole.name}: {name} of shape {list(array.shape)}, the devices have {heads} heads")
-
-
-def _handed(name: str, device: int, held: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
+def _handed(name: str, device: int, held: Held) -> np.ndarray:
     """What a part on *device* finds under *name*: its own, else what another device has."""
     if (name, device) in held:
         return held[name, device]
@@ -160,26 +137,22 @@ def _handed(name: str, device: int, held: dict[tuple[str, int], np.ndarray]) -> 
     raise Refused(f"no part gives {name}, which device {device} needs")
 
 
-def _gathered(whole: WholeNet, held: dict[tuple[str, int], np.ndarray]) -> list[np.ndarray]:
+def _gathered(whole: WholeNet, held: Held) -> list[np.ndarray]:
     """The outputs of *whole*: shares beside each other, anything else as the first device has it."""
     outputs = []
-    for devices in _by_index(whole, "output_tensor"):
-        arrays = [held[tensor["name"], part.device] for part, tensor in devices]
-        if is_share(whole, devices[0][1]):
+    for tensor in whole.whole_tensors("output_tensor"):
+        arrays = [held[piece["name"], part.device] for part, piece in tensor.pieces]
+        if tensor.split:
             outputs.append(np.concatenate(arrays, SHARED_AXIS))
             continue
         if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
-            raise ToolFailed(f"{whole.name}: the devices differ in {devices[0][1]['name']}")
+            raise ToolFailed(f"{whole.name}: the devices differ in {tensor.name}")
         outputs.append(arrays[0])
     return outputs
 
 
 def _described(whole: WholeNet, key: str) -> tuple[ChipTensor, ...]:
-    described = []
-    for devices in _by_index(whole, key):
-        part, tensor = devices[0]
-        shape = list(shape_of(tensor))
-        if is_share(whole, tensor):
-            shape[SHARED_AXIS] = sum(shape_of(other)[SHARED_AXIS] for _, other in devices)
-        described.append(ChipTensor(name_of(part, tensor), tuple(shape), chip_dtype(tensor)))
-    return tuple(described)
+    return tuple(
+        ChipTensor(tensor.name, tensor.shape, chip_dtype(tensor.pieces[0][1]))
+        for tensor in whole.whole_tensors(key)
+    )

@@ -276,15 +276,13 @@ def _ready_for_chips(request: Request, bmodels: Sequence[Path]) -> None:
 
 def _refuse_several(bmodel: Path) -> None:
     """Raise Usage for a bmodel for several devices."""
-    from qwen_surgery.packing.cascade import devices_of, whole_nets
-    from qwen_surgery.packing.container import Bmodel
+    from qwen_surgery.packing.cascade import devices_of, nets_of
 
-    with Bmodel(bmodel) as opened:
-        if devices_of(whole_nets(opened.nets)) > 1:
-            raise Usage(
-                f"{bmodel.name} is for several devices, and the vendor's runtime finds one emulated chip",
-                hint="leave the level runtime out; the level chip runs what each device does",
-            )
+    if devices_of(nets_of(bmodel)) > 1:
+        raise Usage(
+            f"{bmodel.name} is for several devices, and the vendor's runtime finds one emulated chip",
+            hint="leave the level runtime out; the level chip runs what each device does",
+        )
 
 
 def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> int:
@@ -303,24 +301,19 @@ def _seq_length(request: Request, folders: Sequence[OrtEngine], bmodels: Sequenc
 
 def _sampler(folders: Sequence[OrtEngine], bmodels: Sequence[Path]) -> NetKind:
     """The head to sample by that an exported folder or a bmodel has. Raises Refused for what is no bmodel."""
-    from qwen_surgery.packing.cascade import whole_nets
-    from qwen_surgery.packing.container import Bmodel
+    from qwen_surgery.packing.cascade import nets_of
 
     names = {name for folder in folders for name in folder.nets}
-    for bmodel in bmodels:
-        with Bmodel(bmodel) as opened:
-            names |= {whole.name for whole in whole_nets(opened.nets)}
+    names |= {net.name for bmodel in bmodels for net in nets_of(bmodel)}
     return sampler_of(names)
 
 
 def _chip_seq_length(bmodel: Path) -> int | None:
     """The length of a bmodel's prefill embedding; None without one. Raises Refused when it is no bmodel."""
-    from qwen_surgery.packing.cascade import whole_nets
-    from qwen_surgery.packing.container import Bmodel
+    from qwen_surgery.packing.cascade import nets_of
 
-    with Bmodel(bmodel) as opened:
-        found = [whole for whole in whole_nets(opened.nets) if whole.name == "embedding"]
-        return found[0].tensors("input_tensor")[0][1]["shape"][0]["dim"][-1] if found else None
+    found = [net for net in nets_of(bmodel) if net.name == "embedding"]
+    return found[0].whole_tensors("input_tensor")[0].shape[-1] if found else None
 
 
 def _refuse_other_model(folder: OrtEngine, sources: Sources) -> None:

@@ -277,6 +277,10 @@ def _tensor(name: str, shape: list[int], data_type: int) -> dict[str, Any]:
     return {"name": name, "data_type": data_type, "shape": [{"dim": shape}], "size": 4}
 
 
+#: Room for every tensor of a net.
+MEMORY = {"ctx_size": 1 << 16, "io_size": 1 << 16}
+
+
 def _on_device(net: dict[str, Any], device: int) -> dict[str, Any]:
     """*net* as one of several devices has it."""
     (whole,) = net["parameter"]
@@ -308,10 +312,12 @@ def _bmodel(path: Path, other: str = "", devices: int = 1) -> None:
         "cmd_group": [commands],
         "sub_net": [{"cmd_group": [commands], "next_subnet_ids": [1, 2], "id": 0}],
         "ctx_sizes": [1, 2],
+        **MEMORY,
     }
     head = {
         "input_tensor": [_tensor("hidden_states", [1, 64], 8)],
         "output_tensor": [_tensor("m_logits", [1, 320], 0)],
+        **MEMORY,
     }
     nets = [
         {"name": name, "addr_mode": 1, "parameter": [part]}
@@ -335,7 +341,9 @@ def _bmodel(path: Path, other: str = "", devices: int = 1) -> None:
 
 
 def bmodel(folder: Path) -> tuple[Write, Read]:
-    from qwen_surgery.packing import report
+    """A bmodel as ``inspect`` reads it, its memory, and its parts as the emulator gets them."""
+    from qwen_surgery.packing import cascade, container, report
+    from qwen_surgery.runtime import memory
 
     path = folder / "a.bmodel"
     valid = []
@@ -348,6 +356,10 @@ def bmodel(folder: Path) -> tuple[Write, Read]:
 
     def read() -> None:
         json.dumps(report.inspect(path).to_json())
+        with container.Bmodel(path) as opened:
+            cascade.apart(opened, folder / "apart.bmodel")
+        for shared in (True, False):
+            memory.layout(path, shared=shared)
 
     return write, read
 

@@ -32,7 +32,7 @@ def v1(path: Path, heads: int = 4, layers: int = 1) -> Path:
 
 
 def decoder(path: Path, kind: str, **config: Any) -> Path:
-    return make(path, kind, **SIZES, num_hidden_layers=1, num_attention_heads=8, **config)
+    return make(path, kind, **(SIZES | {"num_hidden_layers": 1, "num_attention_heads": 8} | config))
 
 
 def build(checkout: Path, out: Path, *flags: object) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_the_emulator_wants_what_the_net_takes(shared: Path) -> None:
         for heads in (2, 8):
             cache = [np.zeros((1, SEQ_LENGTH, heads, 128), np.float32)] * 2
             rest = [np.zeros(tensor.shape, np.float32) for tensor in given[:3]]
-            with pytest.raises(Usage, match=r"history_k of shape .*, the devices have 4 heads"):
+            with pytest.raises(Usage, match=r"history_k of shape .*, wanted \[1, 32, 4, 128\]"):
                 chip.run("block_cache_0", [*rest, *cache])
         with pytest.raises(Usage, match="has no net block_9"):
             chip.run("block_9", [])
@@ -165,8 +165,10 @@ def test_devices_that_differ_are_no_result(shared: Path, tmp_path: Path) -> None
         (2, ("--mode", "int4")),
         (2, ("--mode", "int4", "--lm-head-mode", "int8")),
         (2, ("--mode", "f16", "--runtime", "sophon-demo")),
+        (4, ("--mode", "bf16")),
         (4, ("--mode", "int4")),
         (8, ("--mode", "bf16")),
+        (8, ("--mode", "int4")),
     ],
 )
 def test_devices_together_compute_what_the_unpatched_model_does(
@@ -183,21 +185,32 @@ def test_devices_together_compute_what_the_unpatched_model_does(
 
 
 @pytest.mark.slow
+def test_six_devices_share_six_heads(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    cli("demo-checkout", path, "--random", "--layers", 1, "--hidden", 768, "--heads", 6,
+        "--intermediate", 11520, "--vocab", 5888)  # fmt: skip
+    assert build(path, tmp_path / "out", "--num-device", 6, "--verify", "full")["report"]["passed"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bf16", "int4"])
 @pytest.mark.parametrize(
-    ("kind", "config"),
+    ("devices", "kind", "config"),
     [
-        ("qwen2", {"num_key_value_heads": 8}),
-        ("qwen2", {"num_key_value_heads": 2}),
-        ("qwen3", {"num_key_value_heads": 2, "head_dim": 128}),
+        (2, "qwen2", {"num_key_value_heads": 8}),
+        (2, "qwen2", {"num_key_value_heads": 2}),
+        (4, "qwen2", {"num_attention_heads": 16, "num_key_value_heads": 4}),
+        (2, "qwen3", {"num_key_value_heads": 2, "head_dim": 128}),
     ],
 )
-def test_two_devices_share_a_decoder(kind: str, config: dict[str, Any], mode: str, tmp_path: Path) -> None:
+def test_devices_share_a_decoder(
+    devices: int, kind: str, config: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
     """Groups of heads with their keys stay on one device."""
     checkout = decoder(tmp_path / "model", kind, **config)
-    (bmodel,) = build(checkout, tmp_path / "out", "--num-device", 2, "--verify", "none", "--mode", mode)[
-        "bmodels"
-    ]
+    (bmodel,) = build(
+        checkout, tmp_path / "out", "--num-device", devices, "--verify", "none", "--mode", mode
+    )["bmodels"]
     assert report.inspect(Path(bmodel)).contract == ()
     command = [
         sys.executable,
